@@ -1,0 +1,1 @@
+"""What every room stands on: structs, array types, meshes, sharding rules, masks, metrics, budget."""

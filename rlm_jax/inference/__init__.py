@@ -1,0 +1,1 @@
+"""From token ids to steps: KV pages, prefill, step decoding, scoring, sampling."""

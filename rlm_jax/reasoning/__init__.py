@@ -1,0 +1,1 @@
+"""The Blueprint: structures, operators, strategies and the drivers that run them."""

@@ -1,0 +1,1 @@
+"""The Blueprint's four classes of operators, each a pure function over a Structure."""

@@ -1,0 +1,1 @@
+"""Strategies: one file each, the same four functions (init, ask, tell, answer)."""
