@@ -1,1 +1,1 @@
-"""What every room stands on: structs, array types, meshes, sharding rules, masks, metrics, budget."""
+"""What every room stands on: structs, array types, mesh, sharding rules, masks, budget."""

@@ -5,14 +5,12 @@ V vocabulary, D model width, H query heads, G key-value heads, E head width, L l
 F feed-forward width, R rows of a decoding batch (B*W*K).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Int, Int32, Key, Shaped, UInt32
 
 PyTree = Any
-Metrics = Mapping[str, Array]
 
 __all__ = [
     "Array",
@@ -22,7 +20,6 @@ __all__ = [
     "Int",
     "Int32",
     "Key",
-    "Metrics",
     "PyTree",
     "Shaped",
     "UInt32",

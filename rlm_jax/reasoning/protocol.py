@@ -1,0 +1,88 @@
+"""What strategies and expanders say to each other.
+
+A strategy is four pure functions over a `Structure`; an expander proposes steps for the nodes a
+strategy asks for. Neither knows the other, and either driver of `drive.py` runs any pair.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from rlm_jax.core.budget import Budget
+from rlm_jax.core.struct import static, struct
+from rlm_jax.core.types import Bool, Float32, Int32, PyTree, UInt32
+from rlm_jax.reasoning.structure import Structure
+
+
+@struct
+class Request:
+    """What a strategy wants grown: K children of each of W nodes per structure.
+
+    nodes: [B, W], -1 where a lane has nothing to do. operator: the `Operator` to apply.
+    """
+
+    nodes: Int32[jax.Array, "B W"]
+    operator: Int32[jax.Array, "B W"]
+    num_children: int = static()
+
+    @property
+    def active(self) -> Bool[jax.Array, "B W"]:
+        """Lanes that ask for something."""
+        return self.nodes >= 0
+
+
+@struct
+class Outcome:
+    """What an expander answers: K proposed steps for each requested node.
+
+    valid: a step was produced. duplicate: it equals an earlier sibling of the same request.
+    length, logprob, terminal, answer_key: as in `Structure`. value: the evaluator's estimate.
+    cost: what producing and judging them took.
+    """
+
+    valid: Bool[jax.Array, "B W K"]
+    duplicate: Bool[jax.Array, "B W K"]
+    length: Int32[jax.Array, "B W K"]
+    logprob: Float32[jax.Array, "B W K"]
+    value: Float32[jax.Array, "B W K"]
+    reward: Float32[jax.Array, "B W K"]
+    terminal: Bool[jax.Array, "B W K"]
+    answer_key: UInt32[jax.Array, "B W K"]
+    cost: Budget
+
+
+@struct
+class Answer:
+    """The node each structure answers with (-1: none), its score and the share of votes."""
+
+    node: Int32[jax.Array, "B"]
+    score: Float32[jax.Array, "B"]
+    share: Float32[jax.Array, "B"]
+
+
+State = Any
+World = PyTree
+# keys [B]: one key per problem, the same for the whole search; what happens at a node depends on
+# the problem's key and the node's index alone, never on neighbours in the batch.
+Keys = jax.Array
+Expand = Callable[[PyTree, Keys, World, Structure, Request], tuple[Outcome, World]]
+
+
+class Strategy(NamedTuple):
+    """How to grow a structure.
+
+    init(structure) -> state.
+    ask(state, structure, keys) -> Request: which nodes to grow; all -1 when it is done.
+    tell(state, structure, request, outcome) -> (state, structure) with the steps in it.
+    answer(structure, answer_ids) -> Answer: never sees a gold answer.
+    num_lanes, num_children: W and K, fixed at compile time.
+    """
+
+    name: str
+    init: Callable[[Structure], State]
+    ask: Callable[[State, Structure, Keys], Request]
+    tell: Callable[[State, Structure, Request, Outcome], tuple[State, Structure]]
+    answer: Callable[[Structure, jax.Array], Answer]
+    num_lanes: int
+    num_children: int

@@ -1,0 +1,76 @@
+"""Best-of-N: N independent chains, then a vote.
+
+The chains grow side by side, one step a round, as N lanes of one structure: lane w asks for one
+child of its tip, and all lanes start at the root. Votes: majority is self-consistency
+(arXiv 2203.11171), weighted sums the values behind an answer, best takes the solution of highest
+value (spec C3.2). One chain of this strategy is the greedy chain of `greedy.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Int32
+from rlm_jax.reasoning.operators.structure import generate
+from rlm_jax.reasoning.operators.traversal import ANSWER_RULES, AnswerRule, select_answer
+from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
+
+
+@struct
+class State:
+    """tips: the last node of each chain, [B, W]; -1 once the chain has ended."""
+
+    tips: Int32[jax.Array, "B W"]
+
+
+def init(structure: Structure, *, num_chains: int) -> State:
+    """All chains start at the root."""
+    root = jnp.zeros_like(structure.num_nodes)[:, None]
+    return State(jnp.broadcast_to(root, (root.shape[0], num_chains)))
+
+
+def ask(state: State, structure: Structure, keys: Keys) -> Request:
+    """One step for every chain that has not ended."""
+    del structure, keys
+    operator = jnp.full_like(state.tips, Operator.GENERATE)
+    return Request(state.tips, operator, num_children=1)
+
+
+def tell(
+    state: State, structure: Structure, request: Request, outcome: Outcome, *, max_depth: int
+) -> tuple[State, Structure]:
+    """Appends the steps and moves each tip onto its own.
+
+    Equal steps of two chains stay two nodes: merging them would bias the vote.
+    """
+    outcome = outcome.replace(duplicate=jnp.zeros_like(outcome.duplicate))
+    structure, slots = generate(structure, request, outcome, jnp.ones_like(outcome.logprob))
+    child = slots[..., 0]
+    at = jnp.minimum(child, structure.capacity - 1)
+    depth = jnp.take_along_axis(structure.depth, at, 1)
+    goes_on = request.active & outcome.valid[..., 0] & ~outcome.terminal[..., 0]
+    return State(jnp.where(goes_on & (depth < max_depth), child, NO_NODE)), structure
+
+
+def make_best_of_n(num_chains: int, max_depth: int, rule: AnswerRule = "majority") -> Strategy:
+    """`num_chains` chains of at most `max_depth` steps, and the vote that picks one.
+
+    Raises:
+      ValueError: a number below 1 or an unknown rule.
+    """
+    if num_chains < 1 or max_depth < 1:
+        raise ValueError(f"num_chains and max_depth must be >= 1, got {num_chains}, {max_depth}")
+    if rule not in ANSWER_RULES:
+        raise ValueError(f"answer rule {rule!r}: accepted are {ANSWER_RULES}")
+    return Strategy(
+        name="best_of_n",
+        init=functools.partial(init, num_chains=num_chains),
+        ask=ask,
+        tell=functools.partial(tell, max_depth=max_depth),
+        answer=functools.partial(select_answer, rule=rule),
+        num_lanes=num_chains,
+        num_children=1,
+    )
