@@ -1,0 +1,1 @@
+"""Decoder-only language models as pure functions of parameter pytrees, and their checkpoints."""
