@@ -1,0 +1,95 @@
+"""What a task is: problems, golds, verdicts, and the functions that make and check them.
+
+The one idea: what a solver may see (`Problem`) and what only a verifier may see (`Gold`) are two
+types. A search is handed problems and nothing else, so it cannot lean on the answer by accident.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Message = dict[str, str]
+"""One chat message: `{"role": "system" | "user" | "assistant", "content": text}`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a solver may see.
+
+    Attributes:
+      question: the problem in words.
+      data: the problem in numbers, where a task has such a form (Game of 24: its four numbers).
+      id: names the problem in records; unique within a data set.
+    """
+
+    question: str
+    data: tuple[Any, ...] = ()
+    id: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gold:
+    """What only a verifier may see. `answer` is None when no answer is known or none is needed."""
+
+    answer: str | None = None
+
+
+class Verdict(NamedTuple):
+    """How a text was judged.
+
+    Attributes:
+      correct: None when there is nothing to judge by.
+      reward: 1.0 for correct, 0.0 otherwise (Blueprint A3, binary design).
+      reason: one line for a person.
+    """
+
+    correct: bool | None
+    reward: float
+    reason: str
+
+
+Example = tuple[Problem, Gold]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A family of problems, as functions.
+
+    Attributes:
+      name: the family's name in records and flags.
+      version: rises whenever prompts, extraction or verdicts change.
+      self_verifying: answers can be checked from the problem alone; only then may a search use
+        the verifier at test time.
+      prompt: problem -> the chat that asks for its solution.
+      extract: a solution's text -> its answer in canonical form, equal for equal answers (what a
+        majority vote counts), or None when the text holds no answer.
+      verify: (problem, gold, a solution's text) -> verdict.
+      load: a file in the task's published format -> examples, where there is one.
+      generate: (seed, num_problems, difficulty in [0, 1]) -> examples, where they can be made.
+    """
+
+    name: str
+    version: int
+    self_verifying: bool
+    prompt: Callable[[Problem], list[Message]]
+    extract: Callable[[str], str | None]
+    verify: Callable[[Problem, Gold, str], Verdict]
+    load: Callable[[str | os.PathLike[str]], list[Example]] | None = None
+    generate: Callable[[int, int, float], list[Example]] | None = None
+
+
+def judge(correct: bool | None, reason: str) -> Verdict:
+    """A verdict with the binary reward."""
+    return Verdict(correct, 1.0 if correct else 0.0, reason)
+
+
+def make_chat(instruction: str, example: tuple[str, str], question: str) -> list[Message]:
+    """A chat that shows one solved example before it asks `question`."""
+    shown_question, shown_solution = example
+    return [
+        {"role": "system", "content": instruction},
+        {"role": "user", "content": shown_question},
+        {"role": "assistant", "content": shown_solution},
+        {"role": "user", "content": question},
+    ]

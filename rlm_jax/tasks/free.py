@@ -1,0 +1,55 @@
+"""Free-form questions: a user's own, with an answer to grade by when the user gave one.
+
+Two answers are equal when both are numbers and equal as numbers, or else when their words are
+equal but for case, punctuation and articles.
+"""
+
+import re
+
+from rlm_jax.tasks.answers import find_marked, find_numbers, format_number, parse_number
+from rlm_jax.tasks.base import Gold, Message, Problem, Task, Verdict, judge
+from rlm_jax.tasks.gsm8k import prompt as prompt_math
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_WORDS = re.compile(r"[^\w.%+/*-]+|(?<!\d)\.|\.(?!\d)")
+
+
+def prompt(problem: Problem) -> list[Message]:
+    """The word-problem prompt: steps a line, answer behind ####."""
+    return prompt_math(problem)
+
+
+def normalize(answer: str) -> str:
+    """The canonical form of an answer: a number's, or else its words in lower case."""
+    value = parse_number(answer)
+    if value is not None:
+        return format_number(value)
+    return " ".join(_ARTICLES.sub(" ", _NO_WORDS.sub(" ", answer.lower())).split())
+
+
+def extract(text: str) -> str | None:
+    """What stands behind the last answer mark; without one, the last number or the last line."""
+    for segment in find_marked(text):
+        answer = normalize(segment)
+        if answer:
+            return answer
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        return None
+    numbers = find_numbers(lines[-1])
+    return format_number(numbers[-1]) if numbers else normalize(lines[-1]) or None
+
+
+def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
+    """Compares the answer in `text` with the user's; undecided when there is none."""
+    del problem
+    if gold.answer is None:
+        return judge(None, "no answer to compare with")
+    expected, found = normalize(gold.answer), extract(text)
+    if found is None:
+        return judge(False, "no answer in the text")
+    right = found == expected
+    return judge(right, f"{found} {'=' if right else '≠'} {expected}")
+
+
+TASK = Task("free", 1, False, prompt, extract, verify)
