@@ -1,8 +1,9 @@
 """Evaluate operators: from statistics of a step or a solution to a value (Blueprint 4.3.4).
 
-These need no training: token confidence (Marco-o1, arXiv 2411.14405), length-normalised
-likelihood, and the share of finished solutions that agree (self-consistency, as rStar's terminal
-reward, arXiv 2408.06195). Learned values and prompted self-evaluation come from the expander.
+Pure functions of what a search holds already: the policy's prior over sampled steps, a solution's
+score from the scores of its steps, and the share of finished solutions that agree
+(self-consistency, as rStar's terminal reward, arXiv 2408.06195). What needs the network (token
+confidence, self-evaluation, value heads) comes from the expander, `language.py`.
 """
 
 import jax
@@ -13,22 +14,6 @@ from rlm_jax.core.types import Bool, Float32, Int32
 from rlm_jax.reasoning.structure import Structure
 
 Rule = str
-
-
-def token_confidence(
-    chosen_logprob: Float32[jax.Array, "*R"], top_logprobs: Float32[jax.Array, "*R A"]
-) -> Float32[jax.Array, "*R"]:
-    """Marco-o1's confidence of one token: its probability among it and its top alternatives.
-
-    Args:
-      chosen_logprob: log-probability of the chosen token.
-      top_logprobs: those of the A (5 in the paper) likeliest tokens. If the chosen one is not
-        among them it takes the place of the last, as the paper counts it with its alternatives.
-    """
-    among = (top_logprobs <= chosen_logprob[..., None]).any(-1)
-    last = jnp.where(among, top_logprobs[..., -1], chosen_logprob)
-    top = jnp.concatenate([top_logprobs[..., :-1], last[..., None]], -1)
-    return jnp.exp(chosen_logprob - jax.nn.logsumexp(top, -1))
 
 
 def step_prior(

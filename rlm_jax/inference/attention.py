@@ -1,0 +1,160 @@
+"""Attention over a context that lies in several places.
+
+A row that decodes a step attends to its structure's prompt, to the steps between the root and the
+node it grows from, and to its own tokens. The first two are shared (one prompt for all rows of a
+structure, one path for all siblings), so each lies in memory once and is multiplied once with the
+queries of all its rows. One softmax runs over the joined scores; keys and values are never joined.
+
+What a query may see follows from positions alone: a valid key at a position no later than the
+query's, and within the layer's window.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Float, Int32
+from rlm_jax.models.attention import MASKED_SCORE, scores_scale
+from rlm_jax.models.config import ModelConfig
+from rlm_jax.models.transformer import Attend, softcap
+
+
+@struct
+class Context:
+    """Keys and values that groups of rows share, for all layers.
+
+    keys, values: one array per layer, [X, G, C, E]; row r of R uses group r // (R / X).
+    positions, valid: of the C keys, [X, C].
+    """
+
+    keys: tuple[Float[Array, "X G C E"], ...]
+    values: tuple[Float[Array, "X G C E"], ...]
+    positions: Int32[Array, "X C"]
+    valid: Bool[Array, "X C"]
+
+
+class Part(NamedTuple):
+    """One layer of a `Context`."""
+
+    keys: Float[Array, "X G C E"]
+    values: Float[Array, "X G C E"]
+    positions: Int32[Array, "X C"]
+    valid: Bool[Array, "X C"]
+
+
+def layer_parts(contexts: tuple[Context, ...], layer: int) -> list[Part]:
+    """The contexts as this layer sees them."""
+    return [Part(c.keys[layer], c.values[layer], c.positions, c.valid) for c in contexts]
+
+
+def attend_parts(
+    q: Float[Array, "R T H E"],
+    positions: Int32[Array, "R T"],
+    parts: list[Part],
+    cfg: ModelConfig,
+    layer: int,
+) -> Float[Array, "R T H E"]:
+    """Grouped-query attention of R rows over the joined keys of all parts."""
+    rows, num_tokens, num_heads, width = q.shape
+    num_groups = parts[0].keys.shape[1]
+    shape = (rows, num_tokens, num_groups, num_heads // num_groups)
+    grouped = q.reshape(*shape, width)
+    window = cfg.layer_window(layer)
+    scores = [_scores(grouped, positions, part, cfg, window) for part in parts]
+    top = jnp.max(jnp.stack([s.max(-1) for s in scores]), 0)
+    weights = [jnp.exp(s - top[..., None]) for s in scores]
+    norm = sum(w.sum(-1) for w in weights)
+    mixed = sum(_mix(w, part) for w, part in zip(weights, parts, strict=True))
+    out = mixed / norm[..., None]
+    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
+
+
+def make_decode_attend(
+    cfg: ModelConfig,
+    contexts: tuple[Context, ...],
+    positions: Int32[Array, "R S"],
+    index: Int32[Array, ""],
+) -> Attend:
+    """Attention of one new token per row, the `index`-th of its step.
+
+    The state is `(keys, values)`, per layer the step's own [R, G, S, E] cache; the new token's key
+    and value are written at `index`, the same for all rows.
+    """
+    now = jax.lax.dynamic_slice_in_dim(positions, index, 1, axis=1)
+    valid = jnp.ones_like(positions, bool)
+
+    def attend(layer, q, k, v, state):
+        keys, values = state
+        zero = jnp.zeros_like(index)
+        at = (zero, zero, index, zero)
+        k = jax.lax.dynamic_update_slice(keys[layer], k.transpose(0, 2, 1, 3), at)
+        v = jax.lax.dynamic_update_slice(values[layer], v.transpose(0, 2, 1, 3), at)
+        parts = [*layer_parts(contexts, layer), Part(k, v, positions, valid)]
+        out = attend_parts(q, now, parts, cfg, layer)
+        return out, (_set(keys, layer, k), _set(values, layer, v))
+
+    return attend
+
+
+def make_extend_attend(
+    cfg: ModelConfig,
+    contexts: tuple[Context, ...],
+    positions: Int32[Array, "R T"],
+    valid: Bool[Array, "R T"],
+) -> Attend:
+    """Attention of T given tokens per row over the contexts and over each other.
+
+    The state collects `(keys, values)`, per layer [R, G, T, E], for whoever keeps them.
+    """
+
+    def attend(layer, q, k, v, state):
+        keys, values = state
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        parts = [*layer_parts(contexts, layer), Part(k, v, positions, valid)]
+        out = attend_parts(q, positions, parts, cfg, layer)
+        return out, ((*keys, k), (*values, v))
+
+    return attend
+
+
+def _scores(grouped, positions, part, cfg, window):
+    """Masked scores [R, G, T, M, C] of every row over one part's keys."""
+    rows, num_tokens, num_groups, heads, width = grouped.shape
+    num_shared = part.keys.shape[0]
+    each = rows // num_shared
+    # All rows of one group become rows of one product with its keys.
+    q = grouped.reshape(num_shared, each, num_tokens, num_groups, heads, width)
+    q = q.transpose(0, 3, 1, 2, 4, 5).reshape(num_shared, num_groups, -1, width)
+    scores = jnp.einsum("xgqe,xgce->xgqc", q, part.keys, preferred_element_type=jnp.float32)
+    scores = softcap(scores * scores_scale(cfg), cfg.attn_softcap)
+    scores = scores.reshape(num_shared, num_groups, each, num_tokens, heads, -1)
+    scores = scores.transpose(0, 2, 1, 3, 4, 5).reshape(rows, num_groups, num_tokens, heads, -1)
+    age = positions.reshape(num_shared, each, num_tokens, 1) - part.positions[:, None, None, :]
+    seen = part.valid[:, None, None, :] & (age >= 0)
+    if window is not None:
+        seen &= age < window
+    seen = seen.reshape(rows, 1, num_tokens, 1, -1)
+    return jnp.where(seen, scores, MASKED_SCORE)
+
+
+def _mix(weights, part):
+    """Values of one part mixed by unnormalised weights [R, G, T, M, C]."""
+    rows, num_groups, num_tokens, heads, length = weights.shape
+    num_shared = part.values.shape[0]
+    each = rows // num_shared
+    w = weights.reshape(num_shared, each, num_groups, num_tokens, heads, length)
+    w = w.transpose(0, 2, 1, 3, 4, 5).reshape(num_shared, num_groups, -1, length)
+    mixed = jnp.einsum(
+        "xgqc,xgce->xgqe",
+        w.astype(part.values.dtype),
+        part.values,
+        preferred_element_type=jnp.float32,
+    )
+    mixed = mixed.reshape(num_shared, num_groups, each, num_tokens, heads, -1)
+    return mixed.transpose(0, 2, 1, 3, 4, 5).reshape(rows, num_groups, num_tokens, heads, -1)
+
+
+def _set(items: tuple, index: int, value) -> tuple:
+    return (*items[:index], value, *items[index + 1 :])

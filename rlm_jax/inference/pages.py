@@ -1,0 +1,212 @@
+"""KV pages: a node owns the pages of its own tokens and lists those of its ancestors.
+
+Keys and values of a step are written once, when the step is made, into pages of a few tokens
+each; selecting a node copies nothing, and a deep path is a list of page numbers. Per layer there
+is one array for keys and one for values, [P, G, page, E], page-major, so that a page is one
+contiguous write. Each structure has its own range of P / B pages: what one search uses cannot
+depend on its neighbours, and a shard of the batch holds the pages of its own structures.
+"""
+
+import jax.numpy as jnp
+
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Float, Int32
+from rlm_jax.inference.attention import Context
+from rlm_jax.models.config import ModelConfig
+
+NO_PAGE = -1
+
+
+@struct
+class KVPages:
+    """The page pool of B structures and the tables over it.
+
+    keys, values: one array per layer, [P, G, page, E]. fill: tokens in a page. start: position of
+    a page's first token. prompt_table: the pages of each structure's prompt. table: the pages of
+    a node's path below the root, its own last, -1 behind them; table_length: how many. used:
+    pages taken of each structure's range.
+    """
+
+    keys: tuple[Float[Array, "P G page E"], ...]
+    values: tuple[Float[Array, "P G page E"], ...]
+    fill: Int32[Array, "P"]
+    start: Int32[Array, "P"]
+    prompt_table: Int32[Array, "B prompt_pages"]
+    table: Int32[Array, "B N path_pages"]
+    table_length: Int32[Array, "B N"]
+    used: Int32[Array, "B"]
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens a page holds."""
+        return self.keys[0].shape[2]
+
+    @property
+    def pages_per_structure(self) -> int:
+        """Size of each structure's range."""
+        return self.fill.shape[0] // self.used.shape[0]
+
+
+def count_pages(num_tokens: int, page_tokens: int) -> int:
+    """Pages that `num_tokens` tokens of one node take."""
+    return -(-num_tokens // page_tokens)
+
+
+def pages_for_search(
+    num_prompt_tokens: int, num_steps: int, num_step_tokens: int, page_tokens: int
+) -> int:
+    """Pages that always suffice for a prompt and `num_steps` steps of that many tokens in all.
+
+    Every step leaves less than one page unfilled, so this bound is never exceeded.
+    """
+    return (
+        count_pages(num_prompt_tokens, page_tokens)
+        + count_pages(num_step_tokens, page_tokens)
+        + num_steps
+    )
+
+
+def make_pages(
+    cfg: ModelConfig,
+    like: Int32[Array, "B"],
+    *,
+    num_nodes: int,
+    num_pages: int,
+    num_prompt_pages: int,
+    num_path_pages: int,
+    page_tokens: int,
+    dtype,
+) -> KVPages:
+    """An empty pool for B structures; arrays derive from `like` to vary over a mesh as it does.
+
+    Args:
+      num_pages: pages of one structure's range. num_path_pages: the longest path below a root.
+    """
+    batch = like.shape[0]
+    zero = (like * 0).astype(jnp.int32)
+
+    def of_batch(value, *shape):
+        base = zero.reshape(batch, *(1 for _ in shape))
+        return jnp.broadcast_to(base, (batch, *shape)) + jnp.int32(value)
+
+    flat = of_batch(0, num_pages).reshape(-1)
+    shape = (batch * num_pages, cfg.num_kv_heads, page_tokens, cfg.head_dim)
+    empty = jnp.broadcast_to(flat.reshape(-1, 1, 1, 1).astype(dtype), shape)
+    first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_pages
+    return KVPages(
+        keys=tuple(empty + 0 for _ in range(cfg.num_layers)),
+        values=tuple(empty + 0 for _ in range(cfg.num_layers)),
+        fill=flat,
+        start=flat,
+        prompt_table=of_batch(0, num_prompt_pages) + first + jnp.arange(num_prompt_pages),
+        table=of_batch(NO_PAGE, num_nodes, num_path_pages),
+        table_length=of_batch(0, num_nodes),
+        used=zero + num_prompt_pages,
+    )
+
+
+def write_prompts(
+    pages: KVPages,
+    keys: tuple[Float[Array, "B G T E"], ...],
+    values: tuple[Float[Array, "B G T E"], ...],
+    lengths: Int32[Array, "B"],
+) -> KVPages:
+    """Stores prefilled prompts in the pages set aside for them; T is a whole number of pages."""
+    ids = pages.prompt_table
+    begin = jnp.arange(ids.shape[1], dtype=jnp.int32)[None] * pages.page_tokens
+    fill = jnp.clip(lengths[:, None] - begin, 0, pages.page_tokens)
+    return _write(pages, keys, values, ids, fill, jnp.broadcast_to(begin, ids.shape))
+
+
+def write_steps(
+    pages: KVPages,
+    keys: tuple[Float[Array, "R G S E"], ...],
+    values: tuple[Float[Array, "R G S E"], ...],
+    *,
+    parents: Int32[Array, "B C"],
+    slots: Int32[Array, "B C"],
+    starts: Int32[Array, "B C"],
+    lengths: Int32[Array, "B C"],
+    keep: Bool[Array, "B C"],
+) -> KVPages:
+    """Gives each new node pages for its own tokens and lists them behind its parent's.
+
+    Args:
+      keys, values: what the R = B*C new steps computed; S is a whole number of pages.
+      parents, slots: nodes the steps grew from, and the new nodes' indices (out of range: none).
+      starts, lengths: position of each step's first token and its number of tokens.
+      keep: steps worth storing; the others take no pages.
+    """
+    batch, width = slots.shape
+    size = pages.page_tokens
+    per_step = keys[0].shape[2] // size
+    need = jnp.where(keep, -(-lengths // size), 0)
+    before = jnp.cumsum(need, -1) - need
+    offset = jnp.arange(per_step, dtype=jnp.int32)
+    taken = offset < need[..., None]
+    base = jnp.arange(batch, dtype=jnp.int32)[:, None] * pages.pages_per_structure
+    ids = (base + pages.used[:, None] + before)[..., None] + offset
+    ids = jnp.where(taken, ids, NO_PAGE)
+    fill = jnp.clip(lengths[..., None] - offset * size, 0, size)
+    starts = starts[..., None] + offset * size
+    pages = _write(pages, keys, values, ids, fill, starts)
+
+    rows = jnp.arange(batch)[:, None]
+    above = pages.table[rows, parents]
+    count = pages.table_length[rows, parents]
+    place = jnp.where(taken, count[..., None] + offset, pages.table.shape[-1])
+    lanes = jnp.arange(width)[None, :, None]
+    listed = above.at[rows[..., None], lanes, place].set(ids, mode="drop")
+    return pages.replace(
+        table=pages.table.at[rows, slots].set(listed, mode="drop"),
+        table_length=pages.table_length.at[rows, slots].set(count + need, mode="drop"),
+        used=pages.used + need.sum(-1),
+    )
+
+
+def gather_prompts(pages: KVPages) -> Context:
+    """The prompts as one context, a group per structure."""
+    return _gather(pages, pages.prompt_table)
+
+
+def gather_paths(pages: KVPages, nodes: Int32[Array, "B W"]) -> Context:
+    """The steps from below the root down to each node, a group per node, in lane order."""
+    rows = jnp.arange(nodes.shape[0])[:, None]
+    table = pages.table[rows, nodes]
+    return _gather(pages, table.reshape(-1, table.shape[-1]))
+
+
+def _gather(pages: KVPages, table: Int32[Array, "X C"]) -> Context:
+    ids = jnp.maximum(table, 0)
+    offset = jnp.arange(pages.page_tokens, dtype=jnp.int32)
+    valid = (table >= 0)[..., None] & (offset < pages.fill[ids][..., None])
+    positions = pages.start[ids][..., None] + offset
+
+    def take(pool):
+        some = pool[ids].transpose(0, 2, 1, 3, 4)
+        return some.reshape(*some.shape[:2], -1, some.shape[-1])
+
+    return Context(
+        keys=tuple(take(pool) for pool in pages.keys),
+        values=tuple(take(pool) for pool in pages.values),
+        positions=positions.reshape(ids.shape[0], -1),
+        valid=valid.reshape(ids.shape[0], -1),
+    )
+
+
+def _write(pages, keys, values, ids, fill, starts):
+    """Puts rows of tokens [R, G, S, E] into pages `ids` [..., S / page]; skips negative ones."""
+    flat = ids.reshape(-1)
+    flat = jnp.where(flat >= 0, flat, pages.fill.shape[0])
+
+    def put(pool, rows):
+        split = rows.reshape(*rows.shape[:2], -1, *pool.shape[2:]).transpose(0, 2, 1, 3, 4)
+        split = split.reshape(-1, *pool.shape[1:]).astype(pool.dtype)
+        return pool.at[flat].set(split, mode="drop")
+
+    return pages.replace(
+        keys=tuple(put(pool, rows) for pool, rows in zip(pages.keys, keys, strict=True)),
+        values=tuple(put(pool, rows) for pool, rows in zip(pages.values, values, strict=True)),
+        fill=pages.fill.at[flat].set(fill.reshape(-1), mode="drop"),
+        start=pages.start.at[flat].set(starts.reshape(-1), mode="drop"),
+    )

@@ -1,0 +1,204 @@
+"""Choosing a token from logits, and the log-probabilities of what was chosen.
+
+Nothing here sorts the vocabulary or draws noise over it: truncated sampling works among the
+top candidates, and untruncated sampling inverts the cumulative distribution in two levels with
+one uniform number per row. Two log-probabilities come back: the model's (temperature 1, all of
+the vocabulary), which priors and values use, and the behaviour's (what was really sampled from,
+after temperature and truncation), which policy gradients need.
+
+Filters apply in the order temperature, top-k, top-p, min-p, each on the distribution that the one
+before left (spec A10, golden G41). Diverse beam search is arXiv 1610.02424 with one beam a group,
+as x1 uses it (golden G40).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Float32, Int32, Key
+
+METHODS = ("sample", "greedy", "diverse_beam")
+NUM_ALTERNATIVES = 5
+_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen.
+
+    method: "sample", "greedy", or "diverse_beam" (siblings are decoded in order, and each earlier
+    sibling that took a token at the same place costs it `diversity`). temperature > 0.
+    top_k: 0 for all. top_p in (0, 1]. min_p in [0, 1). max_candidates: how many of the likeliest
+    tokens top-p and min-p may choose among when no top_k bounds them.
+    """
+
+    method: str = "sample"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    diversity: float = 1.0
+    max_candidates: int = 64
+
+    def __post_init__(self):
+        accepted = {
+            "method": (self.method in METHODS, f"one of {METHODS}"),
+            "temperature": (self.temperature > 0, "> 0 (method 'greedy' for the argmax)"),
+            "top_k": (self.top_k >= 0, ">= 0"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "diversity": (self.diversity >= 0, ">= 0"),
+            "max_candidates": (self.max_candidates >= 1, ">= 1"),
+        }
+        for name, (holds, what) in accepted.items():
+            if not holds:
+                raise ValueError(f"sampling {name}={getattr(self, name)!r}: accepted is {what}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether anything but temperature shapes the distribution."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@struct
+class Choice:
+    """A token per row.
+
+    logprob: under the model. behaviour_logprob: under the distribution it was drawn from.
+    top_logprobs: those of the model's likeliest tokens, best first.
+    """
+
+    token: Int32[Array, "R"]
+    logprob: Float32[Array, "R"]
+    behaviour_logprob: Float32[Array, "R"]
+    top_logprobs: Float32[Array, "R A"]
+
+
+def choose_tokens(
+    keys: Key[Array, "R"],
+    logits: Float32[Array, "R V"],
+    active: Bool[Array, "R"],
+    cfg: SamplingConfig,
+    *,
+    num_siblings: int = 1,
+) -> Choice:
+    """One token for each row; siblings are `num_siblings` consecutive rows.
+
+    `active` matters to diverse beam search alone: rows that have ended take no token from others.
+    """
+    norm = jax.nn.logsumexp(logits, -1)
+    num_top = min(_num_candidates(cfg, logits.shape[-1], num_siblings), logits.shape[-1])
+    top, top_ids = jax.lax.top_k(logits, num_top)
+    top_logprobs = top - norm[:, None]
+    if cfg.method == "greedy":
+        token, behaviour = top_ids[:, 0], jnp.zeros_like(norm)
+    elif cfg.method == "diverse_beam":
+        token = _diverse_tokens(top_logprobs, top_ids, active, cfg.diversity, num_siblings)
+        behaviour = jnp.zeros_like(norm)
+    elif cfg.truncates:
+        token, behaviour = _sample_candidates(keys, logits, top, top_ids, cfg)
+    else:
+        token, behaviour = _sample_all(keys, logits / cfg.temperature)
+    logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - norm
+    return Choice(token, logprob, behaviour, top_logprobs[:, :NUM_ALTERNATIVES])
+
+
+def filter_candidates(
+    logprobs: Float32[Array, "R C"], cfg: SamplingConfig
+) -> Float32[Array, "R C"]:
+    """Log-probabilities after top-k, top-p and min-p, renormalised; -inf where filtered out.
+
+    Args:
+      logprobs: of the C likeliest tokens, best first, after temperature.
+    """
+    rank = jnp.arange(logprobs.shape[-1])
+    if cfg.top_k > 0:
+        logprobs = jnp.where(rank < cfg.top_k, logprobs, -jnp.inf)
+        logprobs = jax.nn.log_softmax(logprobs, -1)
+    if cfg.top_p < 1:
+        probs = jnp.exp(logprobs)
+        # A token stays if those before it do not yet reach the threshold: the first always does.
+        before = jnp.cumsum(probs, -1) - probs
+        logprobs = jnp.where(before < cfg.top_p, logprobs, -jnp.inf)
+        logprobs = jax.nn.log_softmax(logprobs, -1)
+    if cfg.min_p > 0:
+        floor = logprobs[..., :1] + np.log(cfg.min_p)
+        logprobs = jnp.where(logprobs >= floor, logprobs, -jnp.inf)
+    return jax.nn.log_softmax(logprobs, -1)
+
+
+def token_confidence(
+    chosen_logprob: Float32[Array, "*R"], top_logprobs: Float32[Array, "*R A"]
+) -> Float32[Array, "*R"]:
+    """Marco-o1's confidence of one token: its probability among it and its top alternatives.
+
+    Args:
+      chosen_logprob: log-probability of the chosen token.
+      top_logprobs: those of the A (5 in the paper) likeliest tokens. If the chosen one is not
+        among them it takes the place of the last, as the paper counts it with its alternatives.
+    """
+    among = (top_logprobs <= chosen_logprob[..., None]).any(-1)
+    last = jnp.where(among, top_logprobs[..., -1], chosen_logprob)
+    top = jnp.concatenate([top_logprobs[..., :-1], last[..., None]], -1)
+    return jnp.exp(chosen_logprob - jax.nn.logsumexp(top, -1))
+
+
+def _num_candidates(cfg: SamplingConfig, num_vocab: int, num_siblings: int) -> int:
+    needed = NUM_ALTERNATIVES
+    if cfg.method == "diverse_beam":
+        # num_siblings - 1 penalised tokens leave the best other one among the top num_siblings.
+        needed = max(needed, num_siblings)
+    elif cfg.method == "sample" and cfg.truncates:
+        needed = max(needed, cfg.top_k or cfg.max_candidates)
+    return min(needed, num_vocab)
+
+
+def _sample_candidates(keys, logits, top, top_ids, cfg):
+    norm = jax.nn.logsumexp(logits / cfg.temperature, -1, keepdims=True)
+    logprobs = filter_candidates(top / cfg.temperature - norm, cfg)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logprobs.shape[-1:]))(keys)
+    pick = jnp.argmax(logprobs + noise, -1)[:, None]
+    token = jnp.take_along_axis(top_ids, pick, 1)[:, 0]
+    return token, jnp.take_along_axis(logprobs, pick, 1)[:, 0]
+
+
+def _sample_all(keys, logits):
+    """Inverts the cumulative distribution: first over blocks of the vocabulary, then inside one."""
+    rows, num_vocab = logits.shape
+    num_blocks = -(-num_vocab // _BLOCK)
+    norm = jax.nn.logsumexp(logits, -1)
+    pad = ((0, 0), (0, num_blocks * _BLOCK - num_vocab))
+    probs = jnp.pad(jnp.exp(logits - norm[:, None]), pad).reshape(rows, num_blocks, _BLOCK)
+    mass = jnp.cumsum(probs.sum(-1), -1)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key))(keys)
+    # Scaled to the mass there is, so that rounding cannot point past the end.
+    target = (uniform * mass[:, -1])[:, None]
+    block = jnp.minimum((mass <= target).sum(-1), num_blocks - 1)
+    inside = jnp.take_along_axis(probs, block[:, None, None], 1)[:, 0]
+    before = jnp.take_along_axis(mass, block[:, None], 1) - inside.sum(-1, keepdims=True)
+    cumulative = jnp.cumsum(inside, -1)
+    offset = (cumulative <= jnp.maximum(target - before, 0.0)).sum(-1)
+    # Rounding may point past the block's mass: stay on its last token of any probability.
+    last = _BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], -1)
+    token = (block * _BLOCK + jnp.minimum(offset, last)).astype(jnp.int32)
+    return token, jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - norm
+
+
+def _diverse_tokens(logprobs, ids, active, diversity, num_siblings):
+    """Siblings choose in order; a token costs `diversity` for each earlier one that chose it."""
+    logprobs = logprobs.reshape(-1, num_siblings, logprobs.shape[-1])
+    ids = ids.reshape(logprobs.shape)
+    active = active.reshape(-1, num_siblings)
+    chosen = []
+    for sibling in range(num_siblings):
+        penalty = sum(
+            (ids[:, sibling] == chosen[earlier][:, None]) & active[:, earlier, None]
+            for earlier in range(sibling)
+        )
+        scores = logprobs[:, sibling] - diversity * penalty
+        best = jnp.argmax(scores, -1)[:, None]
+        chosen.append(jnp.take_along_axis(ids[:, sibling], best, 1)[:, 0])
+    return jnp.stack(chosen, 1).reshape(-1)
