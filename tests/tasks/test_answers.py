@@ -71,6 +71,7 @@ def test_reads_a_number(text, value):
         "nan",
         "inf",
     ],
+    ids=lambda text: repr(text[:40]),
 )
 def test_refuses_what_is_no_number(text):
     assert parse_number(text) is None

@@ -106,6 +106,7 @@ def test_right_answers(text):
         "8e0 * 3 * (6 - 5)",
         "8.0 * 3 * (6 - 5)",
     ],
+    ids=lambda text: repr(text[:40]),
 )
 def test_wrong_and_hostile_answers(text):
     verdict = game24.verify(PROBLEM, Gold(), text)
