@@ -165,8 +165,8 @@ def _read_decoder(description: dict[str, Any]) -> tuple[str, bool]:
 def load_tokenizer_json(path: str | pathlib.Path) -> BPETokenizer:
     """Reads tokenizer.json, and what the files beside it say about bos, eos and the template.
 
-    eos_ids are those of generation_config.json, then the eos_token of tokenizer_config.json or
-    special_tokens_map.json, then config.json's.
+    eos_ids are the eos_token of tokenizer_config.json or special_tokens_map.json, then those of
+    generation_config.json, then config.json's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -181,14 +181,14 @@ def load_tokenizer_json(path: str | pathlib.Path) -> BPETokenizer:
     config |= {k: v for k, v in read_json(folder / "tokenizer_config.json").items() if v}
     generation = read_json(folder / "generation_config.json")
     model_config = read_json(folder / "config.json")
-    ids = {t["content"]: t["id"] for t in description.get("added_tokens") or []}
-    eos = [
-        *_id_list(generation.get("eos_token_id")),
-        *_named_id(config.get("eos_token"), ids),
-        *_id_list(model_config.get("eos_token_id")),
-    ]
-    bos = [*_named_id(config.get("bos_token"), ids), *_id_list(generation.get("bos_token_id"))]
     try:
+        ids = {t["content"]: t["id"] for t in description.get("added_tokens") or []}
+        eos = [
+            *_named_id(config.get("eos_token"), ids),
+            *_id_list(generation.get("eos_token_id")),
+            *_id_list(model_config.get("eos_token_id")),
+        ]
+        bos = [*_named_id(config.get("bos_token"), ids), *_id_list(generation.get("bos_token_id"))]
         return BPETokenizer(
             path.read_text(encoding="utf-8"),
             bos_id=bos[0] if bos else None,
@@ -196,8 +196,8 @@ def load_tokenizer_json(path: str | pathlib.Path) -> BPETokenizer:
             adds_bos=bool(config.get("add_bos_token", _adds_bos(description, bos))),
             chat_template=read_chat_template(folder),
         )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is not a tokenizer that can be used: {error}") from error
 
 
 def _id_list(value: Any) -> list[int]:
@@ -208,7 +208,7 @@ def _id_list(value: Any) -> list[int]:
 def _named_id(token: Any, ids: Mapping[str, int]) -> list[int]:
     """A token given as text, or as {"content": text}, looked up among the added tokens."""
     text = token.get("content") if isinstance(token, dict) else token
-    return [ids[text]] if text in ids else []
+    return [ids[text]] if isinstance(text, str) and text in ids else []
 
 
 def _adds_bos(description: dict[str, Any], bos: list[int]) -> bool:
@@ -216,9 +216,9 @@ def _adds_bos(description: dict[str, Any], bos: list[int]) -> bool:
     processor = description.get("post_processor") or {}
     for stage in processor.get("processors", [processor]):
         single = stage.get("single") or []
-        first = single[0].get("SpecialToken", {}).get("id", "") if single else ""
+        first = single[0].get("SpecialToken") if single else None
         tokens = stage.get("special_tokens") or {}
-        if first in tokens and bos and bos[0] in tokens[first].get("ids", []):
+        if first and bos and bos[0] in tokens[first["id"]].get("ids", []):
             return True
     return False
 

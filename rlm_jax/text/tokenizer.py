@@ -23,7 +23,8 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: number of token ids, 0 to vocab_size - 1.
         bos_id: beginning-of-text token, if there is one.
-        eos_ids: tokens that end a solution (end of text, end of turn), in the file's order.
+        eos_ids: tokens that end a solution (end of text, end of turn); the first is the one that
+            a chat template means by `eos_token`.
         adds_bos: whether the model was trained with `bos_id` before every text.
         chat_template: the file's own jinja2 chat template.
         special_tokens: text to id of the control tokens.
@@ -243,7 +244,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")
