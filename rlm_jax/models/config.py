@@ -8,12 +8,12 @@ placement, windows, rotary scaling), so a model is a value of `ModelConfig` and 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-Activation = Literal["silu", "gelu_tanh"]
-RopeKind = Literal["none", "linear", "llama3", "yarn"]
+ACTIVATIONS = ("silu", "gelu_tanh")
+ROPE_KINDS = ("none", "linear", "llama3", "yarn")
 
 MAX_LAYERS = 4096
 
@@ -28,7 +28,7 @@ class RopeScaling:
     attention_factor: "yarn" multiplier of cos and sin; None means 0.1 ln(factor) + 1.
     """
 
-    kind: RopeKind = "none"
+    kind: str = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -38,8 +38,8 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self):
-        if self.kind not in get_args(RopeKind):
-            raise ValueError(f"rope scaling {self.kind!r}: accepted are {get_args(RopeKind)}")
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"rope scaling {self.kind!r}: accepted are {ROPE_KINDS}")
         if not (math.isfinite(self.factor) and self.factor >= 1.0):
             raise ValueError(f"rope scaling factor must be finite and >= 1, got {self.factor}")
         if self.kind in ("llama3", "yarn") and not 0 < self.original_context < 2**31:
@@ -78,7 +78,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
     rope_local_theta: float | None = None
-    activation: Activation = "silu"
+    activation: str = "silu"
     norm_offset: bool = False
     post_norms: bool = False
     qk_norm: bool = False
@@ -112,8 +112,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"activation {self.activation!r}: accepted {get_args(Activation)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r}: accepted {ACTIVATIONS}")
         _check_windows(self)
         _check_token_ids(self)
 

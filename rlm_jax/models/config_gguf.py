@@ -18,10 +18,10 @@ from rlm_jax.models.config import (
     read_optional,
     shortest_period,
 )
+from rlm_jax.text.gguf_vocab import end_of_generation_ids
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-# Tokens that end a turn in the chat formats of the four families; a GGUF file names only one.
-END_OF_TURN_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<|eom_id|>")
+END_ROLES = ("eos", "eot", "eom")
 
 
 def config_from_gguf(
@@ -86,7 +86,7 @@ def config_from_gguf(
         logit_softcap=read_optional(keys, "final_logit_softcapping") or None,
         attn_scale=attn_scale or (float(head_dim) if gemma else None),
         context_length=read_number(keys, "context_length", int, 2048),
-        eos_ids=_gguf_eos_ids(metadata, tokens),
+        eos_ids=_gguf_eos_ids(metadata),
         bos_id=read_optional(metadata, "tokenizer.ggml.bos_token_id", int),
     )
 
@@ -116,16 +116,13 @@ def _gguf_rope_scaling(keys: Mapping[str, Any]) -> RopeScaling:
     )
 
 
-def _gguf_eos_ids(metadata: Mapping[str, Any], tokens: Any) -> tuple[int, ...]:
-    ids = [
-        read_optional(metadata, f"tokenizer.ggml.{name}_token_id", int)
-        for name in ("eos", "eot", "eom")
-    ]
+def _gguf_eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    named = [read_optional(metadata, f"tokenizer.ggml.{name}_token_id", int) for name in END_ROLES]
     kinds = metadata.get("tokenizer.ggml.token_type")
-    if isinstance(tokens, list) and isinstance(kinds, np.ndarray) and len(kinds) == len(tokens):
-        control = np.flatnonzero(kinds == 3)
-        ids += [int(i) for i in control if tokens[i] in END_OF_TURN_TOKENS]
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
+    numeric = kinds is None or (isinstance(kinds, np.ndarray) and kinds.dtype.kind in "iu")
+    if isinstance(metadata.get("tokenizer.ggml.tokens"), list) and numeric:
+        named = end_of_generation_ids(metadata)
+    return tuple(dict.fromkeys(token for token in named if token is not None))
 
 
 def shortest_decimal(value: float) -> float:

@@ -6,13 +6,12 @@ other places, quantized checkpoints) is refused, since ignoring it would change 
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from rlm_jax.models.config import (
     MAX_LAYERS,
-    Activation,
+    ROPE_KINDS,
     ModelConfig,
-    RopeKind,
     RopeScaling,
     check_count,
     read_number,
@@ -40,7 +39,7 @@ _GEMMA3_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
 }
-_HF_ACTIVATIONS: dict[str, Activation] = {
+_HF_ACTIVATIONS: dict[str, str] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -62,7 +61,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         if not isinstance(text, Mapping):
             raise ValueError("config of model_type 'gemma3' has no text_config")
         outer = {k: config[k] for k in ("eos_token_id", "bos_token_id") if k in config}
-        config, model_type = {**outer, **text}, "gemma3_text"
+        inner = {k: v for k, v in text.items() if v is not None}
+        config, model_type = {**outer, **inner}, "gemma3_text"
     if model_type not in HF_MODEL_TYPES:
         raise ValueError(f"unsupported model_type {model_type!r}: accepted {HF_MODEL_TYPES}")
     gemma = model_type == "gemma3_text"
@@ -233,8 +233,8 @@ def _rope_scaling_from_hf(scaling: Any, context: Any) -> RopeScaling:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind in ("default", "none", None):
         return RopeScaling()
-    if kind not in get_args(RopeKind):
-        raise ValueError(f"unsupported rope scaling {kind!r}: accepted {get_args(RopeKind)}")
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"unsupported rope scaling {kind!r}: accepted {ROPE_KINDS}")
     factor = read_number(scaling, "factor", float)
     if kind == "linear":
         return RopeScaling("linear", factor)
@@ -277,10 +277,12 @@ def _rope_scaling_to_hf(scaling: RopeScaling) -> dict[str, Any] | None:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Normalises a config's special token (null, one id or a list of ids) to a tuple."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    """A config's special token (null, one id or a list of ids) as a tuple."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for token in values:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ValueError(f"a special token id must be an integer, got {str(token)[:80]!r}")
+    return tuple(dict.fromkeys(values))
 
 
 def _integral(value: float) -> int | float:

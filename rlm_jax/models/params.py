@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Float, Key, PyTree
@@ -70,11 +69,13 @@ class Params:
 def describe(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """The parameters' description: a `Params` whose leaves are `ParamSpec`."""
     vocab, width = cfg.vocab_size, cfg.model_dim
-    table: Any = ParamSpec((vocab, width), dtype, ("vocab", "embed"), _normal(1 / math.sqrt(width)))
+    table: Any = ParamSpec(
+        (vocab, width), dtype, ("vocab", "embed"), normal_init(1 / math.sqrt(width))
+    )
     return Params(
         embed=table,
         layers=tuple(_describe_layer(cfg, dtype) for _ in range(cfg.num_layers)),
-        final_norm=_norm(cfg, width, dtype),
+        final_norm=_norm_spec(cfg, width, dtype),
         lm_head=None if cfg.tie_embeddings else table,
     )
 
@@ -86,47 +87,47 @@ def _describe_layer(cfg: ModelConfig, dtype: Any) -> Layer:
     residual = 1 / math.sqrt(2 * cfg.num_layers)
 
     def matrix(rows: int, columns: int, axes: tuple[str, str], gain: float = 1.0) -> Any:
-        return ParamSpec((rows, columns), dtype, axes, _normal(gain / math.sqrt(columns)))
+        return ParamSpec((rows, columns), dtype, axes, normal_init(gain / math.sqrt(columns)))
 
     def bias(size: int, axis: str) -> Any:
-        return ParamSpec((size,), dtype, (axis,), _zeros) if cfg.qkv_bias else None
+        return ParamSpec((size,), dtype, (axis,), zeros_init) if cfg.qkv_bias else None
 
     return Layer(
-        attn_norm=_norm(cfg, width, dtype),
+        attn_norm=_norm_spec(cfg, width, dtype),
         wq=matrix(queries, width, ("heads", "embed")),
         wk=matrix(keys, width, ("kv_heads", "embed")),
         wv=matrix(keys, width, ("kv_heads", "embed")),
         wo=matrix(width, queries, ("embed", "heads"), residual),
-        mlp_norm=_norm(cfg, width, dtype),
+        mlp_norm=_norm_spec(cfg, width, dtype),
         w_gate=matrix(ffn, width, ("ffn", "embed")),
         w_up=matrix(ffn, width, ("ffn", "embed")),
         w_down=matrix(width, ffn, ("embed", "ffn"), residual),
         bq=bias(queries, "heads"),
         bk=bias(keys, "kv_heads"),
         bv=bias(keys, "kv_heads"),
-        q_norm=_norm(cfg, cfg.head_dim, dtype) if cfg.qk_norm else None,
-        k_norm=_norm(cfg, cfg.head_dim, dtype) if cfg.qk_norm else None,
-        post_attn_norm=_norm(cfg, width, dtype) if cfg.post_norms else None,
-        post_mlp_norm=_norm(cfg, width, dtype) if cfg.post_norms else None,
+        q_norm=_norm_spec(cfg, cfg.head_dim, dtype) if cfg.qk_norm else None,
+        k_norm=_norm_spec(cfg, cfg.head_dim, dtype) if cfg.qk_norm else None,
+        post_attn_norm=_norm_spec(cfg, width, dtype) if cfg.post_norms else None,
+        post_mlp_norm=_norm_spec(cfg, width, dtype) if cfg.post_norms else None,
     )
 
 
-def _norm(cfg: ModelConfig, size: int, dtype: Any) -> Any:
-    return ParamSpec((size,), dtype, (None,), _zeros if cfg.norm_offset else _ones)
+def _norm_spec(cfg: ModelConfig, size: int, dtype: Any) -> Any:
+    return ParamSpec((size,), dtype, (None,), zeros_init if cfg.norm_offset else ones_init)
 
 
-def _normal(scale: float) -> Initializer:
+def normal_init(scale: float) -> Initializer:
     def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     return init
 
 
-def _zeros(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+def zeros_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jnp.zeros(shape, dtype)
 
 
-def _ones(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+def ones_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jnp.ones(shape, dtype)
 
 
@@ -152,9 +153,9 @@ def abstract_params(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
 
 
 def param_axes(cfg: ModelConfig) -> Params:
-    """The parameters' logical axes: a `Params` whose leaves are `PartitionSpec`s of logical names
-    (a PartitionSpec is a leaf, a plain tuple would not be)."""
-    return jax.tree.map(lambda spec: PartitionSpec(*spec.axes), describe(cfg))
+    """The parameters' logical axes: a `Params` with a tuple of names in each parameter's place
+    (`core.sharding.shard_tree` takes it; a tuple is a pytree, so flatten up to the parameters)."""
+    return jax.tree.map(lambda spec: spec.axes, describe(cfg))
 
 
 def param_path(path: Any) -> str:

