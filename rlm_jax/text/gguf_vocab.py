@@ -115,6 +115,7 @@ def _sentencepiece_parts(
     scores = metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise ValueError("tokenizer.ggml.scores must hold one score per token")
+    scores = [float(score) for score in scores]
     adds_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
     prepend = [{"type": "Prepend", "prepend": SPACE_MARK}] if adds_space else []

@@ -87,9 +87,9 @@ class StepState:
         length: tokens of this step so far.
     """
 
-    has_content: Bool[Array, "R"]
-    after_newline: Bool[Array, "R"]
-    length: Int32[Array, "R"]
+    has_content: Bool[Array, "*R"]
+    after_newline: Bool[Array, "*R"]
+    length: Int32[Array, "*R"]
 
 
 def make_step_rule(spec: StepSpec, tokenizer: Tokenizer) -> StepRule:
@@ -152,27 +152,29 @@ def _token_tables(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     return tables
 
 
-def init_step_state(like: Int[Array, "R"]) -> StepState:
+def init_step_state(like: Int[Array, "*R"]) -> StepState:
     """The beginning of a step, one row for each row of `like`."""
     zeros = jnp.zeros_like(like, dtype=jnp.int32)
     return StepState(has_content=zeros != 0, after_newline=zeros != 0, length=zeros)
 
 
 def update_step(
-    rule: StepRule, state: StepState, token: Int[Array, "R"]
-) -> tuple[StepState, Bool[Array, "R"], Bool[Array, "R"]]:
+    rule: StepRule, state: StepState, token: Int[Array, "*R"]
+) -> tuple[StepState, Bool[Array, "*R"], Bool[Array, "*R"]]:
     """Reads one token per row.
 
     A step ends at its separator, at `max_tokens`, or at a final token; a final token ends the
-    solution too. Ids past the vocabulary (padding rows of an embedding) count as blank.
+    solution too. Ids outside the vocabulary (padding, or spare rows of an embedding) are blank.
 
     Returns:
         The next state, which is the beginning of a step in the rows that ended; `ended`: this
         token is the last one of its step; `terminal`: it is the last one of its solution.
     """
 
-    def look_up(table: Bool[Array, "V"], default: bool = False) -> Bool[Array, "R"]:
-        return table.at[token].get(mode="fill", fill_value=default)
+    def look_up(table: Bool[Array, "V"], default: bool = False) -> Bool[Array, "*R"]:
+        return jnp.where(known, table[jnp.where(known, token, 0)], default)
+
+    known = (token >= 0) & (token < rule.blank.shape[0])
 
     blank = look_up(rule.blank, default=True)
     terminal = look_up(rule.final)
