@@ -12,11 +12,12 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 SPACE_MARK = "▁"  # U+2581, how SentencePiece writes a space
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the package asks of a tokenizer.
 
