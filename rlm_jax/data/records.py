@@ -16,7 +16,7 @@ Record:
   policy_version  str     which weights proposed the steps
   value_version   str?    which weights or rule judged them; null when nothing did
   budget          object  `BUDGET_FIELDS`, counts for this problem
-  seconds         float   wall clock of the search, compilation left out
+  seconds         float   wall clock of the search
   nodes           array   nodes in topological order, the root first
   chosen          array   node ids from the root to the node that gave the answer; may be empty
 

@@ -1,0 +1,1 @@
+"""Structures for people to look at."""

@@ -1,0 +1,195 @@
+"""Trees as text: legible at any width, without colour, and deaf to what model text says."""
+
+import io
+import random
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, make_record
+from rlm_jax.viz.text import clean_text, render_summary, render_tree
+
+PARENTS = [-1, 0, 1, 2, 3, 2, 5, 0, 0]
+TEXTS = ["", "3 * 4 = 12", "12 + 1 = 13\n", "13 * 2 = 26", "#### 26", "13 * 3 = 39", "#### 39",
+         "3 + 4 = 7", "3 * 4 = 12"]  # fmt: skip
+
+
+def make_tree(
+    parents=PARENTS, texts=TEXTS, terminal=(4, 6), dead=(8,), chosen=(0, 1, 2, 3, 4), **kw
+):
+    num_nodes = len(parents)
+    depth = [0] * num_nodes
+    for node in range(1, num_nodes):
+        depth[node] = depth[parents[node]] + 1
+    index = np.arange(num_nodes)
+    nodes = NodeColumns(
+        parents=np.array(parents)[:, None],
+        op=["root"] + ["generate"] * (num_nodes - 1),
+        owner=index * 0 - 1,
+        depth=depth,
+        text=texts,
+        tokens=[[1]] * num_nodes,
+        logprob=-index / 7,
+        visits=num_nodes - index,
+        value={"model": index / 100, "search": index / 50},
+        prior=1 / (1.0 + index),
+        reward=index * 0.0,
+        terminal=np.isin(index, terminal),
+        alive=~np.isin(index, dead),
+        budget=index,
+    )
+    fields = {
+        "id": "p", "question": "How many?", "answer": "26", "correct": True, "strategy": "puct",
+        "config": {}, "seed": 0, "policy_version": "m", "value_version": None,
+        "budget": dict.fromkeys(BUDGET_FIELDS, 1200), "seconds": 10.0,
+    }  # fmt: skip
+    return make_record(nodes=nodes._replace(**kw.pop("nodes", {})), chosen=chosen, **(fields | kw))
+
+
+def draw(renderable, width=80, **options):
+    file = io.StringIO()
+    Console(file=file, width=width, **options).print(renderable)
+    return file.getvalue().splitlines()
+
+
+def test_branches_indent_and_chains_do_not():
+    assert draw(render_tree(make_tree())) == [
+        "▶ How many?          visits  model  search  prior",
+        "▶ ├─ 3 * 4 = 12           8   0.01    0.02   0.50",
+        "▶ │  12 + 1 = 13          7   0.02    0.04   0.33",
+        "▶ │  ├─ 13 * 2 = 26       6   0.03    0.06   0.25",
+        "▶ │  │  ✔ #### 26         5   0.04    0.08   0.20",
+        "  │  └─ 13 * 3 = 39       4   0.05    0.10   0.17",
+        "  │     ✔ #### 39         3   0.06    0.12   0.14",
+        "  ├─ … 3 + 4 = 7          2   0.07    0.14   0.12",
+        "  └─ ✂ 3 * 4 = 12         1   0.08    0.16   0.11",
+        "▶ chosen path   ✔ finished   … unfinished   ✂ pruned or merged",
+    ]
+
+
+def test_folds_the_worst_and_counts_them():
+    def words(max_nodes):
+        lines = draw(render_tree(make_tree(), max_nodes=max_nodes))[1:-1]
+        return [re.sub(r" +[0-9]+( +[0-9][.][0-9]{2}){3}$", "", line) for line in lines]
+
+    best = ["▶ ├─ 3 * 4 = 12", "▶ │  12 + 1 = 13", "▶ │  ├─ 13 * 2 = 26", "▶ │  │  ✔ #### 26"]
+    next_best = ["  │  └─ 13 * 3 = 39", "  │     ✔ #### 39"]
+    assert words(8) == [*best, *next_best, "  ├─ … 3 + 4 = 7", "  └─ … 1 more node"]
+    assert words(7) == [
+        "▶ 3 * 4 = 12",
+        "▶ 12 + 1 = 13",
+        "▶ ├─ 13 * 2 = 26",
+        "▶ │  ✔ #### 26",
+        "  └─ 13 * 3 = 39",
+        "     ✔ #### 39",
+    ]
+    assert words(5) == [
+        "▶ 3 * 4 = 12",
+        "▶ 12 + 1 = 13  … 2 more nodes",
+        "▶ 13 * 2 = 26",
+        "▶ ✔ #### 26",
+    ]
+    lines = draw(render_tree(make_tree(), max_nodes=5))
+    assert lines[0].startswith("▶ How many?  … 2 more nodes  ")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 120), st.integers(1, 60), st.integers(8, 130))
+def test_any_tree_fits_any_width_and_no_node_is_lost(seed, num_nodes, max_nodes, width):
+    rng = random.Random(seed)
+    parents = [-1] + [rng.randrange(node) for node in range(1, num_nodes)]
+    texts = [f"<{node}> 日本語 words" * rng.randint(1, 9) for node in range(num_nodes)]
+    record = make_tree(parents, texts, terminal=(), dead=(), chosen=())
+    lines = draw(render_tree(record, max_nodes=max_nodes), width)
+    assert all(cell_len(line) <= width for line in lines)
+    wide = draw(render_tree(record, max_nodes=max_nodes), 2000)
+    num_drawn = 1 + sum(f"<{node}>" in line for line in wide for node in range(1, num_nodes))
+    folded = [line.split("… ")[-1].split(" more node")[0] for line in wide if " more node" in line]
+    assert num_drawn == min(num_nodes, max_nodes)
+    assert num_drawn + sum(map(int, folded)) == num_nodes
+
+
+def test_the_width_argument_caps_the_console():
+    lines = draw(render_tree(make_tree(), width=40), 200)
+    assert max(map(cell_len, lines)) <= 40
+
+
+def test_text_of_a_model_stays_text():
+    evil = (
+        "[bold]b[/bold] \x1b[31mred\x1b]0;title\x07 \u202eright\u200b :smile: \x9b1m\r\nnext\ttab"
+    )
+    texts = [evil, evil, *TEXTS[2:]]
+    record = make_tree(texts=texts, question=evil, answer=evil, strategy=evil)
+    for renderable in (render_tree(record), render_summary([record])):
+        printed = "\n".join(draw(renderable, 250, force_terminal=True, color_system=None))
+        assert not set(printed) & set("\x07\x9b\x1b\r\t\u202e\u200b")
+        assert "[bold]b[/bold]" in printed
+    assert ":smile:" in "\n".join(draw(render_tree(record), 250))
+
+
+@given(st.text(max_size=300))
+def test_clean_text_is_one_printable_line(text):
+    line = clean_text(text)
+    assert "\n" not in line
+    assert all(c.isprintable() or c == " " for c in line.replace("\xa0", " "))
+    assert clean_text(line) == line
+
+
+def test_clean_text_is_bounded():
+    assert len(clean_text("e" + "\u0301" * 10**6)) == 500
+
+
+def test_graph_nodes_say_how_they_were_made():
+    record = make_tree(nodes={"op": ["root", "generate", "refine"] + ["generate"] * 6})
+    assert any("refine: 12 + 1 = 13" in line for line in draw(render_tree(record)))
+    parents = np.array([[-1, -1], [0, -1], [0, -1], [1, 2]])
+    nodes = {"parents": parents, "depth": [0, 1, 1, 2]}
+    nodes["op"] = ["root", "generate", "generate", "aggregate"]
+    record = make_tree([-1, 0, 0, 1], TEXTS[:4], (), (), (), nodes=nodes)
+    assert any("aggregate of 2: 13 * 2 = 26" in line for line in draw(render_tree(record)))
+
+
+def test_statistics_that_say_nothing_are_left_out():
+    same = {"visits": [1] * 9, "prior": [1.0] * 9, "value": {"model": [None] * 9}}
+    lines = draw(render_tree(make_tree(nodes=same)))
+    assert lines[0] == "▶ How many?"
+
+
+def test_a_lone_root_is_drawn():
+    record = make_tree([-1], [""], (), (), (), answer=None, correct=None)
+    assert draw(render_tree(record))[0] == "  How many?"
+    with pytest.raises(ValueError, match="max_nodes"):
+        render_tree(record, max_nodes=0)
+
+
+def test_summary_of_one_problem():
+    records = [
+        make_tree(strategy="greedy", correct=False, answer="9" * 90),
+        make_tree(strategy="best_of_n", correct=None, answer=None, seconds=0.0),
+        make_tree(strategy="puct"),
+    ]
+    title, header, greedy, *others = (line.split() for line in draw(render_summary(records)))
+    assert title == ["generated", "model"]
+    assert header == ["strategy", "answer", "correct", "tokens", "calls", "seconds", "tokens/s"]
+    assert greedy[1].startswith("99999")
+    assert greedy[1].endswith("…")
+    assert [greedy[0], *greedy[2:]] == ["greedy", "✘", "no", "1,200", "1,200", "10.0", "120.0"]
+    assert others == [
+        ["best_of_n", "-", "-", "1,200", "1,200", "0.0", "-"],
+        ["puct", "26", "✔", "yes", "1,200", "1,200", "10.0", "120.0"],
+    ]
+    assert max(map(cell_len, draw(render_summary(records)))) <= 80
+
+
+def test_summary_of_many_problems():
+    records = [make_tree(), make_tree(correct=False), make_tree(correct=None, answer=None)]
+    lines = draw(render_summary([*records, make_tree(strategy="greedy")]))
+    assert lines[1].split()[1] == "answered"
+    assert lines[2].split() == ["puct", "2", "of", "3", "1", "of", "2", "3,600", "3,600", "30.0",
+                                "120.0"]  # fmt: skip
+    assert lines[3].split()[:4] == ["greedy", "1", "of", "1"]
