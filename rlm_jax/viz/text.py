@@ -145,7 +145,8 @@ def _draw_row(row: _Row, room: int) -> Text:
     # Deep branching must leave the words some room: the outer guides give way.
     if len(guide) > room // 2:
         guide = "⋯" + guide[-(room // 2) + 1 :]
-    line = Text(f"{CHOSEN if row.chosen else ' '} ", "bold green", no_wrap=True)
+    line = Text(no_wrap=True)
+    line.append(f"{CHOSEN if row.chosen else ' '} ", "bold green")
     line.append(guide, "dim")
     line.append(f"{row.mark} " if row.mark else "", _style(row))
     line.append(row.text, _style(row))

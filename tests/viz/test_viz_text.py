@@ -114,6 +114,11 @@ def test_any_tree_fits_any_width_and_no_node_is_lost(seed, num_nodes, max_nodes,
     assert num_drawn + sum(map(int, folded)) == num_nodes
 
 
+def test_only_the_chosen_path_is_green():
+    lines = draw(render_tree(make_tree()), force_terminal=True, color_system="standard")
+    assert all(("32m" in line) == ("▶" in line) for line in lines[:-1])
+
+
 def test_the_width_argument_caps_the_console():
     lines = draw(render_tree(make_tree(), width=40), 200)
     assert max(map(cell_len, lines)) <= 40
