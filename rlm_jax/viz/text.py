@@ -146,7 +146,7 @@ def _draw_row(row: _Row, room: int) -> Text:
     if len(guide) > room // 2:
         guide = "⋯" + guide[-(room // 2) + 1 :]
     line = Text(no_wrap=True)
-    line.append(f"{CHOSEN if row.chosen else ' '} ", "bold green")
+    line.append(f"{CHOSEN} " if row.chosen else "  ", _style(row))
     line.append(guide, "dim")
     line.append(f"{row.mark} " if row.mark else "", _style(row))
     line.append(row.text, _style(row))
