@@ -1,0 +1,1 @@
+"""Problems through a strategy at a budget: solutions, records, figures."""

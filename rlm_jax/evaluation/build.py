@@ -1,0 +1,165 @@
+"""From a config to a solver: the model, its tokenizer, a strategy and what they are run with.
+
+A config is any nested mapping with the fields of `configs/smollm2.py`. Everything is checked
+before the model is loaded, so that a wrong setting costs no time.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlm_jax.evaluation.prompts import make_judge
+from rlm_jax.evaluation.solver import Solver
+from rlm_jax.inference.sampling import SamplingConfig
+from rlm_jax.models.config import ModelConfig
+from rlm_jax.models.heads import apply_value_head
+from rlm_jax.models.load import load_model
+from rlm_jax.models.params import Params, init_params
+from rlm_jax.models.presets import preset
+from rlm_jax.reasoning.language import EVALUATORS, LanguageConfig, LanguageModel
+from rlm_jax.reasoning.protocol import Strategy
+from rlm_jax.reasoning.strategies import best_of_n, greedy, puct
+from rlm_jax.tasks import arithmetic, free, game24, gsm8k
+from rlm_jax.tasks.base import Task
+from rlm_jax.text.answers import make_answer_rule
+from rlm_jax.text.steps import StepSpec, make_step_rule
+from rlm_jax.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+STRATEGIES = ("greedy", "best_of_n", "puct")
+TASKS: dict[str, Task] = {
+    module.TASK.name: module.TASK for module in (free, gsm8k, arithmetic, game24)
+}
+_RANDOM = "random:"
+_NOT_SETTINGS = ("sampling",)
+
+
+class Policy(NamedTuple):
+    """A loaded language model with its tokenizer; version names its weights in records."""
+
+    params: Params
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+    value_head: Any
+    version: str
+
+
+class Plan(NamedTuple):
+    """A checked strategy setting: what `build_solver` needs beside the model."""
+
+    strategy: Strategy
+    sampling: SamplingConfig
+    num_nodes: int
+    settings: dict[str, Any]
+
+
+def load_policy(spec: str, dtype: str = "float32") -> Policy:
+    """Loads a model and its tokenizer; "random:PRESET" is a byte-level model without training.
+
+    Raises:
+      FileNotFoundError, ValueError: as `rlm_jax.models.load.load_model`.
+    """
+    if spec.startswith(_RANDOM):
+        tokenizer = ByteTokenizer()
+        cfg = dataclasses.replace(
+            preset(spec.removeprefix(_RANDOM)),
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_ids=tokenizer.eos_ids,
+            context_length=2048,
+        )
+        params = init_params(jax.random.key(0), cfg, jnp.dtype(dtype))
+        return Policy(params, cfg, tokenizer, None, spec)
+    model = load_model(spec, jnp.dtype(dtype))
+    tokenizer = load_tokenizer(model.tokenizer_source)
+    return Policy(model.params, model.cfg, tokenizer, model.value_head, spec)
+
+
+def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
+    """Checks the settings of one strategy of a config.
+
+    Raises:
+      ValueError: an unknown strategy, task or evaluator, or a value out of range, by its name.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy {name!r}: accepted are {', '.join(STRATEGIES)}")
+    if config["task"] not in TASKS:
+        raise ValueError(f"task {config['task']!r}: accepted are {', '.join(TASKS)}")
+    if config["evaluator"] not in EVALUATORS:
+        raise ValueError(f"evaluator {config['evaluator']!r}: accepted are {EVALUATORS}")
+    if config["budget_tokens"] < 1:
+        raise ValueError(f"budget_tokens must be >= 1, got {config['budget_tokens']}")
+    StepSpec(**config["step"])
+    own = {key: value for key, value in config[name].items() if key not in _NOT_SETTINGS}
+    strategy, num_nodes = _make_strategy(name, own, config["max_depth"])
+    sampling = SamplingConfig(**config[name]["sampling"])
+    shared = ("model", "dtype", "task", "evaluator", "budget_tokens", "max_depth", "page_tokens")
+    settings = {key: config[key] for key in shared}
+    settings |= {f"step.{key}": value for key, value in config["step"].items()}
+    settings |= {f"sampling.{key}": v for key, v in config[name]["sampling"].items()}
+    settings |= own
+    return Plan(strategy, sampling, num_nodes, settings)
+
+
+def build_solver(
+    config: Mapping[str, Any], plan: Plan, policy: Policy, *, seed: int, batch_size: int
+) -> Solver:
+    """A solver for one strategy over a loaded model.
+
+    Raises:
+      ValueError: settings that do not fit the model (an evaluator it has no head for).
+    """
+    value_fn = None
+    if config["evaluator"] == "value_head":
+        if policy.value_head is None:
+            raise ValueError(f"evaluator 'value_head': {policy.version} comes without a value head")
+        value_fn = apply_value_head
+    language = LanguageConfig(
+        model=policy.cfg,
+        sampling=plan.sampling,
+        evaluator=config["evaluator"],
+        num_nodes=plan.num_nodes,
+        max_depth=config["max_depth"],
+        max_new_tokens=config["budget_tokens"],
+        page_tokens=config["page_tokens"],
+        value_fn=value_fn,
+    )
+    judge = make_judge(policy.tokenizer) if config["evaluator"] == "p_yes" else None
+    lm = LanguageModel(
+        policy=policy.params,
+        step_rule=make_step_rule(StepSpec(**config["step"]), policy.tokenizer),
+        answer_rule=make_answer_rule(policy.tokenizer),
+        value_head=policy.value_head if value_fn is not None else None,
+        judge=judge,
+    )
+    return Solver(
+        task=TASKS[config["task"]],
+        tokenizer=policy.tokenizer,
+        lm=jax.device_put(lm),
+        language=language,
+        strategy=plan.strategy,
+        budget_tokens=config["budget_tokens"],
+        batch_size=batch_size,
+        bucket_tokens=config["bucket_tokens"],
+        seed=seed,
+        settings=plan.settings,
+        policy_version=policy.version,
+    )
+
+
+def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tuple[Strategy, int]:
+    """The strategy, and the nodes its structures need."""
+    if name == "greedy":
+        return greedy.make_greedy(max_depth), 1 + max_depth
+    if name == "best_of_n":
+        strategy = best_of_n.make_best_of_n(max_depth=max_depth, **settings)
+        return strategy, 1 + settings["num_chains"] * max_depth
+    own = {key: value for key, value in settings.items() if key != "num_nodes"}
+    num_nodes = settings["num_nodes"]
+    cfg = puct.Config(max_depth=max_depth, **own)
+    least = 1 + cfg.num_lanes * cfg.num_children
+    if num_nodes < least:
+        raise ValueError(f"puct: num_nodes={num_nodes}: accepted is >= {least}, one round")
+    return puct.make_puct(cfg), num_nodes
