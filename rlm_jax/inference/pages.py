@@ -169,11 +169,24 @@ def gather_prompts(pages: KVPages) -> Context:
     return _gather(pages, pages.prompt_table)
 
 
-def gather_paths(pages: KVPages, nodes: Int32[Array, "B W"]) -> Context:
-    """The steps from below the root down to each node, a group per node, in lane order."""
+def gather_paths(
+    pages: KVPages, nodes: Int32[Array, "B W"], num_pages: int | None = None
+) -> Context:
+    """The steps from below the root down to each node, a group per node, in lane order.
+
+    Args:
+      num_pages: pages to gather per node, at least the longest of their lists (default: room for
+        any).
+    """
     rows = jnp.arange(nodes.shape[0])[:, None]
-    table = pages.table[rows, nodes]
+    table = pages.table[rows, nodes][..., :num_pages]
     return _gather(pages, table.reshape(-1, table.shape[-1]))
+
+
+def path_buckets(pages: KVPages) -> tuple[int, ...]:
+    """Numbers of pages that `gather_paths` is compiled for, ascending: a quarter, a half, all."""
+    longest = pages.table.shape[-1]
+    return tuple(sorted({-(-longest // share) for share in (4, 2, 1)}))
 
 
 def _gather(pages: KVPages, table: Int32[Array, "X C"]) -> Context:

@@ -14,6 +14,7 @@ Evaluators (Blueprint 4.3.4), all in [0, 1] but for a value head of another rang
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -32,6 +33,7 @@ from rlm_jax.inference.pages import (
     gather_prompts,
     make_pages,
     pages_for_search,
+    path_buckets,
     write_prompts,
     write_steps,
 )
@@ -193,37 +195,23 @@ def make_expand(cfg: LanguageConfig) -> Expand:
         slots = child_slots(structure, request)
         lanes = jnp.maximum(request.nodes, 0)
         rows = _Rows(lanes, request.num_children)
-        contexts = (gather_prompts(world.pages), gather_paths(world.pages, lanes))
-        starts = rows.of_parent(structure.span_start + structure.span_length)
-        row_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
-            keys, slots.reshape(slots.shape[0], -1)
-        )
-        steps = decode_steps(
-            lm.policy,
-            row_keys.reshape(-1),
-            rows.of_parent(world.hidden),
-            jax.tree.map(rows.of_parent, world.answers),
-            cfg=cfg.model,
-            contexts=contexts,
-            starts=starts,
-            limits=_row_limits(structure, request, starts, lm.step_rule, cfg),
-            rule=lm.step_rule,
-            answer_rule=lm.answer_rule,
-            sampling=cfg.sampling,
-            num_siblings=request.num_children,
-            num_slots=world.tokens.shape[-1],
-        )
+        prompts = gather_prompts(world.pages)
+
+        def grow(num_pages: int) -> tuple[DecodedSteps, _Judged]:
+            contexts = (prompts, gather_paths(world.pages, lanes, num_pages))
+            steps = _decode(lm, cfg, keys, world, structure, request, slots, rows, contexts)
+            return steps, _evaluate(lm, cfg, world, structure, steps, rows, contexts)
+
+        # Attention costs what its keys measure: deep paths alone pay for long ones.
+        buckets = path_buckets(world.pages)
+        longest = jnp.take_along_axis(world.pages.table_length, lanes, 1).max()
+        branch = (longest > jnp.asarray(buckets[:-1], jnp.int32)).sum()
+        grow_fns = [functools.partial(grow, num_pages) for num_pages in buckets]
+        steps, judged = jax.lax.switch(branch, grow_fns)
         duplicate = _find_duplicates(steps, slots.shape)
-        keep = (steps.length > 0).reshape(slots.shape) & ~duplicate
-        path_logprob = rows.of_parent(world.path_logprob) + steps.logprob
-        path_confidence = rows.of_parent(world.path_confidence) + steps.confidence
-        path_tokens = starts + steps.length - rows.of_root(structure.span_length)
-        value, scored = _evaluate(
-            lm, cfg, steps, contexts, starts, path_logprob, path_confidence, path_tokens, keep
-        )
-        outcome = _outcome(structure, request, steps, value, scored, duplicate, slots.shape)
-        world = _store(world, rows, slots, steps, starts, keep, path_logprob, path_confidence)
-        return outcome, world
+        outcome = _outcome(structure, request, steps, judged, duplicate, slots.shape)
+        keep = outcome.valid & ~duplicate
+        return outcome, _store(world, structure, rows, slots, steps, judged, keep)
 
     return expand
 
@@ -241,6 +229,10 @@ class _Rows:
 
     def of_root(self, array: Array) -> Array:
         return array[self.structure, 0]
+
+    def step_starts(self, structure: Structure) -> Int32[Array, "R"]:
+        """Position of each row's first new token."""
+        return self.of_parent(structure.span_start + structure.span_length)
 
 
 def _path_pages(slots: int, cfg: LanguageConfig) -> int:
@@ -268,34 +260,61 @@ def _find_duplicates(steps: DecodedSteps, shape: tuple[int, ...]) -> Bool[Array,
     return (same & earlier).any(-1) & (length > 0)
 
 
-def _evaluate(
-    lm: LanguageModel,
-    cfg: LanguageConfig,
-    steps: DecodedSteps,
-    contexts: tuple[Context, ...],
-    starts: Int32[Array, "R"],
-    path_logprob: Float32[Array, "R"],
-    path_confidence: Float32[Array, "R"],
-    path_tokens: Int32[Array, "R"],
-    keep: Bool[Array, "B W K"],
-) -> tuple[Float32[Array, "R"], Int32[Array, "R"]]:
-    """Values of the new steps, and the tokens an evaluator forwarded for each."""
-    num_tokens = jnp.maximum(path_tokens, 1).astype(jnp.float32)
-    nothing = jnp.zeros_like(steps.length)
+@struct
+class _Judged:
+    """Values of the new steps, what they rest on, and the tokens forwarded to get them."""
+
+    value: Float32[Array, "R"]
+    path_logprob: Float32[Array, "R"]
+    path_confidence: Float32[Array, "R"]
+    scored_tokens: Int32[Array, "R"]
+
+
+def _decode(lm, cfg, keys, world, structure, request, slots, rows, contexts) -> DecodedSteps:
+    """One step for every row of the request."""
+    starts = rows.step_starts(structure)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+    return decode_steps(
+        lm.policy,
+        fold(keys, slots.reshape(slots.shape[0], -1)).reshape(-1),
+        rows.of_parent(world.hidden),
+        jax.tree.map(rows.of_parent, world.answers),
+        cfg=cfg.model,
+        contexts=contexts,
+        starts=starts,
+        limits=_row_limits(structure, request, starts, lm.step_rule, cfg),
+        rule=lm.step_rule,
+        answer_rule=lm.answer_rule,
+        sampling=cfg.sampling,
+        num_siblings=request.num_children,
+        num_slots=world.tokens.shape[-1],
+    )
+
+
+def _evaluate(lm, cfg, world, structure, steps, rows, contexts) -> _Judged:
+    """Values of the new steps by the evaluator of `cfg`."""
+    starts = rows.step_starts(structure)
+    path_logprob = rows.of_parent(world.path_logprob) + steps.logprob
+    path_confidence = rows.of_parent(world.path_confidence) + steps.confidence
+    num_tokens = starts + steps.length - rows.of_root(structure.span_length)
+    num_tokens = jnp.maximum(num_tokens, 1).astype(jnp.float32)
+    scored = jnp.zeros_like(steps.length)
     if cfg.evaluator == "confidence":
-        return path_confidence / num_tokens, nothing
-    if cfg.evaluator == "likelihood":
-        return jnp.exp(path_logprob / num_tokens), nothing
-    if cfg.evaluator == "value_head":
+        value = path_confidence / num_tokens
+    elif cfg.evaluator == "likelihood":
+        value = jnp.exp(path_logprob / num_tokens)
+    elif cfg.evaluator == "value_head":
         assert cfg.value_fn is not None
-        return cfg.value_fn(lm.value_head, steps.hidden).astype(jnp.float32), nothing
-    if cfg.evaluator == "none":
-        return jnp.zeros_like(path_logprob), nothing
-    return _judge(lm, cfg, steps, contexts, starts, keep.reshape(-1))
+        value = cfg.value_fn(lm.value_head, steps.hidden).astype(jnp.float32)
+    elif cfg.evaluator == "p_yes":
+        value, scored = _ask_judge(lm, cfg, steps, contexts, starts)
+    else:
+        value = jnp.zeros_like(path_logprob)
+    return _Judged(value, path_logprob, path_confidence, scored)
 
 
-def _judge(lm, cfg, steps, contexts, starts, keep):
-    """P(yes) to the judge's question, forwarded behind each new step."""
+def _ask_judge(lm, cfg, steps, contexts, starts) -> tuple[Array, Array]:
+    """P(yes) to the judge's question, forwarded behind each new step, and the tokens it took."""
     judge = lm.judge
     if judge is None:
         raise ValueError("evaluator 'p_yes' needs LanguageModel.judge")
@@ -306,11 +325,11 @@ def _judge(lm, cfg, steps, contexts, starts, keep):
         positions=starts[:, None] + offset,
         valid=offset < steps.length[:, None],
     )
-    tokens = jnp.where(steps.terminal[:, None], judge.finished, judge.unfinished)
     lengths = jnp.where(steps.terminal, judge.finished_length, judge.unfinished_length)
+    lengths = jnp.where(steps.length > 0, lengths, 0)
     asked = extend(
         lm.policy,
-        tokens,
+        jnp.where(steps.terminal[:, None], judge.finished, judge.unfinished),
         lengths,
         cfg=cfg.model,
         contexts=(*contexts, own),
@@ -318,18 +337,17 @@ def _judge(lm, cfg, steps, contexts, starts, keep):
     )
     hidden = last_hidden(asked.hidden, lengths)
     value = yes_probability(lm.policy, hidden, judge.yes_ids, judge.no_ids, cfg=cfg.model)
-    return value, jnp.where(keep, lengths, 0)
+    return value, lengths
 
 
-def _outcome(structure, request, steps, value, scored, duplicate, shape) -> Outcome:
+def _outcome(structure, request, steps, judged, duplicate, shape) -> Outcome:
     batch = shape[0]
-    active = request.active.any(-1)
+    scored = judged.scored_tokens.reshape(batch, -1)
     cost = zero_budget(structure.num_nodes).replace(
         generated_tokens=steps.length.reshape(batch, -1).sum(-1),
-        scored_tokens=scored.reshape(batch, -1).sum(-1),
+        scored_tokens=scored.sum(-1),
         # A structure takes part in the calls up to its own longest step, not its neighbours'.
-        model_calls=steps.length.reshape(batch, -1).max(-1)
-        + (active & (scored.reshape(batch, -1) > 0).any(-1)),
+        model_calls=steps.length.reshape(batch, -1).max(-1) + (scored > 0).any(-1),
         expansions=request.active.sum(-1).astype(jnp.int32),
     )
     return Outcome(
@@ -337,7 +355,7 @@ def _outcome(structure, request, steps, value, scored, duplicate, shape) -> Outc
         duplicate=duplicate,
         length=steps.length.reshape(shape),
         logprob=steps.logprob.reshape(shape),
-        value=value.reshape(shape),
+        value=judged.value.reshape(shape),
         reward=jnp.zeros(shape, jnp.float32),
         terminal=steps.terminal.reshape(shape),
         answer_key=answer_key(steps.answers).reshape(shape),
@@ -345,16 +363,7 @@ def _outcome(structure, request, steps, value, scored, duplicate, shape) -> Outc
     )
 
 
-def _store(
-    world: World,
-    rows: _Rows,
-    slots: Int32[Array, "B W K"],
-    steps: DecodedSteps,
-    starts: Int32[Array, "R"],
-    keep: Bool[Array, "B W K"],
-    path_logprob: Float32[Array, "R"],
-    path_confidence: Float32[Array, "R"],
-) -> World:
+def _store(world, structure, rows, slots, steps, judged, keep) -> World:
     """Writes what the new nodes say under their indices."""
     batch = slots.shape[0]
     flat = slots.reshape(batch, -1)
@@ -370,7 +379,7 @@ def _store(
         steps.values,
         parents=rows.parents,
         slots=flat,
-        starts=starts.reshape(flat.shape),
+        starts=rows.step_starts(structure).reshape(flat.shape),
         lengths=steps.length.reshape(flat.shape),
         keep=keep.reshape(flat.shape),
     )
@@ -378,7 +387,7 @@ def _store(
         pages=pages,
         tokens=put(world.tokens, steps.tokens),
         hidden=put(world.hidden, steps.hidden),
-        path_logprob=put(world.path_logprob, path_logprob),
-        path_confidence=put(world.path_confidence, path_confidence),
+        path_logprob=put(world.path_logprob, judged.path_logprob),
+        path_confidence=put(world.path_confidence, judged.path_confidence),
         answers=jax.tree.map(put, world.answers, steps.answers),
     )
