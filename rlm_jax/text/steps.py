@@ -17,7 +17,6 @@ import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Bool, Int, Int32
 from rlm_jax.text.tokenizer import Tokenizer
 
-StepKind = Literal["end_token", "newline", "blank_line", "fixed", "solution"]
+STEP_KINDS = ("end_token", "newline", "blank_line", "fixed", "solution")
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,19 @@ class StepSpec:
     """What a step is.
 
     Attributes:
-        kind: the separator; "fixed" ends a step only by length, "solution" makes the whole
-            solution one step.
+        kind: one of STEP_KINDS, the separator; "fixed" ends a step only by length, "solution"
+            makes the whole solution one step.
         max_tokens: longest step, separator included.
         end_token: the separator of kind "end_token"; of no use to the others.
     """
 
-    kind: StepKind
+    kind: str
     max_tokens: int
     end_token: int | None = None
 
     def __post_init__(self):
-        if self.kind not in get_args(StepKind):
-            raise ValueError(f"step kind {self.kind!r}; accepted: {', '.join(get_args(StepKind))}")
+        if self.kind not in STEP_KINDS:
+            raise ValueError(f"step kind {self.kind!r}; accepted: {', '.join(STEP_KINDS)}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if (self.kind == "end_token") != (self.end_token is not None):
@@ -63,7 +62,7 @@ class StepRule:
         ends_alone: holds content and the separator behind it, so it ends any step.
         starts_newline: begins with a newline, other whitespace aside.
         ends_newline: ends with a newline, other whitespace aside.
-        blank: holds no content: whitespace only, or a control token.
+        blank: holds no content: whitespace only, a control token, or `end_token`.
         final: ends the step and the solution (end of text, end of turn).
     """
 
@@ -73,7 +72,7 @@ class StepRule:
     ends_newline: Bool[Array, "V"]
     blank: Bool[Array, "V"]
     final: Bool[Array, "V"]
-    kind: StepKind = static()
+    kind: str = static()
     max_tokens: int = static()
 
 
@@ -102,7 +101,7 @@ def make_step_rule(spec: StepSpec, tokenizer: Tokenizer) -> StepRule:
     if spec.end_token is not None and not 0 <= spec.end_token < vocab_size:
         raise ValueError(f"end_token {spec.end_token} is outside the {vocab_size} token ids")
     tables = _token_tables(tokenizer)
-    nothing = np.zeros(vocab_size, bool)
+    nothing, blank = np.zeros(vocab_size, bool), tables["blank"].copy()
     if spec.kind == "newline":
         ends, ends_alone = tables["newline"], tables["line_end"]
     elif spec.kind == "blank_line":
@@ -110,14 +109,14 @@ def make_step_rule(spec: StepSpec, tokenizer: Tokenizer) -> StepRule:
     else:
         ends, ends_alone = nothing.copy(), nothing
         if spec.end_token is not None:
-            ends[spec.end_token] = True
+            ends[spec.end_token] = blank[spec.end_token] = True
     straddles = spec.kind == "blank_line"
     return StepRule(
         ends=jnp.asarray(ends),
         ends_alone=jnp.asarray(ends_alone),
         starts_newline=jnp.asarray(tables["starts_newline"] if straddles else nothing),
         ends_newline=jnp.asarray(tables["ends_newline"] if straddles else nothing),
-        blank=jnp.asarray(tables["blank"]),
+        blank=jnp.asarray(blank),
         final=jnp.asarray(tables["final"]),
         kind=spec.kind,
         max_tokens=spec.max_tokens,
