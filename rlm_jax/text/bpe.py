@@ -63,7 +63,7 @@ class BPETokenizer:
         self._pieces = [b""] * self.vocab_size
         for text, i in vocab.items():
             if i not in self._special_text:
-                self._pieces[i] = text.encode() if i in added else _piece_bytes(text, kind)
+                self._pieces[i] = _piece_bytes(text, kind, is_added=i in added)
         for i in unused:
             self._pieces[i] = b""
         self.bos_id = bos_id
@@ -133,13 +133,15 @@ def byte_of_char() -> dict[str, int]:
     return table | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def _piece_bytes(text: str, kind: str) -> bytes:
+def _piece_bytes(text: str, kind: str, is_added: bool) -> bytes:
+    """What a vocabulary entry stands for; added tokens are written in plain text."""
     if kind == "byte_level":
         table = byte_of_char()
-        if all(c in table for c in text):
-            return bytes(table[c] for c in text)
-        return text.encode()
-    if byte := BYTE_TOKEN.fullmatch(text):
+        if is_added or any(c not in table for c in text):
+            return text.encode()
+        return bytes(table[c] for c in text)
+    byte = BYTE_TOKEN.fullmatch(text)
+    if byte and not is_added:
         return bytes([int(byte[1], 16)])
     return text.replace(SPACE_MARK, " ").encode()
 
@@ -155,10 +157,9 @@ def _read_decoder(description: dict[str, Any]) -> tuple[str, bool]:
         return "sentencepiece", scheme != "never"
     if "ByteFallback" in stages or "Replace" in stages:
         return "sentencepiece", stages.get("Strip", {}).get("start", 0) > 0
-    names = ", ".join(str(name) for name in stages) or "none"
     raise ValueError(
-        f"tokenizer.json has decoder {names}; accepted: ByteLevel, Metaspace, "
-        "or Replace with ByteFallback"
+        f"tokenizer.json has decoder {', '.join(map(str, stages))}; accepted: ByteLevel, "
+        "Metaspace, or Replace with ByteFallback"
     )
 
 
@@ -236,6 +237,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> BPETokenizer:
     description = tokenizer_json_from_gguf(metadata)
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"tokenizer.chat_template is not a string: {template!r:.80}")
     default_bos = metadata.get("tokenizer.ggml.model") == "llama"
     return BPETokenizer(
         description,

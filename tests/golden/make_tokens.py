@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (letters that look like others are the point)
 """Makes tokens_smollm2.json: token ids and chat renderings of SmolLM2-135M-Instruct.
 
 Run with an environment that has transformers, gguf and regex, giving the folder of the GGUF file:
@@ -11,6 +12,7 @@ from the definition, which shares no code with the tokenizers package.
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 import random
@@ -25,32 +27,39 @@ from transformers import AutoTokenizer
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 OUT = pathlib.Path(__file__).parent / "tokens_smollm2.json"
 
+# fmt: off
 FIXED = [
-    "", " ", "  ", "\n", "\n\n", " \n \n ", "\t", "\t\t\tx", "\r\n", "a\r\nb\r\n\r\nc", "a\n\n\nb",
-    "0", "7", "10", "1234567890", "1,000", "1,234,567.89", "3.14159", "-17", "- 17", "+5", "1e-9",
-    "  12  34", "x2", "2x", "x 2", "12abc34", "0x1F", "99%", "$3.50", "€20", "1/2 + 3/4 = 5/4",
-    "Ⅷ ½ ² ٣٤٥ ५६", "一二三123", "５００円", "1st 2nd 3rd", "10:30", "2024-02-29", "v1.2.3-rc4",
-    "don't", "I'll we've you're it's he'd I'm", "DON'T I'LL", "'tis 'twas", "rock'n'roll", "’s’t",
-    "naïve café", "cafe\u0301", "A\u030a ngstro\u0308m", "Straße", "İstanbul", "ﬁn ﬂow", "ſ K Å",
-    "こんにちは世界", "你好，世界！", "한국어 문장", "한국어", "Привет, мир", "Γειά σου Κόσμε",
-    "مرحبا بالعالم", "שלום", "हिन्दी में", "ไทยไม่มีเว้นวรรค", "Việt Nam", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ℝ³ ∀x∈ℕ ∃y: x≤y",
-    "🙂", "👍🏽 👨‍👩‍👧‍👦 🇩🇪", "a🙂b", "🙂🙂🙂", "✓ ✗ → ⇒ ∑ ∫", "\u00a0nbsp\u00a0", "\u3000全角", "\u200bzero\u200dwidth",
+    "", " ", "  ", "\n", "\n\n", " \n \n ", "\t", "\t\t\tx", "\r\n", "a\r\nb\r\n\r\nc",
+    "a\n\n\nb", "0", "7", "10", "1234567890", "1,000", "1,234,567.89", "3.14159", "-17", "- 17",
+    "+5", "1e-9", "  12  34", "x2", "2x", "x 2", "12abc34", "0x1F", "99%", "$3.50", "€20",
+    "1/2 + 3/4 = 5/4", "Ⅷ ½ ² ٣٤٥ ५६", "一二三123", "５００円", "1st 2nd 3rd", "10:30",
+    "2024-02-29", "v1.2.3-rc4", "don't", "I'll we've you're it's he'd I'm", "DON'T I'LL",
+    "'tis 'twas", "rock'n'roll", "’s’t", "naïve café", "cafe\u0301", "A\u030a ngstro\u0308m",
+    "Straße", "İstanbul", "ﬁn ﬂow", "ſ K Å", "こんにちは世界", "你好，世界！", "한국어 문장",
+    "한국어", "Привет, мир", "Γειά σου Κόσμε", "مرحبا بالعالم", "שלום", "हिन्दी में",
+    "ไทยไม่มีเว้นวรรค", "Việt Nam", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ℝ³ ∀x∈ℕ ∃y: x≤y", "🙂", "👍🏽 👨‍👩‍👧‍👦 🇩🇪",
+    "a🙂b", "🙂🙂🙂", "✓ ✗ → ⇒ ∑ ∫", "\u00a0nbsp\u00a0", "\u3000全角", "\u200bzero\u200dwidth",
     "\ufeffbom", "\u2028line\u2029para", "\x00\x01\x7f", "\ufffd", "a\x0bb\x0cc", "\x85next",
-    "def f(x):\n    return x ** 2\n", "if (a && !b) { c[i] += 1; }  // note", "\tfor\ti in range(10):",
-    "#include <stdio.h>\nint main(void) { return 0; }", "SELECT * FROM t WHERE a='b';", "a==b!=c<=d",
-    "https://example.com/a?b=c&d=%20#e", "user@example.com", "C:\\Users\\x", "~/.bashrc", "--flag=1",
+    "def f(x):\n    return x ** 2\n", "if (a && !b) { c[i] += 1; }  // note",
+    "\tfor\ti in range(10):", "#include <stdio.h>\nint main(void) { return 0; }",
+    "SELECT * FROM t WHERE a='b';", "a==b!=c<=d", "https://example.com/a?b=c&d=%20#e",
+    "user@example.com", "C:\\Users\\x", "~/.bashrc", "--flag=1",
     "{\"key\": [1, 2, {\"a\": null}]}", "<p class=\"x\">text</p>", "\\frac{1}{2} \\sqrt{x^2+1}",
     "$$\\int_0^1 x\\,dx$$", "#### 42", "Step 1: add.\n\nStep 2: stop.", "* item\n* item\n  * sub",
-    "...", "?!?!", "----", "====", "______", "((((", "`code`", "```py\nx\n```", "\"quoted\"", "“quoted”",
-    "camelCase snake_case SCREAMING_CASE kebab-case", "supercalifragilisticexpialidocious",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "AAAAaaaa", "the the the the", " leading", "trailing ",
-    "   three leading", "trailing three   ", "in   the   middle", "    4\n     5\n      6",
-    "<|im_end|>", "a <|im_start|>user\nhi<|im_end|>\n", "<|endoftext|>x", "<|im_end|", "im_end|>",
-    "<repo_name> <file_sep>", "<empty_output>", "Ġ", "ĠĊ", "▁", "<0x0A>", "<unk>", "</s>", "[INST]",
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
+    "...", "?!?!", "----", "====", "______", "((((", "`code`", "```py\nx\n```", "\"quoted\"",
+    "“quoted”", "camelCase snake_case SCREAMING_CASE kebab-case",
+    "supercalifragilisticexpialidocious", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "AAAAaaaa",
+    "the the the the", " leading", "trailing ", "   three leading", "trailing three   ",
+    "in   the   middle", "    4\n     5\n      6", "<|im_end|>",
+    "a <|im_start|>user\nhi<|im_end|>\n", "<|endoftext|>x", "<|im_end|", "im_end|>",
+    "<repo_name> <file_sep>", "<empty_output>", "Ġ", "ĠĊ", "▁", "<0x0A>", "<unk>", "</s>",
+    "[INST]",
+    "Natalia sold clips to 48 of her friends in April, then half as many clips in May: 48 / 2 = 24.",
 ]
+# fmt: on
 LETTERS = ["a", "e", "th", "ing", "Q", "é", "ß", "你", "я", "🙂", "\u0301", "ा"]
-OTHERS = ["0", "1", "99", "٣", " ", "  ", "\n", "\t", ".", ",", "-", "'s", "'", "(", "\\", "_", "$", "<|"]
+OTHERS = ["0", "1", "99", "٣", " ", "  ", "\n", "\t", ".", ",", "-", "'s", "'", "(", "\\", "_"]
+OTHERS += ["$", "<|"]
 
 CHATS = [
     [{"role": "user", "content": "What is 12 * 7?"}],
@@ -78,7 +87,7 @@ class PlainBPE:
 
     def __init__(self, tokens: list[str], types: list[int], merges: list[str]):
         self.ids = {t: i for i, t in enumerate(tokens)}
-        self.special = sorted((t for t, k in zip(tokens, types) if k == 3), key=len, reverse=True)
+        self.special = [t for t, kind in zip(tokens, types, strict=True) if kind == 3]
         self.ranks = {tuple(m.split(" ")): i for i, m in enumerate(merges)}
         visible = [b for b in range(256) if chr(b).isprintable() and b not in (32, 173)]
         hidden = [b for b in range(256) if b not in visible]
@@ -87,7 +96,7 @@ class PlainBPE:
     def word(self, text: str) -> list[int]:
         parts = [self.chars[b] for b in text.encode()]
         while len(parts) > 1:
-            pairs = [self.ranks.get(pair, len(self.ranks)) for pair in zip(parts, parts[1:])]
+            pairs = [self.ranks.get(pair, len(self.ranks)) for pair in itertools.pairwise(parts)]
             best = min(pairs)
             if best == len(self.ranks):
                 break
@@ -131,12 +140,12 @@ def main(folder: str, name: str) -> None:
     chats = []
     for messages in CHATS:
         for generation in (False, True):
-            arguments = {"tokenize": False, "add_generation_prompt": generation}
-            chats.append([messages, generation, tokenizer.apply_chat_template(messages, **arguments)])
+            options = {"tokenize": False, "add_generation_prompt": generation}
+            chats.append([messages, generation, tokenizer.apply_chat_template(messages, **options)])
     golden = {
         "strings": strings,
         "sha256_of_ids": " ".join(map(digest, ids)),
-        "special": {i: s for i, (s, p) in enumerate(zip(special_ids, ids)) if s != p},
+        "special": {i: s for i, s in enumerate(special_ids) if s != ids[i]},
         "ids": {i: ids[i] for i in range(0, len(ids), 9)},
         "chats": chats,
         "unicode": unicodedata.unidata_version,
