@@ -97,7 +97,7 @@ def make_pages(
         keys=tuple(empty + 0 for _ in range(cfg.num_layers)),
         values=tuple(empty + 0 for _ in range(cfg.num_layers)),
         fill=flat,
-        start=flat,
+        start=flat + 0,  # A buffer of its own: both are donated.
         prompt_table=of_batch(0, num_prompt_pages) + first + jnp.arange(num_prompt_pages),
         table=of_batch(NO_PAGE, num_nodes, num_path_pages),
         table_length=of_batch(0, num_nodes),
