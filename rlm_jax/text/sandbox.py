@@ -26,7 +26,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_TEMPLATE_CHARS = 1 << 18
-BASE_BUDGET = 2_000_000  # characters and loop turns; large templates use some 10,000
+BASE_BUDGET = 500_000  # characters and loop turns; large templates use some 10,000
 BUDGET_PER_INPUT_CHAR = 64
 
 _STRING_METHODS = (
@@ -148,6 +148,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(obj, str) and callable(value) and attr not in STRING_METHODS:
             return False
         return super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj, attribute):
+        raise SecurityError(f"{attribute!r} of {type(obj).__name__} is out of a template's reach")
 
     def call(self, context, obj, *args, **kwargs):  # type: ignore[override]
         _charge(1)

@@ -54,7 +54,7 @@ FIXED = [
     "a <|im_start|>user\nhi<|im_end|>\n", "<|endoftext|>x", "<|im_end|", "im_end|>",
     "<repo_name> <file_sep>", "<empty_output>", "Ġ", "ĠĊ", "▁", "<0x0A>", "<unk>", "</s>",
     "[INST]",
-    "Natalia sold clips to 48 of her friends in April, then half as many clips in May: 48 / 2 = 24.",
+    "Natalia sold clips to 48 of her friends in April, then half as many in May: 48 / 2 = 24.",
 ]
 # fmt: on
 LETTERS = ["a", "e", "th", "ing", "Q", "é", "ß", "你", "я", "🙂", "\u0301", "ा"]
@@ -70,6 +70,42 @@ CHATS = [
         {"role": "user", "content": "12 apples & 3 pears, don't count <b>bold</b>"},
     ],
     [{"role": "user", "content": ""}],
+]
+
+RENDERED_MESSAGES = [
+    {"role": "user", "content": " Aé "},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
+    {"role": "user", "content": "c", "name": "Zoë"},
+]
+# In the manner of well-known models, and one that uses what else templates use.
+TEMPLATES = [
+    """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and '</think>' in message.content %}
+        {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+    {%- else %}
+        {%- set content = message['content'] %}
+    {%- endif %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + content | trim + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+""",
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}",
+    """\
+{% generation %}gen{% endgeneration %}
+{% for m in messages if m.role != 'system' %}
+    {{ loop.index0 }}{{ loop.last }}{{ m.content | trim | upper }}{{ m.get('name', 'none') }}
+    {% if loop.first %}{% continue %}{% endif %}
+    {%- set last = loop.previtem.role -%} {{ last }}
+{% endfor %}
+{% macro f(a, b=2) %}{{ a }}-{{ b }}{% endmacro %}{{ f(1) }}
+{{ messages[::-1][0].role }} {{ messages | length }} {{ range(3) | list }} {{ 7 // 2 }} {{ 7 % 4 }}
+{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join(',') }}
+{{ messages[0] | tojson }} {{ {'a': [1, "é"]} | tojson(indent=1) }} {{ 'a b'.split(' ') }}
+{% set ns = namespace(n='') %}{% for i in 'ab' %}{% set ns.n = i ~ 1 ~ ns.n %}{% endfor %}{{ ns.n }}
+{{ bos_token }}{{ tools is none }}{{ missing is defined }}{{ thinking | default('no') }}{{ 2 ** 5 }}
+{{ strftime_now('%Y') | length }}{% filter upper %}q{% endfilter %} {{ messages[2] | items | list }}
+{{ 'x' * 3 }}{{ messages[0].content.startswith(' A') }} {{ 'a\\nb' | indent(2) }} {{ none }} {{ 1.5 }}
+""",
 ]
 
 
@@ -142,12 +178,18 @@ def main(folder: str, name: str) -> None:
         for generation in (False, True):
             options = {"tokenize": False, "add_generation_prompt": generation}
             chats.append([messages, generation, tokenizer.apply_chat_template(messages, **options)])
+    renderings = []
+    for template in TEMPLATES:
+        options = {"tokenize": False, "chat_template": template}
+        text = tokenizer.apply_chat_template(RENDERED_MESSAGES, **options)
+        renderings.append([template, RENDERED_MESSAGES, text])
     golden = {
         "strings": strings,
         "sha256_of_ids": " ".join(map(digest, ids)),
         "special": {i: s for i, s in enumerate(special_ids) if s != ids[i]},
         "ids": {i: ids[i] for i in range(0, len(ids), 9)},
         "chats": chats,
+        "renderings": renderings,
         "unicode": unicodedata.unidata_version,
     }
     OUT.write_text(json.dumps(golden, ensure_ascii=False, separators=(",", ":")) + "\n")
