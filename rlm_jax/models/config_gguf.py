@@ -1,4 +1,4 @@
-"""GGUF metadata to `ModelConfig`.
+"""GGUF metadata to `ModelConfig` (Llama-3's rotary factors are a tensor: see `gguf.py`).
 
 GGUF leaves some constants to llama.cpp's source (Gemma-3's window pattern, its local rotary base
 and the 27B model's score scale): they are written out here.
@@ -24,25 +24,18 @@ GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 END_ROLES = ("eos", "eot", "eom")
 
 
-def config_from_gguf(
-    metadata: Mapping[str, Any],
-    *,
-    tie_embeddings: bool = True,
-    rope_scaling: RopeScaling | None = None,
-) -> ModelConfig:
+def config_from_gguf(metadata: Mapping[str, Any], *, tie_embeddings: bool = True) -> ModelConfig:
     """Reads the key-value metadata of a GGUF file.
 
     Args:
       metadata: keys to plain Python values (`read_gguf_metadata`).
       tie_embeddings: whether the file has no output.weight (metadata does not say).
-      rope_scaling: scaling found among the tensors (Llama-3 stores its factors as one); None
-        reads it from the metadata.
 
     Raises:
       ValueError: unsupported architecture, or a missing or malformed key.
     """
     arch = metadata.get("general.architecture")
-    if arch not in GGUF_ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in GGUF_ARCHITECTURES:
         raise ValueError(f"unsupported architecture {arch!r}: accepted {GGUF_ARCHITECTURES}")
     keys = {k[len(arch) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{arch}.")}
     heads = read_number(keys, "attention.head_count", int)
@@ -52,7 +45,7 @@ def config_from_gguf(
     for key in ("attention.value_length", "rope.dimension_count"):
         if read_number(keys, key, int, head_dim) != head_dim:
             raise ValueError(f"{arch}.{key} differs from the head width {head_dim}: unsupported")
-    if keys.get("expert_count"):
+    if read_optional(keys, "expert_count", int):
         raise ValueError(f"{arch} with experts (expert_count) is not supported")
     tokens = metadata.get("tokenizer.ggml.tokens")
     num_tokens = len(tokens) if isinstance(tokens, list) else None
@@ -72,7 +65,7 @@ def config_from_gguf(
         ffn_dim=read_number(keys, "feed_forward_length", int),
         norm_eps=shortest_decimal(read_number(keys, "attention.layer_norm_rms_epsilon", float)),
         rope_theta=shortest_decimal(read_number(keys, "rope.freq_base", float, 10_000.0)),
-        rope_scaling=rope_scaling or _gguf_rope_scaling(keys),
+        rope_scaling=_gguf_rope_scaling(keys),
         rope_local_theta=local_theta if pattern else None,
         activation="gelu_tanh" if gemma else "silu",
         norm_offset=gemma,
@@ -97,7 +90,7 @@ def _gguf_pattern(layers: int) -> tuple[bool, ...]:
 
 
 def _gguf_rope_scaling(keys: Mapping[str, Any]) -> RopeScaling:
-    kind = keys.get("rope.scaling.type", "none")
+    kind = str(keys.get("rope.scaling.type", "none"))
     factor = shortest_decimal(read_number(keys, "rope.scaling.factor", float, 1.0))
     if kind == "none" or factor in (0.0, 1.0):
         return RopeScaling()

@@ -72,7 +72,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     heads = read_number(config, "num_attention_heads", int)
     width = read_number(config, "hidden_size", int)
     act = config.get("hidden_activation") if gemma else config.get("hidden_act", "silu")
-    if act not in _HF_ACTIVATIONS:
+    if not isinstance(act, str) or act not in _HF_ACTIVATIONS:
         raise ValueError(f"unsupported activation {act!r}: accepted {tuple(_HF_ACTIVATIONS)}")
     layers = read_number(config, "num_hidden_layers", int)
     window, pattern = _hf_windows(config, model_type, layers)

@@ -110,15 +110,13 @@ def gguf_name(name: str) -> str:
 
 
 def _read_config(file: GGUFFile) -> ModelConfig:
-    scaling = None
     cfg = config_from_gguf(file.metadata, tie_embeddings=_TOP["lm_head"] not in file.tensors)
-    if ROPE_FACTORS in file.tensors:
-        entry = file.tensors[ROPE_FACTORS]
-        if entry.shape != (cfg.head_dim // 2,):
-            raise ValueError(f"{ROPE_FACTORS} has shape {entry.shape}, not {cfg.head_dim // 2}")
-        scaling = _llama3_scaling(_dequantize(file, entry), cfg)
-        cfg = dataclasses.replace(cfg, rope_scaling=scaling)
-    return cfg
+    entry = file.tensors.get(ROPE_FACTORS)
+    if entry is None:
+        return cfg
+    if entry.shape != (cfg.head_dim // 2,) or entry.type_name != "F32":
+        raise ValueError(f"{ROPE_FACTORS} is {entry.type_name} of shape {entry.shape}")
+    return dataclasses.replace(cfg, rope_scaling=_llama3_scaling(_dequantize(file, entry), cfg))
 
 
 def _llama3_scaling(factors: np.ndarray, cfg: ModelConfig) -> RopeScaling:

@@ -163,6 +163,19 @@ def test_gguf_metadata():
     assert not cfg.tie_embeddings
 
 
+gguf_junk = st.booleans() | st.integers(0, 2**64 - 1) | st.floats(width=32) | st.text(max_size=3)
+gguf_junk |= st.lists(st.text(max_size=3), max_size=3)
+gguf_junk |= st.lists(st.integers(0, 9), max_size=5).map(np.array)
+GGUF_KEYS = [*GGUF, "qwen3.rope.scaling.type", "qwen3.rope.scaling.factor", "qwen3.expert_count"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(GGUF_KEYS), gguf_junk, max_size=4))
+def test_any_gguf_metadata_gives_a_config_or_a_value_error(changes):
+    with contextlib.suppress(ValueError):
+        assert isinstance(config_from_gguf({**GGUF, **changes}), ModelConfig)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

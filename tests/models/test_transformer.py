@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+from rlm_jax.core.mesh import make_mesh
+from rlm_jax.core.sharding import shard_tree
 from rlm_jax.models.attention import MASKED_SCORE, make_dense_attend, scores_scale
 from rlm_jax.models.config import ModelConfig, RopeScaling
 from rlm_jax.models.gguf import load_gguf
@@ -208,6 +211,17 @@ def test_one_description_gives_layout_shapes_and_axes(name):
         made = jax.eval_shape(lambda key: init_params(key, cfg, jnp.bfloat16), jax.random.key(0))
         assert jax.tree.structure(made) == treedef
         assert jax.tree.leaves(made) == leaves
+
+
+def test_tensor_parallel_parameters_give_the_same_logits():
+    cfg = preset("tiny-qwen2")
+    params = random_params(cfg)
+    tokens = np.arange(10).reshape(2, 5)
+    split = shard_tree(make_mesh(data=4, model=2), params, param_axes(cfg))
+    assert split.layers[0].wq.sharding.spec == PartitionSpec("model", None)
+    assert split.layers[0].wo.sharding.spec == PartitionSpec(None, "model")
+    expected = compute_logits(params, tokens, cfg)
+    np.testing.assert_allclose(compute_logits(split, tokens, cfg), expected, atol=1e-5)
 
 
 def test_initial_parameters_follow_their_names():
