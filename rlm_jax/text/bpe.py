@@ -137,9 +137,10 @@ def _piece_bytes(text: str, kind: str, is_added: bool) -> bytes:
     """What a vocabulary entry stands for; added tokens are written in plain text."""
     if kind == "byte_level":
         table = byte_of_char()
-        if is_added or any(c not in table for c in text):
+        try:
+            return text.encode() if is_added else bytes([table[c] for c in text])
+        except KeyError:
             return text.encode()
-        return bytes(table[c] for c in text)
     byte = BYTE_TOKEN.fullmatch(text)
     if byte and not is_added:
         return bytes([int(byte[1], 16)])

@@ -96,17 +96,19 @@ def _byte_level_parts(
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [_read_merge(m) for m in _string_list(metadata, "tokenizer.ggml.merges")],
+            "merges": _merges(metadata),
             "ignore_merges": name == "llama-bpe",
         },
     }
 
 
-def _read_merge(merge: str) -> tuple[str, str]:
-    left, space, right = merge.partition(" ")
-    if not (left and space and right) or " " in right:
-        raise ValueError(f"tokenizer.ggml.merges holds {merge!r}; expected two tokens")
-    return left, right
+def _merges(metadata: Mapping[str, Any]) -> list[str]:
+    merges = _string_list(metadata, "tokenizer.ggml.merges")
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not (left and right) or " " in right:
+            raise ValueError(f"tokenizer.ggml.merges holds {merge!r}; expected two tokens")
+    return merges
 
 
 def _sentencepiece_parts(

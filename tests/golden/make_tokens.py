@@ -103,8 +103,9 @@ TEMPLATES = [
 {{ messages[0] | tojson }} {{ {'a': [1, "é"]} | tojson(indent=1) }} {{ 'a b'.split(' ') }}
 {% set ns = namespace(n='') %}{% for i in 'ab' %}{% set ns.n = i ~ 1 ~ ns.n %}{% endfor %}{{ ns.n }}
 {{ bos_token }}{{ tools is none }}{{ missing is defined }}{{ thinking | default('no') }}{{ 2 ** 5 }}
-{{ strftime_now('%Y') | length }}{% filter upper %}q{% endfilter %} {{ messages[2] | items | list }}
-{{ 'x' * 3 }}{{ messages[0].content.startswith(' A') }} {{ 'a\\nb' | indent(2) }} {{ none }} {{ 1.5 }}
+{{ strftime_now('%Y') | length }}{% filter upper %}q{% endfilter %}
+{{ messages[2] | items | list }}
+{{ 'x' * 3 }}{{ messages[0].content.startswith(' A') }} {{ 'a\\nb' | indent(2) }}{{ none }}{{ 1.5 }}
 """,
 ]
 
