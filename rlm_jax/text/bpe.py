@@ -22,6 +22,7 @@ from rlm_jax.text.tokenizer import (
     join_token_bytes,
     read_chat_template,
     read_json,
+    utf8_bytes,
 )
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -79,6 +80,7 @@ class BPETokenizer:
         return _build(self._description)
 
     def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
+        utf8_bytes(text)
         ids = bos_prefix(self.bos_id, add_bos)
         if allow_special:
             return ids + self._parsing.encode(text, add_special_tokens=False).ids

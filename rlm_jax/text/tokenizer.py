@@ -39,7 +39,11 @@ class Tokenizer(Protocol):
     special_tokens: Mapping[str, int]
 
     def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
-        """Token ids of `text`; control tokens are recognised only with `allow_special`."""
+        """Token ids of `text`; control tokens are recognised only with `allow_special`.
+
+        Raises:
+            ValueError: `text` holds half a surrogate pair, or there is no bos token to add.
+        """
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -89,6 +93,14 @@ def bos_prefix(bos_id: int | None, add_bos: bool) -> list[int]:
     return [bos_id]
 
 
+def utf8_bytes(text: str) -> bytes:
+    """UTF-8 of a text; ValueError when it holds half a surrogate pair, which JSON can spell."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} of the text is half a surrogate pair") from error
+
+
 class ByteTokenizer:
     """One token a byte (ids 0-255), then `<bos>`, `<eos>` and `<eois>` (end of a step)."""
 
@@ -108,7 +120,7 @@ class ByteTokenizer:
         parts = split_special(text, self.special_tokens) if allow_special else [text]
         ids = bos_prefix(self.bos_id, add_bos)
         for part in parts:
-            ids += [part] if isinstance(part, int) else list(part.encode())
+            ids += [part] if isinstance(part, int) else list(utf8_bytes(part))
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -150,6 +162,7 @@ class SentencePieceTokenizer:
         self._adds_space = bool(first) and first[0].startswith(SPACE_MARK)
 
     def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
+        utf8_bytes(text)
         parts = split_special(text, self.special_tokens) if allow_special else [text]
         ids = bos_prefix(self.bos_id, add_bos)
         for part in parts:

@@ -382,5 +382,8 @@ def test_other_misuse_is_refused(tmp_path):
         BPETokenizer(json.dumps(description))
     with pytest.raises(ValueError, match="no beginning-of-text token"):
         tokenizer_from_gguf(SMALL).encode("a", add_bos=True)
+    for tokenizer in (tokenizer_from_gguf(SMALL), tokenizer_from_gguf(SPM), ByteTokenizer()):
+        with pytest.raises(ValueError, match="character 1 of the text is half a surrogate pair"):
+            tokenizer.encode("a\ud800")
     with pytest.raises(ValueError, match="negative"):
         ByteTokenizer().decode([-1])
