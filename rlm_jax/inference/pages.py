@@ -15,6 +15,7 @@ from rlm_jax.inference.attention import Context
 from rlm_jax.models.config import ModelConfig
 
 NO_PAGE = -1
+_LEAST_BUCKET = 64
 
 
 @struct
@@ -184,9 +185,13 @@ def gather_paths(
 
 
 def path_buckets(pages: KVPages) -> tuple[int, ...]:
-    """Numbers of pages that `gather_paths` is compiled for, ascending: a quarter, a half, all."""
+    """Numbers of pages that `gather_paths` is compiled for, ascending: a quarter, a half, all.
+
+    Below `_LEAST_BUCKET` tokens a shorter context saves nothing worth another program.
+    """
     longest = pages.table.shape[-1]
-    return tuple(sorted({-(-longest // share) for share in (4, 2, 1)}))
+    least = count_pages(_LEAST_BUCKET, pages.page_tokens)
+    return tuple(sorted({min(max(-(-longest // share), least), longest) for share in (4, 2, 1)}))
 
 
 def _gather(pages: KVPages, table: Int32[Array, "X C"]) -> Context:

@@ -1,4 +1,4 @@
-"""Every strategy through both drivers on the procedural environment, invariants after each round."""
+"""Every strategy through both drivers on the procedural environment; invariants every round."""
 
 import importlib
 import pkgutil
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-
 from procedural import make_expand, make_world
+
 from rlm_jax.core.mesh import BATCH_AXES, make_mesh
 from rlm_jax.reasoning import strategies
 from rlm_jax.reasoning.drive import run_compiled, run_host
@@ -69,7 +69,8 @@ def test_drivers_agree_and_invariants_hold_after_every_round(strategy):
         rounds.append(number)
         check(structure)
 
-    by_host, _ = run_host(strategy, make_expand(), None, keys, world, structure, on_round)
+    expand = jax.jit(make_expand())
+    by_host, _ = run_host(strategy, expand, None, keys, world, structure, on_round)
     assert rounds
     assert_equal(by_host, search(strategy, range(4)))
 
@@ -123,9 +124,9 @@ def test_puct_fills_its_capacity_and_never_asks_for_a_closed_node():
     strategy = VARIANTS["puct"][1]
     keys, world, structure = start(range(4), token_limit=100_000)
     state = strategy.init(structure)
-    expand = make_expand()
+    ask, tell, expand = jax.jit(strategy.ask), jax.jit(strategy.tell), jax.jit(make_expand())
     for _ in range(7):
-        request = strategy.ask(state, structure, keys)
+        request = ask(state, structure, keys)
         nodes = np.asarray(request.nodes)
         terminal, alive = np.asarray(structure.terminal), np.asarray(structure.alive)
         for b in range(4):
@@ -135,7 +136,7 @@ def test_puct_fills_its_capacity_and_never_asks_for_a_closed_node():
             assert alive[b, asked].all()
             assert (np.asarray(structure.depth)[b, asked] < 5).all()
         outcome, world = expand(None, keys, world, structure, request)
-        state, structure = strategy.tell(state, structure, request, outcome)
+        state, structure = tell(state, structure, request, outcome)
         check(structure)
 
 
@@ -159,9 +160,9 @@ def test_equal_values_spread_visits_evenly():
         outcome, world = expand(params, keys, world, structure, request)
         return outcome.replace(logprob=jnp.zeros_like(outcome.logprob)), world
 
-    structure, _ = jax.jit(
-        lambda k, w, s: run_compiled(puct.make_puct(cfg), flat, None, k, w, s)
-    )(keys, world, structure)
+    structure, _ = jax.jit(lambda k, w, s: run_compiled(puct.make_puct(cfg), flat, None, k, w, s))(
+        keys, world, structure
+    )
     children = np.asarray(structure.parents)[:, :, 0] == 0
     for b in range(2):
         visits = np.asarray(structure.visits)[b][children[b]]
