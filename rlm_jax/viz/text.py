@@ -2,8 +2,9 @@
 
 The one idea: a run of only children is a column, not a staircase. Indentation is spent on
 branches alone, so that a chain of forty steps and a tree of two hundred nodes both fit 80 columns.
-Best paths come first; what does not fit is folded into a counted line. Everything is legible
-without colour, and text of a model can neither style the output nor drive the terminal.
+Best paths come first; what does not fit is counted where it would stand, and steps that were
+merged into an equal sibling are counted beside it. Everything is legible without colour, and text
+of a model can neither style the output nor drive the terminal.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 CHOSEN, FINISHED, UNFINISHED, PRUNED = "▶", "✔", "…", "✂"
+TIMES = "\N{MULTIPLICATION SIGN}"
 RIGHT, WRONG, UNKNOWN = "✔", "✘", "-"
 
 _MIN_TEXT_WIDTH = 24
@@ -24,7 +26,8 @@ _LEGEND = {
     CHOSEN: "chosen path",
     FINISHED: "finished",
     UNFINISHED: "unfinished",
-    PRUNED: "pruned or merged",
+    PRUNED: "pruned",
+    TIMES + "n": "n equal steps, merged",
 }
 
 
@@ -45,8 +48,9 @@ def render_tree(
         raise ValueError(f"max_nodes must be >= 1, not {max_nodes}")
     nodes = {node["id"]: node for node in record["nodes"]}
     children = _sort_children(record, nodes)
+    copies = _merge_copies(nodes, children)
     shown = _choose_nodes(record, nodes, max_nodes)
-    rows = _lay_out(record, nodes, children, shown)
+    rows = _lay_out(record, nodes, children, copies, shown)
     return _TreeView(rows, _make_columns(record["nodes"][1:]), width)
 
 
@@ -92,14 +96,14 @@ def clean_text(text: str, max_chars: int = 500) -> str:
 
 
 class _Row(NamedTuple):
-    """One line of the picture: a node, with a count of folded children, or such a count alone."""
+    """One line of the picture: a node, or a count of folded ones."""
 
     guide: str
     mark: str
     text: str
     node: Mapping[str, Any] | None
     chosen: bool
-    folded: str = ""
+    note: str = ""
 
 
 class _Column(NamedTuple):
@@ -150,8 +154,8 @@ def _draw_row(row: _Row, room: int) -> Text:
     line.append(guide, "dim")
     line.append(f"{row.mark} " if row.mark else "", _style(row))
     line.append(row.text, _style(row))
-    line.truncate(max(room - len(row.folded), 1), overflow="ellipsis")
-    line.append(row.folded, "dim")
+    line.truncate(max(room - len(row.note), 1), overflow="ellipsis")
+    line.append(row.note, "dim")
     line.truncate(room, overflow="ellipsis")
     return line
 
@@ -160,6 +164,7 @@ def _draw_legend(rows: Sequence[_Row], width: int) -> Text:
     seen = {row.mark for row in rows if row.node} | (
         {CHOSEN} if any(r.chosen for r in rows) else set()
     )
+    seen |= {TIMES + "n" for row in rows if TIMES in row.note}
     parts = [f"{mark} {meaning}" for mark, meaning in _LEGEND.items() if mark in seen]
     legend = Text("   ".join(parts), "dim", no_wrap=True)
     legend.truncate(width, overflow="ellipsis")
@@ -177,7 +182,8 @@ def _total_width(columns: Sequence[_Column]) -> int:
 
 
 def _make_columns(nodes: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    """The statistics that say something: those that are neither absent nor the same everywhere."""
+    """The statistics that say something: not absent, not the same everywhere, not said before."""
+    nodes = [node for node in nodes if node["alive"] or node["visits"]]
     sources = dict.fromkeys(source for node in nodes for source in node["value"])
     fields = {"visits": {node["id"]: node["visits"] for node in nodes}}
     for source in sources:
@@ -192,7 +198,8 @@ def _make_columns(nodes: Sequence[Mapping[str, Any]]) -> list[_Column]:
             for node, value in values.items()
             if value is not None
         }
-        columns.append(_Column(title, cells, max(len(title), *map(len, cells.values()))))
+        if all(cells != column.cells for column in columns):
+            columns.append(_Column(title, cells, max(len(title), *map(len, cells.values()))))
     return columns
 
 
@@ -251,6 +258,7 @@ def _lay_out(
     record: Mapping[str, Any],
     nodes: Mapping[int, Any],
     children: Mapping[int, list[int]],
+    copies: Mapping[int, int],
     shown: set[int],
 ) -> list[_Row]:
     """Rows in depth-first order; only a branch indents."""
@@ -268,10 +276,11 @@ def _lay_out(
         family = [child for child in children[node] if child in shown]
         num_folded = sum(sizes[child] for child in children[node] if child not in shown)
         branches = len(family) > 1
-        folded = f"  {_count_more(num_folded)}" if num_folded and not branches else ""
+        note = f"  {TIMES}{copies[node] + 1}" if node in copies else ""
+        note += f"  {_count_more(num_folded)}" if num_folded and not branches else ""
         mark = "" if node == root else _mark(nodes[node], bool(children[node]))
         text = clean_text(record["question"]) if node == root else _describe(nodes[node])
-        rows.append(_Row(guide, mark, text, nodes[node], node in chosen, folded))
+        rows.append(_Row(guide, mark, text, nodes[node], node in chosen, note))
         if not branches:
             pending += [(child, below, below) for child in family]
             continue
@@ -284,6 +293,22 @@ def _lay_out(
 
 def _count_more(num_nodes: int) -> str:
     return f"… {num_nodes} more node{'s' * (num_nodes > 1)}"
+
+
+def _merge_copies(nodes: dict[int, Any], children: dict[int, list[int]]) -> dict[int, int]:
+    """Takes out leaves that were merged into an equal sibling; counts them by that sibling."""
+    copies: dict[int, int] = {}
+    for family in children.values():
+        living = {nodes[node]["text"]: node for node in family if nodes[node]["alive"]}
+        for node in [node for node in family if not nodes[node]["alive"]]:
+            twin = living.get(nodes[node]["text"])
+            if twin is not None and not children[node]:
+                family.remove(node)
+                copies[twin] = copies.get(twin, 0) + 1
+    kept = {node for family in children.values() for node in family} | {next(iter(nodes))}
+    for node in [node for node in nodes if node not in kept]:
+        del nodes[node], children[node]
+    return copies
 
 
 def _count_descendants(

@@ -12,11 +12,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, make_record
-from rlm_jax.viz.text import clean_text, render_summary, render_tree
+from rlm_jax.viz.text import TIMES, clean_text, render_summary, render_tree
 
 PARENTS = [-1, 0, 1, 2, 3, 2, 5, 0, 0]
 TEXTS = ["", "3 * 4 = 12", "12 + 1 = 13\n", "13 * 2 = 26", "#### 26", "13 * 3 = 39", "#### 39",
-         "3 + 4 = 7", "3 * 4 = 12"]  # fmt: skip
+         "3 + 4 = 7", "3 * 4 = 11"]  # fmt: skip
 
 
 def make_tree(
@@ -67,8 +67,8 @@ def test_branches_indent_and_chains_do_not():
         "  │  └─ 13 * 3 = 39       4   0.05    0.10   0.17",
         "  │     ✔ #### 39         3   0.06    0.12   0.14",
         "  ├─ … 3 + 4 = 7          2   0.07    0.14   0.12",
-        "  └─ ✂ 3 * 4 = 12         1   0.08    0.16   0.11",
-        "▶ chosen path   ✔ finished   … unfinished   ✂ pruned or merged",
+        "  └─ ✂ 3 * 4 = 11         1   0.08    0.16   0.11",
+        "▶ chosen path   ✔ finished   … unfinished   ✂ pruned",
     ]
 
 
@@ -112,6 +112,21 @@ def test_any_tree_fits_any_width_and_no_node_is_lost(seed, num_nodes, max_nodes,
     folded = [line.split("… ")[-1].split(" more node")[0] for line in wide if " more node" in line]
     assert num_drawn == min(num_nodes, max_nodes)
     assert num_drawn + sum(map(int, folded)) == num_nodes
+
+
+def test_merged_steps_are_counted_beside_their_twin():
+    parents, texts = [-1, 0, 0, 0, 0, 1, 1, 1], ["", "a", "b", "a", "a", "c", "d", "c"]
+    visits = {"visits": [5, 4, 2, 0, 0, 2, 1, 1]}
+    record = make_tree(parents, texts, (5, 6, 7), (3, 4, 6, 7), (0, 1, 5), nodes=visits)
+    lines = draw(render_tree(record, max_nodes=4))
+    assert [line.split("    ")[0] for line in lines[1:]] == [
+        f"▶ ├─ a  {TIMES}3  … 1 more node",
+        f"▶ │  ✔ c  {TIMES}2",
+        "  └─ … b",
+        f"▶ chosen path   ✔ finished   … unfinished   {TIMES}n n equal steps, merged",
+    ]
+    (pruned,) = (line for line in draw(render_tree(record)) if "✂ d" in line)
+    assert pruned.split()[:4] == ["│", "└─", "✂", "d"]
 
 
 def test_only_the_chosen_path_is_green():
