@@ -9,12 +9,12 @@ Tensors stream one by one. The folder appears complete or not at all.
 """
 
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+import launching
+from absl import flags
 
 from rlm_jax.models.checkpoint import Checkpoint, check_shapes
 from rlm_jax.models.hf import MAX_SHARD_BYTES, new_model_folder, write_hf, write_json
@@ -44,14 +44,11 @@ COMPANIONS = (
 )
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    try:
-        notes = convert(str(MODEL.value), Path(str(OUT.value)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert: {error}")
-    print(*notes, sep="\n")
+def main() -> None:
+    """Checks the flags, converts, says what was written."""
+    if not MODEL.value or not OUT.value:
+        raise ValueError(f"--{'out' if MODEL.value else 'model'} is missing")
+    print(*convert(MODEL.value, Path(OUT.value)), sep="\n")
 
 
 def convert(model: str, out: Path) -> list[str]:
@@ -117,5 +114,4 @@ def tokenizer_config(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> dic
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["model", "out"])
-    app.run(main)
+    launching.launch(main)

@@ -9,17 +9,14 @@ written as they are finished; the same command started again goes on where it st
 """
 
 import contextlib
-import logging
-import os
 import pathlib
-import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+import launching
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import (
@@ -47,70 +44,86 @@ _STRATEGY = flags.DEFINE_list(
 _BUDGET_TOKENS = flags.DEFINE_integer(
     "budget_tokens", None, "Tokens each strategy may generate per problem (default: the config's)."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-_OUT = flags.DEFINE_string("out", None, "Folder for records.jsonl.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Take only the first problems of the file.")
-_CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/rlm_jax/xla", "Folder of compiled programs; empty for none."
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the sampling.", lower_bound=0, upper_bound=2**32 - 1
 )
+_OUT = flags.DEFINE_string("out", None, "Folder for records.jsonl.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "Take only the first problems of the file.", lower_bound=1
+)
+flags.adopt_module_key_flags(launching)
 
 Job = tuple[str, build.Plan, list[Example]]
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Checks the flags, loads the model, solves, prints."""
-    if len(argv) > 1:
-        raise ValueError(f"not a flag: {argv[1]!r}")
-    console = Console(stderr=False)
-    config = _read_config()
-    plans = {name: build.plan_strategy(config, name) for name in dict.fromkeys(_STRATEGY.value)}
+    console = Console()
+    config = launching.read_config(_CONFIG)
+    if _BUDGET_TOKENS.value is not None:
+        config["budget_tokens"] = _BUDGET_TOKENS.value
+    plans = _plan_strategies(config)
     examples = _read_examples(console)
     with _open_records() as writer:
         jobs = [
             (name, plan, _unfinished(writer, name, plan, examples)) for name, plan in plans.items()
         ]
-        if not any(todo for _, _, todo in jobs):
-            console.print(f"all {len(examples)} problems are in {writer.path if writer else ''}")
+        if writer is not None and not any(todo for _, _, todo in jobs):
+            _say(console, f"nothing left to do: {writer.path} has all {len(examples)} problems")
         else:
-            _use_compilation_cache()
+            launching.use_compilation_cache()
             started = time.monotonic()
-            policy = build.load_policy(config.model, config.dtype)
-            console.print(
+            policy = build.load_policy(config["model"], config["dtype"])
+            _say(
+                console,
                 f"loaded {policy.version} in {time.monotonic() - started:.1f} s "
-                f"({jax.default_backend()}, {config.dtype})",
-                highlight=False,
+                f"({jax.default_backend()}, {config['dtype']})",
             )
-            _solve_all(console, config, jobs, policy, writer)
+            # Of the file, not of what is left of it: a restart computes what an undisturbed run
+            # would have computed, in batches of the same size.
+            batch_size = min(config["batch_size"], len(examples))
+            _solve_all(console, config, jobs, policy, writer, batch_size)
         if writer is not None:
             _print_file_summary(console, writer, plans)
 
 
-def _read_config() -> Any:
-    if _CONFIG.value is None:
-        raise ValueError("--config is missing: name a file of configs/, as configs/smollm2.py")
-    config = _CONFIG.value.copy_and_resolve_references()
-    with config.unlocked():
-        if _BUDGET_TOKENS.value is not None:
-            config.budget_tokens = _BUDGET_TOKENS.value
-    return config
+def _plan_strategies(config: dict[str, Any]) -> dict[str, build.Plan]:
+    names = [name.strip() for name in _STRATEGY.value if name.strip()]
+    if not names:
+        raise ValueError(f"--strategy is empty: accepted are {', '.join(build.STRATEGIES)}")
+    return {name: build.plan_strategy(config, name) for name in dict.fromkeys(names)}
 
 
 def _read_examples(console: Console) -> list[Example]:
     """The problems of either flag, and what was wrong with the file's other lines."""
-    if (_QUESTION.value is None) == (_PROBLEMS.value is None):
-        raise ValueError("give either --question or --problems")
-    if _QUESTION.value is not None:
-        if not _QUESTION.value.strip():
-            raise ValueError("--question is empty")
-        return [(Problem(_QUESTION.value.strip(), id="question"), Gold(_ANSWER.value))]
-    found = read_problems(_PROBLEMS.value)
+    question, path = _QUESTION.value, _PROBLEMS.value
+    if question is not None and path is not None:
+        raise ValueError("--question and --problems are given: accepted is one of them")
+    if question is not None:
+        return [_read_question(question.strip())]
+    if path is None:
+        raise ValueError("no problem given: accepted is --question=TEXT or --problems=FILE.jsonl")
+    if _ANSWER.value is not None:
+        raise ValueError("--answer belongs to --question; a file holds its own answers")
+    found = read_problems(path)
     for line in found.malformed:
-        console.print(f"{_PROBLEMS.value}: line {line.line} skipped: {line.reason}", markup=False)
+        _say(console, f"{path}: line {line.line} skipped: {line.reason}")
     if found.malformed:
-        console.print(f"{len(found.malformed)} malformed lines skipped", markup=False)
+        count = len(found.malformed)
+        _say(console, f"{count} malformed {'line' if count == 1 else 'lines'} skipped")
     if not found.examples:
-        raise ValueError(f"--problems={_PROBLEMS.value} holds no problem")
+        raise ValueError(f"--problems={path} holds no problem")
     return found.examples[: _LIMIT.value]
+
+
+def _read_question(question: str) -> Example:
+    if not question:
+        raise ValueError("--question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise ValueError("--question is not UTF-8") from None
+    return Problem(question, id="question"), Gold(_ANSWER.value)
 
 
 @contextlib.contextmanager
@@ -133,37 +146,53 @@ def _unfinished(
     """Problems without a record of this strategy yet.
 
     Raises:
-      ValueError: the file holds records of the strategy under other settings or another seed.
+      ValueError: the file holds records of the strategy under other settings or another seed,
+        or another question under the id of one of the examples.
     """
     if writer is None:
         return examples
+    questions = {problem.id: problem.question for problem, _ in examples}
     done = set()
     for record in read_records(writer.path):
         if record["strategy"] != name:
             continue
-        other = {k for k in plan.settings if record["config"].get(k) != plan.settings[k]}
-        if other or record["seed"] != _SEED.value:
-            what = sorted(other) or ["seed"]
+        _check_same_run(writer.path, record, plan)
+        if questions.get(record["id"], record["question"]) != record["question"]:
             raise ValueError(
-                f"{writer.path} holds records of {name} with another {', '.join(what)}; "
-                "name another --out, or go on with the same settings"
+                f"{writer.path} holds another question under the id {record['id']!r}; "
+                "name another --out"
             )
         done.add(record["id"])
     return [example for example in examples if example[0].id not in done]
 
 
+def _check_same_run(path: pathlib.Path, record: Record, plan: build.Plan) -> None:
+    now = plan.settings | {"seed": _SEED.value}
+    then = record["config"] | {"seed": record["seed"]}
+    other = [
+        f"{key}={then.get(key)!r} (now {value!r})"
+        for key, value in now.items()
+        if then.get(key) != value
+    ]
+    if other:
+        raise ValueError(
+            f"{path} holds records of {record['strategy']} with {', '.join(other)}; "
+            "name another --out, or go on with the same settings"
+        )
+
+
 def _solve_all(
     console: Console,
-    config: Any,
+    config: dict[str, Any],
     jobs: Sequence[Job],
     policy: build.Policy,
     writer: RecordWriter | None,
+    batch_size: int,
 ) -> None:
     shown = []
     for name, plan, examples in jobs:
         if not examples:
             continue
-        batch_size = min(config.batch_size, len(examples))
         one = build.build_solver(config, plan, policy, seed=_SEED.value, batch_size=batch_size)
         for record in _solve_examples(console, name, one, examples):
             if writer is not None:
@@ -186,9 +215,9 @@ def _solve_examples(
         try:
             encoded.append((solver.encode(one, problem), gold))
         except ValueError as error:
-            if len(examples) == 1:
+            if _QUESTION.value is not None:
                 raise
-            console.print(f"problem {problem.id} skipped: {error}", markup=False)
+            _say(console, f"problem {problem.id!r:.80} skipped: {error}")
     encoded.sort(key=lambda pair: solver.bucket_width(one, pair[0]))
     columns = (
         TextColumn("{task.description}"),
@@ -198,12 +227,14 @@ def _solve_examples(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         bar = progress.add_task(name, total=len(encoded), status="")
         for batch in _batches(one, encoded):
-            progress.update(bar, status="searching" if one.programs else "compiling")
+            compiled = solver.is_compiled(one, batch[0][0])
+            progress.update(bar, status="searching" if compiled else "compiling")
             for record in solver.solve_batch(
-                one, [item for item, _ in batch], [gold for _, gold in batch], _wait
+                one, [item for item, _ in batch], [gold for _, gold in batch], launching.wait
             ):
                 yield record
                 progress.advance(bar)
@@ -224,58 +255,20 @@ def _batches(one: solver.Solver, encoded: list) -> Iterator[list]:
         yield batch
 
 
-def _print_file_summary(console: Console, writer: RecordWriter, names: Any) -> None:
+def _print_file_summary(console: Console, writer: RecordWriter, names: Iterable[str]) -> None:
     for name in names:
         records = [r for r in read_records(writer.path) if r["strategy"] == name]
         graded = [r["correct"] for r in records if r["correct"] is not None]
         tokens = sum(r["budget"]["generated_tokens"] for r in records)
         right = f", {sum(graded)}/{len(graded)} correct" if graded else ""
-        console.print(
-            f"{name}: {len(records)} records{right}, {tokens} tokens generated", highlight=False
-        )
-    console.print(f"records: {writer.path}", highlight=False)
+        _say(console, f"{name}: {len(records)} records{right}, {tokens} tokens generated")
+    _say(console, f"records: {writer.path}")
 
 
-def _wait(tree: Any) -> None:
-    """Waits for a running program in short naps, so that Ctrl-C gets through at once."""
-    for array in jax.tree.leaves(tree):
-        while not array.is_ready():
-            time.sleep(0.01)
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, apart by version and machine."""
-    if not _CACHE.value:
-        return
-    folder = pathlib.Path(_CACHE.value).expanduser() / f"jax-{jax.__version__}"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _stop(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _run() -> None:
-    """Runs `main`; a user's mistake is one line, an interruption keeps what is written."""
-    signal.signal(signal.SIGTERM, _stop)
-    logging.getLogger("jax").setLevel(logging.WARNING)  # It tells of every backend not there.
-    status = 0
-    try:
-        app.run(main)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"solve.py: {error}", file=sys.stderr)
-        status = 2
-    except SystemExit as exit:
-        status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    except KeyboardInterrupt:
-        print("\nstopped; finished records are kept, the same command goes on", file=sys.stderr)
-        status = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A search still running on the device would hold up an ordinary exit.
-    os._exit(status)
+def _say(console: Console, line: str) -> None:
+    """Prints a line as it is: never styled, and never broken where a file takes the output."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    _run()
+    launching.launch(main, "stopped; finished records are kept, the same command goes on")

@@ -5,15 +5,15 @@ before the model is loaded, so that a wrong setting costs no time.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 
 from rlm_jax.evaluation.prompts import make_judge
-from rlm_jax.evaluation.solver import Solver
+from rlm_jax.evaluation.solver import SIZES, Solver, check_sizes
 from rlm_jax.inference.sampling import SamplingConfig
+from rlm_jax.models.checkpoint import float_dtype
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import apply_value_head
 from rlm_jax.models.load import load_model
@@ -34,6 +34,7 @@ TASKS: dict[str, Task] = {
 }
 _RANDOM = "random:"
 _NOT_SETTINGS = ("sampling",)
+_FIELDS = (*SIZES, "model", "dtype", "task", "step", "evaluator", "max_depth")
 
 
 class Policy(NamedTuple):
@@ -61,8 +62,9 @@ def load_policy(spec: str, dtype: str = "float32") -> Policy:
     Raises:
       FileNotFoundError, ValueError: as `rlm_jax.models.load.load_model`.
     """
+    weights = float_dtype(dtype)
     if spec.startswith(_RANDOM):
-        tokenizer = ByteTokenizer()
+        tokenizer = cast(Tokenizer, ByteTokenizer())
         cfg = dataclasses.replace(
             preset(spec.removeprefix(_RANDOM)),
             vocab_size=tokenizer.vocab_size,
@@ -70,9 +72,9 @@ def load_policy(spec: str, dtype: str = "float32") -> Policy:
             eos_ids=tokenizer.eos_ids,
             context_length=2048,
         )
-        params = init_params(jax.random.key(0), cfg, jnp.dtype(dtype))
+        params = init_params(jax.random.key(0), cfg, weights)
         return Policy(params, cfg, tokenizer, None, spec)
-    model = load_model(spec, jnp.dtype(dtype))
+    model = load_model(spec, weights)
     tokenizer = load_tokenizer(model.tokenizer_source)
     return Policy(model.params, model.cfg, tokenizer, model.value_head, spec)
 
@@ -81,20 +83,27 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     """Checks the settings of one strategy of a config.
 
     Raises:
-      ValueError: an unknown strategy, task or evaluator, or a value out of range, by its name.
+      ValueError: a missing field, an unknown strategy, task or evaluator, or a value out of
+        range, by its name.
     """
     if name not in STRATEGIES:
         raise ValueError(f"strategy {name!r}: accepted are {', '.join(STRATEGIES)}")
+    missing = [field for field in (*_FIELDS, name) if field not in config]
+    if name in config:
+        own_fields = ("sampling", "num_nodes") if name == "puct" else ("sampling",)
+        missing += [f"{name}.{field}" for field in own_fields if field not in config[name]]
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(missing)}")
+    float_dtype(config["dtype"])
+    check_sizes(config)
     if config["task"] not in TASKS:
         raise ValueError(f"task {config['task']!r}: accepted are {', '.join(TASKS)}")
     if config["evaluator"] not in EVALUATORS:
-        raise ValueError(f"evaluator {config['evaluator']!r}: accepted are {EVALUATORS}")
-    if config["budget_tokens"] < 1:
-        raise ValueError(f"budget_tokens must be >= 1, got {config['budget_tokens']}")
-    StepSpec(**config["step"])
+        raise ValueError(f"evaluator {config['evaluator']!r}: accepted are {', '.join(EVALUATORS)}")
+    _make("step", StepSpec, config["step"])
     own = {key: value for key, value in config[name].items() if key not in _NOT_SETTINGS}
     strategy, num_nodes = _make_strategy(name, own, config["max_depth"])
-    sampling = SamplingConfig(**config[name]["sampling"])
+    sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
     shared = ("model", "dtype", "task", "evaluator", "budget_tokens", "max_depth", "page_tokens")
     settings = {key: config[key] for key in shared}
     settings |= {f"step.{key}": value for key, value in config["step"].items()}
@@ -154,12 +163,21 @@ def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tu
     if name == "greedy":
         return greedy.make_greedy(max_depth), 1 + max_depth
     if name == "best_of_n":
-        strategy = best_of_n.make_best_of_n(max_depth=max_depth, **settings)
+        settings = {"max_depth": max_depth, **settings}
+        strategy = _make(name, best_of_n.make_best_of_n, settings)
         return strategy, 1 + settings["num_chains"] * max_depth
-    own = {key: value for key, value in settings.items() if key != "num_nodes"}
-    num_nodes = settings["num_nodes"]
-    cfg = puct.Config(max_depth=max_depth, **own)
+    own = {"max_depth": max_depth, **settings}
+    num_nodes = own.pop("num_nodes")
+    cfg = _make(name, puct.Config, own)
     least = 1 + cfg.num_lanes * cfg.num_children
     if num_nodes < least:
         raise ValueError(f"puct: num_nodes={num_nodes}: accepted is >= {least}, one round")
     return puct.make_puct(cfg), num_nodes
+
+
+def _make(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    """`make(**settings)`, where an unknown or missing setting is the user's mistake."""
+    try:
+        return make(**settings)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -25,6 +25,7 @@ from rlm_jax.tasks.base import Gold, Problem, Task
 from rlm_jax.text.tokenizer import Tokenizer
 
 WaitFn = Callable[[Any], Any]
+SIZES = ("budget_tokens", "batch_size", "bucket_tokens", "page_tokens")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,14 +55,24 @@ class Solver:
     def __post_init__(self):
         if self.driver not in ("compiled", "host"):
             raise ValueError(f"driver {self.driver!r}: accepted are compiled, host")
-        for name in ("budget_tokens", "batch_size", "bucket_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.bucket_tokens % self.language.page_tokens:
-            raise ValueError(
-                f"bucket_tokens={self.bucket_tokens} is no multiple of "
-                f"page_tokens={self.language.page_tokens}"
-            )
+        sizes = {name: getattr(self, name) for name in SIZES if name != "page_tokens"}
+        check_sizes(sizes | {"page_tokens": self.language.page_tokens})
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Checks what is named in `SIZES`.
+
+    Raises:
+      ValueError: one of them is below 1, or bucket_tokens is no multiple of page_tokens.
+    """
+    for name in SIZES:
+        if sizes[name] < 1:
+            raise ValueError(f"{name} must be >= 1, got {sizes[name]}")
+    if sizes["bucket_tokens"] % sizes["page_tokens"]:
+        raise ValueError(
+            f"bucket_tokens={sizes['bucket_tokens']} is no multiple of "
+            f"page_tokens={sizes['page_tokens']}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +103,11 @@ def encode(solver: Solver, problem: Problem) -> Encoded:
 def bucket_width(solver: Solver, encoded: Encoded) -> int:
     """The padded prompt width; problems of one width share a compiled program."""
     return -(-len(encoded.prompt) // solver.bucket_tokens) * solver.bucket_tokens
+
+
+def is_compiled(solver: Solver, encoded: Encoded) -> bool:
+    """Whether the programs for a problem's bucket are there already."""
+    return (solver.batch_size, bucket_width(solver, encoded)) in solver.programs
 
 
 def solve_batch(
@@ -199,7 +215,7 @@ def _answer_ids(
         for node in alive:
             if node == 0 or node in inner:
                 continue
-            path = path_tokens(structure, tokens, row, node)
+            path = path_tokens(structure, tokens, row, int(node))
             answer = solver.task.extract(solver.tokenizer.decode(path, skip_special=True))
             if answer is not None:
                 ids[row, node] = known.setdefault(answer, len(known))
@@ -221,7 +237,8 @@ def _make_record(
 ) -> Record:
     problem = encoded.problem
     chosen = path_to_root(structure, row, node) if node >= 0 else []
-    text = solver.tokenizer.decode(path_tokens(structure, tokens, row, max(node, 0)))
+    solution = path_tokens(structure, tokens, row, max(node, 0))
+    text = solver.tokenizer.decode(solution, skip_special=True)
     verdict = solver.task.verify(problem, gold, text)
     budget = {name: int(getattr(structure.budget, name)[row]) for name in BUDGET_FIELDS}
     return make_record(

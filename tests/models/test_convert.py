@@ -53,8 +53,8 @@ def test_gguf_to_shards_and_on_to_bfloat16(convert, recipes, recipe_weights, tmp
 
 def test_errors_are_one_line(convert, tmp_path):
     done = convert(f"--model={tmp_path / 'none.gguf'}", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 1
-    assert done.stderr.startswith("convert: ")
+    assert done.returncode == 2
+    assert done.stderr.startswith("convert.py: ")
     assert "none.gguf" in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,149 @@
+"""What every program of this folder does around its work: flags, errors, Ctrl-C, compiled programs.
+
+A program is a function without arguments, run by `launch`. A user's mistake (a wrong flag, a
+missing file, a value that is not accepted) is one line on stderr and exit status 2, an
+interruption is status 130, and a bug keeps its traceback.
+"""
+
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/rlm_jax/xla", "Folder of compiled programs; empty for none."
+)
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes from.")
+
+MISTAKE, INTERRUPTED = 2, 130
+
+
+def launch(program: Callable[[], None], stopped: str = "stopped") -> NoReturn:
+    """Runs a program as the whole process and exits with its status."""
+    status = run(program, stopped)
+    if status == INTERRUPTED:
+        # What still runs on the device would hold up an ordinary exit.
+        os._exit(status)
+    sys.exit(status)
+
+
+def run(program: Callable[[], None], stopped: str = "stopped") -> int:
+    """Parses sys.argv, runs a program and returns its exit status.
+
+    Args:
+      stopped: what to say once Ctrl-C or SIGTERM has ended it.
+    """
+    name = pathlib.Path(sys.argv[0]).name
+    logging.getLogger("jax").setLevel(logging.WARNING)  # It tells of every backend not there.
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app.run(lambda argv: program(), flags_parser=_parse_flags)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        print(f"\n{name}: {stopped}", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left, as in `| head`: nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        if flags.FLAGS.is_parsed() and _TRACEBACK.value:
+            traceback.print_exc()
+        print(f"{name}: {describe(error)}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _interrupt:
+            signal.signal(signal.SIGTERM, before)
+    raise AssertionError("app.run returned")
+
+
+def describe(error: BaseException) -> str:
+    """An error on one line: the last of its own, or the operating system's word and the file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A multi-line message ends in the error that caused it, behind its type.
+    return re.sub(r"^\w+Error: ", "", lines[-1]) if lines else type(error).__name__
+
+
+def read_config(flag: flags.FlagHolder[Any]) -> dict[str, Any]:
+    """The config that a flag names, as nested dicts.
+
+    Raises:
+      ValueError, FileNotFoundError: the flag is missing, or the file that it names is.
+    """
+    if flag.value is None:
+        raise ValueError(f"--{flag.name} is missing: name a file, as configs/smollm2.py")
+    path = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    file = path.split(":")[0]
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"--{flag.name}={path}: there is no file {file!r}")
+    return flag.value.copy_and_resolve_references().to_dict()
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, apart by version and by the processor's abilities."""
+    if not _CACHE.value:
+        return
+    folder = pathlib.Path(_CACHE.value).expanduser() / f"jax-{jax.__version__}-{_processor()}"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def wait(tree: Any) -> None:
+    """Waits for a running program in short naps, so that Ctrl-C gets through at once."""
+    for array in jax.tree.leaves(tree):
+        while not array.is_ready():
+            time.sleep(0.01)
+
+
+def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
+    """Everything but the program's name must be a flag; raises ValueError for what is not."""
+    try:
+        rest = flags.FLAGS(list(argv))
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(f"{describe(error)} (--help lists the flags)") from error
+    except (flags.Error, OSError) as error:
+        raise ValueError(describe(error)) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        # So ml_collections says that an override names no field of the config.
+        overrides = [arg.split("=")[0] for arg in argv if re.match(r"--?config\.", arg)]
+        if not overrides:
+            raise
+        hint = re.search(r'Did you mean "(\w+)"', str(error))
+        known = f"; did you mean {hint[1]}?" if hint else ""
+        raise ValueError(f"{', '.join(overrides)}: no such field in --config{known}") from error
+    if len(rest) > 1:
+        raise ValueError(f"not a flag: {rest[1]!r} (--help lists the flags)")
+    return rest
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _processor() -> str:
+    """A short name of the instruction sets: code compiled for others may crash here."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = [line for line in lines if line.startswith(("flags", "Features"))]
+    known = found[0] if found else platform.processor()
+    digest = hashlib.sha256(f"{platform.machine()} {known}".encode()).hexdigest()
+    return f"{platform.machine()}-{digest[:8]}"
