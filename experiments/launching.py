@@ -74,8 +74,8 @@ def run(program: Callable[[], None], stopped: str = "stopped") -> int:
 
 def describe(error: BaseException) -> str:
     """An error on one line: the last of its own, or the operating system's word and the file."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A multi-line message ends in the error that caused it, behind its type.
     return re.sub(r"^\w+Error: ", "", lines[-1]) if lines else type(error).__name__
