@@ -22,10 +22,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = "free"
     config.step = ConfigDict({"kind": "newline", "max_tokens": 48})
     config.evaluator = "confidence"
+    config.aggregate = "last"
     config.budget_tokens = 512
     config.batch_size = 4
     config.bucket_tokens = 64
-    config.page_tokens = 8
+    config.page_tokens = 4
     config.max_depth = 16
 
     sampling = {"method": "sample", "temperature": 0.7, "top_k": 0, "top_p": 0.95, "min_p": 0.0}

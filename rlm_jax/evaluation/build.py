@@ -20,6 +20,7 @@ from rlm_jax.models.load import load_model
 from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.presets import preset
 from rlm_jax.reasoning.language import EVALUATORS, LanguageConfig, LanguageModel
+from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
 from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.strategies import best_of_n, greedy, puct
 from rlm_jax.tasks import arithmetic, free, game24, gsm8k
@@ -95,16 +96,28 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
     float_dtype(config["dtype"])
-    check_sizes(config)
+    check_sizes({size: config[size] for size in SIZES})
     if config["task"] not in TASKS:
         raise ValueError(f"task {config['task']!r}: accepted are {', '.join(TASKS)}")
     if config["evaluator"] not in EVALUATORS:
         raise ValueError(f"evaluator {config['evaluator']!r}: accepted are {', '.join(EVALUATORS)}")
+    if config["aggregate"] not in AGGREGATIONS:
+        raise ValueError(f"aggregate {config['aggregate']!r}: accepted are {AGGREGATIONS}")
     _make("step", StepSpec, config["step"])
     own = {key: value for key, value in config[name].items() if key not in _NOT_SETTINGS}
     strategy, num_nodes = _make_strategy(name, own, config["max_depth"])
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
-    shared = ("model", "dtype", "task", "evaluator", "budget_tokens", "max_depth", "page_tokens")
+    shared = (
+        "model",
+        "dtype",
+        "task",
+        "evaluator",
+    "aggregate",
+        "aggregate",
+        "budget_tokens",
+        "max_depth",
+        "page_tokens",
+    )
     settings = {key: config[key] for key in shared}
     settings |= {f"step.{key}": value for key, value in config["step"].items()}
     settings |= {f"sampling.{key}": v for key, v in config[name]["sampling"].items()}
@@ -129,6 +142,7 @@ def build_solver(
         model=policy.cfg,
         sampling=plan.sampling,
         evaluator=config["evaluator"],
+        aggregate=config["aggregate"],
         num_nodes=plan.num_nodes,
         max_depth=config["max_depth"],
         max_new_tokens=config["budget_tokens"],

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Bool, Float, Float32, Int32
+from rlm_jax.core.types import Array, Float, Float32, Int32
 from rlm_jax.inference.attention import Context, make_extend_attend
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
@@ -117,8 +117,3 @@ def yes_probability(
     yes = jax.nn.logsumexp(logits[:, yes_ids], -1)
     no = jax.nn.logsumexp(logits[:, no_ids], -1)
     return jax.nn.sigmoid(yes - no)
-
-
-def padding_mask(lengths: Int32[Array, "R"], width: int) -> Bool[Array, "R T"]:
-    """True at real tokens of right-padded rows."""
-    return jnp.arange(width)[None] < lengths[:, None]

@@ -8,9 +8,12 @@ token once and nothing else.
 Evaluators (Blueprint 4.3.4), all in [0, 1] but for a value head of another range:
   confidence  mean token confidence of the path (Marco-o1, arXiv 2411.14405; spec B12.10)
   likelihood  exp of the path's mean token log-probability
+  consistency the share of the structure's finished solutions that state the same answer (rStar's
+              terminal reward, arXiv 2408.06195); an unfinished path is worth 0 until one finishes
   p_yes       the policy's own P(yes) when asked whether the reasoning so far is right
   value_head  a value head on the state after the step (spec B3)
   none        0
+A score of p_yes or value_head judges one step; `aggregate` makes the path's value of them.
 """
 
 import dataclasses
@@ -40,13 +43,18 @@ from rlm_jax.inference.pages import (
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
+from rlm_jax.reasoning.operators.evaluate import (
+    AGGREGATIONS,
+    accumulate_score,
+    self_consistency,
+)
 from rlm_jax.reasoning.operators.structure import child_slots
 from rlm_jax.reasoning.protocol import Expand, Outcome, Request
 from rlm_jax.reasoning.structure import UNLIMITED, Structure, make_structure, tokens_left
 from rlm_jax.text.answers import AnswerRule, AnswerState, answer_key, init_answer_state
 from rlm_jax.text.steps import StepRule
 
-EVALUATORS = ("confidence", "likelihood", "p_yes", "value_head", "none")
+EVALUATORS = ("confidence", "likelihood", "consistency", "p_yes", "value_head", "none")
 ValueFn = Callable[[PyTree, Array], Array]
 
 
@@ -56,12 +64,14 @@ class LanguageConfig:
 
     max_depth: steps of the longest path. num_nodes: capacity N. max_new_tokens: most tokens a
     structure may generate (its own limit may be lower). page_tokens: tokens of a KV page.
+    aggregate: how per-step scores make a path's value, see `accumulate_score`.
     value_fn: for evaluator "value_head": (head parameters, hidden [..., D]) -> values [...].
     """
 
     model: ModelConfig
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     evaluator: str = "confidence"
+    aggregate: str = "last"
     num_nodes: int = 65
     max_depth: int = 16
     max_new_tokens: int = 2048
@@ -71,6 +81,8 @@ class LanguageConfig:
     def __post_init__(self):
         if self.evaluator not in EVALUATORS:
             raise ValueError(f"evaluator {self.evaluator!r}: accepted are {EVALUATORS}")
+        if self.aggregate not in AGGREGATIONS:
+            raise ValueError(f"aggregate {self.aggregate!r}: accepted are {AGGREGATIONS}")
         if (self.evaluator == "value_head") != (self.value_fn is not None):
             raise ValueError(f"evaluator {self.evaluator!r} with value_fn={self.value_fn}")
         for name in ("num_nodes", "max_depth", "max_new_tokens", "page_tokens"):
@@ -303,14 +315,31 @@ def _evaluate(lm, cfg, world, structure, steps, rows, contexts) -> _Judged:
         value = path_confidence / num_tokens
     elif cfg.evaluator == "likelihood":
         value = jnp.exp(path_logprob / num_tokens)
-    elif cfg.evaluator == "value_head":
-        assert cfg.value_fn is not None
-        value = cfg.value_fn(lm.value_head, steps.hidden).astype(jnp.float32)
-    elif cfg.evaluator == "p_yes":
-        value, scored = _ask_judge(lm, cfg, steps, contexts, starts)
-    else:
+    elif cfg.evaluator == "consistency":
+        value = _agreement(structure, steps)
+    elif cfg.evaluator == "none":
         value = jnp.zeros_like(path_logprob)
+    else:
+        if cfg.evaluator == "p_yes":
+            score, scored = _ask_judge(lm, cfg, steps, contexts, starts)
+        else:
+            assert cfg.value_fn is not None
+            score = cfg.value_fn(lm.value_head, steps.hidden).astype(jnp.float32)
+        depth = rows.of_parent(structure.depth) + 1
+        above = rows.of_parent(structure.model_value)
+        value = accumulate_score(above, score, depth, cfg.aggregate)
     return _Judged(value, path_logprob, path_confidence, scored)
+
+
+def _agreement(structure: Structure, steps: DecodedSteps) -> Float32[Array, "R"]:
+    """Self-consistency of the steps that ended a solution, themselves among the voters."""
+    batch = structure.depth.shape[0]
+    stated = answer_key(steps.answers).reshape(batch, -1)
+    finished = steps.terminal.reshape(batch, -1)
+    votes = jnp.concatenate([structure.answer_key, stated], 1)
+    voters = jnp.concatenate([structure.terminal & structure.alive, finished], 1)
+    share = self_consistency(stated, votes, voters)
+    return jnp.where(finished, share, 0.0).reshape(-1)
 
 
 def _ask_judge(lm, cfg, steps, contexts, starts) -> tuple[Array, Array]:

@@ -11,7 +11,6 @@ Blueprint (arXiv 2501.11223) sections 4.2-4.3: chain (every node has at most one
 """
 
 import enum
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -151,11 +150,6 @@ def path_to_root(structure: Structure, batch: int, node: int) -> list[int]:
     while parents[path[-1]] >= 0:
         path.append(int(parents[path[-1]]))
     return path[::-1]
-
-
-def iterate_nodes(structure: Structure, batch: int) -> Iterator[int]:
-    """Indices of the slots in use, in topological order (host side)."""
-    return iter(range(int(structure.num_nodes[batch])))
 
 
 def check(structure: Structure) -> None:

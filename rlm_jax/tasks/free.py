@@ -45,7 +45,9 @@ def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
     del problem
     if gold.answer is None:
         return judge(None, "no answer to compare with")
-    expected, found = normalize(gold.answer), extract(text)
+    # A worked solution, as GSM8K's answers are, names its answer behind a mark.
+    marked = [answer for answer in map(normalize, find_marked(gold.answer)) if answer]
+    expected, found = (marked or [normalize(gold.answer)])[0], extract(text)
     if found is None:
         return judge(False, "no answer in the text")
     right = found == expected

@@ -251,7 +251,7 @@ def test_tokens_forwarded_are_the_tokens_of_the_structure(model):
             assert forwarded == own + len(prompt)
 
 
-@pytest.mark.parametrize("evaluator", ["likelihood", "value_head", "p_yes", "none"])
+@pytest.mark.parametrize("evaluator", ["likelihood", "value_head", "p_yes", "none", "consistency"])
 def test_evaluators_equal_the_full_forward(model, evaluator):
     lm, _ = model
     structure, world = search(model, STRATEGIES["puct"], evaluator=evaluator)
@@ -277,6 +277,8 @@ def test_evaluators_equal_the_full_forward(model, evaluator):
                 table = dense(model, ids + suffix)[1][-1]
                 yes, no = np.exp(table[[89, 121]]).sum(), np.exp(table[[78, 110]]).sum()
                 expected = yes / (yes + no)
+            elif evaluator == "consistency":
+                expected = _share_when_made(structure, row, node)
             else:
                 expected = 0.0
             np.testing.assert_allclose(structure.model_value[row, node], expected, atol=1e-4)
@@ -284,6 +286,26 @@ def test_evaluators_equal_the_full_forward(model, evaluator):
     assert seen > 20
     total = int(structure.budget.scored_tokens.sum())
     assert total == (scored if evaluator == "p_yes" else 0)
+
+
+def _share_when_made(structure, row, node):
+    """Self-consistency of a finished node among all that had finished by the end of its round."""
+    if not structure.terminal[row, node]:
+        return 0.0
+    made = np.asarray(structure.created_at)[row]
+    keys, terminal = np.asarray(structure.answer_key)[row], np.asarray(structure.terminal)[row]
+    voters = terminal & (made <= made[node])
+    return ((keys == keys[node]) & voters).sum() / voters.sum() if keys[node] else 0.0
+
+
+def test_step_scores_are_aggregated_along_the_path(model):
+    last, _ = search(model, STRATEGIES["best_of_n"], evaluator="value_head")
+    mean, _ = search(model, STRATEGIES["best_of_n"], evaluator="value_head", aggregate="mean")
+    for row in range(len(PROMPTS)):
+        for node in range(1, int(last.num_nodes[row])):
+            path = path_to_root(last, row, node)[1:]
+            steps = np.asarray(last.model_value)[row, path]
+            np.testing.assert_allclose(mean.model_value[row, node], steps.mean(), atol=1e-5)
 
 
 def test_duplicates_are_merged_and_take_no_pages(model):
@@ -345,6 +367,7 @@ def test_the_search_stays_on_the_device_and_copies_no_pool(model):
     [
         ({"evaluator": "vibes"}, "vibes"),
         ({"evaluator": "value_head", "value_fn": None}, "value_head"),
+        ({"aggregate": "median"}, "median"),
         ({"num_nodes": 0}, "num_nodes must be >= 1, got 0"),
         ({"page_tokens": -8}, "page_tokens must be >= 1, got -8"),
     ],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rlm_jax.core.budget import zero_budget
-from rlm_jax.reasoning.operators.evaluate import aggregate_steps, self_consistency, step_prior
-from rlm_jax.reasoning.operators.structure import child_slots, generate, prune
+from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency, step_prior
+from rlm_jax.reasoning.operators.structure import child_slots, generate
 from rlm_jax.reasoning.operators.traversal import puct_score, select_answer
 from rlm_jax.reasoning.operators.update import backpropagate
 from rlm_jax.reasoning.protocol import Outcome, Request
@@ -102,15 +102,16 @@ def test_a_normalised_prior_sums_to_one_over_the_valid_steps():
     ],
 )
 def test_aggregation_golden_g23(rule, first, second):
-    steps = jnp.asarray([[0.9, 0.8, 0.95, 7.0], [0.99, 0.5, 0.99, -7.0], [1.0, 1.0, 1.0, 1.0]])
-    mask = jnp.asarray([[True] * 3 + [False]] * 2 + [[False] * 4])
-    scores = aggregate_steps(steps, mask, rule)
-    np.testing.assert_allclose(scores, [first, second, -1.0], atol=1e-6)
+    steps = jnp.asarray([[0.9, 0.99], [0.8, 0.5], [0.95, 0.99]])
+    score = jnp.asarray([7.0, -7.0])  # What stands at the root must not matter.
+    for depth, step in enumerate(steps, 1):
+        score = accumulate_score(score, step, jnp.full(2, depth), rule)
+    np.testing.assert_allclose(score, [first, second], atol=1e-6)
 
 
 def test_an_unknown_aggregation_is_refused():
     with pytest.raises(ValueError, match="'median'"):
-        aggregate_steps(jnp.ones((1, 1)), jnp.ones((1, 1), bool), "median")
+        accumulate_score(jnp.ones(1), jnp.ones(1), jnp.ones(1, jnp.int32), "median")
 
 
 def test_votes_golden_g48():
@@ -151,10 +152,13 @@ def test_a_bare_root_answers_with_itself():
     assert int(answer.node[0]) == 0
 
 
-def test_self_consistency_is_the_share_of_finished_solutions(tree):
-    ids = jnp.full((1, 10), -1).at[0, jnp.asarray([3, 4, 5, 6])].set(jnp.asarray([0, 0, 1, 0]))
-    share = np.asarray(self_consistency(tree, ids))[0]
-    np.testing.assert_allclose(share[:7], [0, 0, 0, 2 / 3, 2 / 3, 1 / 3, 0], atol=1e-6)
+def test_self_consistency_is_the_share_of_finished_solutions():
+    votes = jnp.asarray([[7, 7, 9, 7, 0]], jnp.uint32)
+    voters = jnp.asarray([[True, True, True, False, True]])
+    share = self_consistency(jnp.asarray([[7, 9, 5, 0]], jnp.uint32), votes, voters)
+    np.testing.assert_allclose(share, [[0.5, 0.25, 0, 0]], atol=1e-6)
+    nobody = self_consistency(votes, votes, jnp.zeros_like(voters))
+    np.testing.assert_array_equal(nobody, jnp.zeros((1, 5)))
 
 
 def test_slots_follow_each_other_and_idle_lanes_get_none(tree):
@@ -182,25 +186,15 @@ def test_backpropagation_keeps_means_whatever_the_order(tree):
     np.testing.assert_array_equal(together.value[0, 3:], tree.value[0, 3:])
 
 
-def test_pruning_takes_whole_subtrees_and_never_the_root(tree):
-    pruned = prune(tree, jnp.zeros((1, 10), bool).at[0, jnp.asarray([0, 2])].set(True))
-    check(pruned)
-    assert np.flatnonzero(pruned.alive[0]).tolist() == [0, 1, 3, 4]
-    assert not bool(pruned.terminal[0, 5])
-
-
-def test_a_node_of_a_graph_stays_while_one_parent_does():
+def test_a_graph_node_may_have_several_parents():
     structure = make_structure(jnp.asarray([1]), 6, num_parents=2)
     structure, _ = grow(structure, [0], 3, [0.1, 0.2, 0.3])
     structure, _ = grow(structure, [1], 1, [0.4])
-    both = structure.replace(
-        parents=structure.parents.at[0, 4, 1].set(2),
-        operator=structure.operator.at[0, 4].set(Operator.AGGREGATE),
-    )
-    check(both)
-    mark = jnp.zeros((1, 6), bool).at[0, 1].set(True)
-    assert np.flatnonzero(prune(both, mark).alive[0]).tolist() == [0, 2, 3, 4]
-    assert np.flatnonzero(prune(structure, mark).alive[0]).tolist() == [0, 2, 3]
+    parents = structure.parents.at[0, 4, 1].set(2)
+    operator = structure.operator.at[0, 4].set(Operator.AGGREGATE)
+    check(structure.replace(parents=parents, operator=operator))
+    with pytest.raises(AssertionError, match="parents come before"):
+        check(structure.replace(parents=structure.parents.at[0, 4, 1].set(4), operator=operator))
 
 
 @pytest.mark.parametrize(

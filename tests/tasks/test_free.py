@@ -14,6 +14,8 @@ PROBLEM = Problem("Which?")
     ("gold", "text", "correct"),
     [
         ("18", "so 9 * 2 = 18\n#### 18", True),
+        ("9 * 2 = 18\n#### 18", "#### 18", True),
+        ("9 * 2 = 18\n#### 18", "#### 9", False),
         ("1,000", "It costs $1000.00", True),
         ("1.5", "#### 15", False),
         ("Paris", "The capital is found.\n#### Paris.", True),

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.masked import masked_softmax
-from rlm_jax.core.types import Bool, Float32, Int32
-from rlm_jax.reasoning.structure import Structure
+from rlm_jax.core.types import Bool, Float32, Int32, UInt32
 
-Rule = str
+Rule = str  # one of AGGREGATIONS
+AGGREGATIONS = ("min", "prod", "last", "mean", "max")
 
 
 def step_prior(
@@ -35,37 +35,43 @@ def step_prior(
     return jnp.where(valid, jnp.exp(score), 0.0)
 
 
-def aggregate_steps(
-    scores: Float32[jax.Array, "*R T"], mask: Bool[jax.Array, "*R T"], rule: Rule
+def accumulate_score(
+    above: Float32[jax.Array, "*R"],
+    score: Float32[jax.Array, "*R"],
+    depth: Int32[jax.Array, "*R"],
+    rule: Rule,
 ) -> Float32[jax.Array, "*R"]:
-    """One score for a solution from the scores of its steps; -1 where it has none (OpenR).
+    """A path's score from its parent's and that of its newest step (spec C3.2, golden G23).
+
+    Args:
+      above: the parent's accumulated score; not read at depth 1. depth: steps of the path, >= 1.
 
     Raises:
       ValueError: `rule` is not one of min, prod, last, mean, max.
     """
-    steps = jnp.arange(scores.shape[-1])
-    final = jnp.max(jnp.where(mask, steps, -1), -1)
     rules = {
-        "min": lambda: jnp.min(jnp.where(mask, scores, jnp.inf), -1),
-        "prod": lambda: jnp.prod(jnp.where(mask, scores, 1.0), -1),
-        "last": lambda: jnp.take_along_axis(scores, jnp.maximum(final, 0)[..., None], -1)[..., 0],
-        "mean": lambda: jnp.where(mask, scores, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1),
-        "max": lambda: jnp.max(jnp.where(mask, scores, -jnp.inf), -1),
+        "min": lambda: jnp.minimum(above, score),
+        "prod": lambda: above * score,
+        "last": lambda: score,
+        "mean": lambda: above + (score - above) / depth,
+        "max": lambda: jnp.maximum(above, score),
     }
     if rule not in rules:
-        raise ValueError(f"aggregation rule {rule!r}: accepted are {sorted(rules)}")
-    return jnp.where(mask.any(-1), rules[rule](), -1.0)
+        raise ValueError(f"aggregation rule {rule!r}: accepted are {AGGREGATIONS}")
+    return jnp.where(depth <= 1, score, rules[rule]())
 
 
 def self_consistency(
-    structure: Structure, answer_ids: Int32[jax.Array, "B N"]
-) -> Float32[jax.Array, "B N"]:
-    """Share of a structure's finished solutions that give the same answer as this one.
+    answers: UInt32[jax.Array, "B M"],
+    votes: UInt32[jax.Array, "B V"],
+    voters: Bool[jax.Array, "B V"],
+) -> Float32[jax.Array, "B M"]:
+    """Share of a structure's finished solutions that state the same answer.
 
-    `answer_ids` are equal for equal answers, negative for none; a node that is not terminal, or
-    states no answer, gets 0.
+    Args:
+      answers: keys to look up, 0 for none. votes: keys of the solutions; voters: which of them
+        are finished. A solution that states nothing votes for nothing and still counts.
     """
-    voter = structure.terminal & structure.alive & (answer_ids >= 0)
-    same = (answer_ids[:, :, None] == answer_ids[:, None, :]) & voter[:, None, :]
-    share = same.sum(-1) / jnp.maximum(voter.sum(-1, keepdims=True), 1)
-    return jnp.where(voter, share, 0.0).astype(jnp.float32)
+    same = (answers[:, :, None] == votes[:, None, :]) & (answers != 0)[:, :, None]
+    count = jnp.maximum(voters.sum(-1, keepdims=True), 1)
+    return (same & voters[:, None, :]).sum(-1).astype(jnp.float32) / count

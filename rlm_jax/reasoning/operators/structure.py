@@ -1,15 +1,15 @@
 """Structure operators: what changes the topology (Blueprint 4.3.1).
 
-`generate` appends the proposed steps as children; `prune` takes nodes and what hangs below them
-out of use. Slots are given out in order, the same way wherever they are needed: the expander
-writes its pages and tokens under the indices that `child_slots` names before `generate` runs.
+`generate` appends the proposed steps as children. Slots are given out in order, the same way
+wherever they are needed: the expander writes its pages and tokens under the indices that
+`child_slots` names before `generate` runs.
 """
 
 import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.budget import add_budgets
-from rlm_jax.core.types import Bool, Float32, Int32
+from rlm_jax.core.types import Float32, Int32
 from rlm_jax.reasoning.protocol import Outcome, Request
 from rlm_jax.reasoning.structure import Structure
 
@@ -78,22 +78,3 @@ def generate(
         num_nodes=structure.num_nodes + taken.sum((1, 2)).astype(jnp.int32),
         budget=budget,
     ), slots
-
-
-def prune(structure: Structure, remove: Bool[jax.Array, "B N"]) -> Structure:
-    """Takes the marked nodes and everything that hangs only below them out of use.
-
-    A node of a graph stays as long as one of its parents does. The root cannot be removed.
-    """
-    has_parent = structure.parents >= 0
-    lanes = jnp.maximum(structure.parents, 0)
-    keep = structure.alive & ~remove.at[:, 0].set(False)
-
-    def step(_, alive):
-        flat = jnp.take_along_axis(alive, lanes.reshape(lanes.shape[0], -1), 1)
-        supported = (flat.reshape(lanes.shape) & has_parent).any(-1)
-        return keep & (supported | ~has_parent.any(-1))
-
-    depth = jnp.max(jnp.where(structure.alive, structure.depth, 0))
-    alive = jax.lax.fori_loop(0, depth, step, keep)
-    return structure.replace(alive=alive, terminal=structure.terminal & alive)
