@@ -35,7 +35,7 @@ TASKS: dict[str, Task] = {
 }
 _RANDOM = "random:"
 _NOT_SETTINGS = ("sampling",)
-_FIELDS = (*SIZES, "model", "dtype", "task", "step", "evaluator", "max_depth")
+_FIELDS = (*SIZES, "model", "dtype", "task", "step", "evaluator", "aggregate", "max_depth")
 
 
 class Policy(NamedTuple):
