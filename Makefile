@@ -1,11 +1,14 @@
 # Everything starts here: each target sets up what it needs in .venv, once.
 #
 #   make demo       a language model answers a question by chain, best-of-N and tree search
+#                   (QUESTION="..." asks your own; ARGS="--budget_tokens=256" is passed on)
 #   make test       the tests                       (ARGS="-k puct" is passed on to pytest)
 #   make setup      everything a contributor wants  (PYTHON=/path/to/python chooses the Python)
 
 PYTHON ?=
 ARGS ?=
+QUESTION ?= Ben has 3 boxes with 12 pens in each box. How many pens does Ben have in total?
+export QUESTION
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
@@ -28,7 +31,8 @@ help:
 setup: $(STAMPS)/dev $(STAMPS)/model
 
 demo: $(STAMPS)/demo $(STAMPS)/model
-	$(RUN) experiments/solve.py --config=configs/smollm2.py --demo $(ARGS)
+	$(RUN) experiments/solve.py --config=configs/smollm2.py --question="$$QUESTION" \
+	  --strategy=greedy,best_of_n,puct $(ARGS)
 
 test: $(STAMPS)/test $(STAMPS)/model
 	$(PYTEST) -m "not slow" $(ARGS)
