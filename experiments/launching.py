@@ -47,11 +47,12 @@ def run(program: Callable[[], None], stopped: str = "stopped") -> int:
     """
     name = pathlib.Path(sys.argv[0]).name
     logging.getLogger("jax").setLevel(logging.WARNING)  # It tells of every backend not there.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app.run(lambda argv: program(), flags_parser=_parse_flags)
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in handlers:  # A second Ctrl-C must not cut the message off.
             signal.signal(number, signal.SIG_IGN)
         print(f"\n{name}: {stopped}", file=sys.stderr, flush=True)
         return INTERRUPTED
@@ -67,8 +68,8 @@ def run(program: Callable[[], None], stopped: str = "stopped") -> int:
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     finally:
-        if signal.getsignal(signal.SIGTERM) is _interrupt:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     raise AssertionError("app.run returned")
 
 

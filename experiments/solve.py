@@ -231,8 +231,9 @@ def _solve_examples(
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         bar = progress.add_task(name, total=len(encoded), status="")
         for batch in _batches(one, encoded):
-            compiled = solver.is_compiled(one, batch[0][0])
-            progress.update(bar, status="searching" if compiled else "compiling")
+            progress.update(bar, status="compiling")
+            solver.prepare(one, solver.bucket_width(one, batch[0][0]))
+            progress.update(bar, status="searching")
             for record in solver.solve_batch(
                 one, [item for item, _ in batch], [gold for _, gold in batch], launching.wait
             ):

@@ -105,11 +105,6 @@ def bucket_width(solver: Solver, encoded: Encoded) -> int:
     return -(-len(encoded.prompt) // solver.bucket_tokens) * solver.bucket_tokens
 
 
-def is_compiled(solver: Solver, encoded: Encoded) -> bool:
-    """Whether the programs for a problem's bucket are there already."""
-    return (solver.batch_size, bucket_width(solver, encoded)) in solver.programs
-
-
 def solve_batch(
     solver: Solver,
     batch: Sequence[Encoded],
@@ -126,7 +121,7 @@ def solve_batch(
       A record per problem; `seconds` is the batch's wall clock over the number of its problems.
     """
     width = max(bucket_width(solver, one) for one in batch)
-    begin_fn, search_fn = _programs(solver, width)
+    begin_fn, search_fn = prepare(solver, width)
     spare = solver.batch_size - len(batch)
     # Spare rows hold a one-token prompt and no budget: they never ask for anything.
     prompts, lengths = pad_prompts([one.prompt for one in batch] + [(0,)] * spare, width)
@@ -165,7 +160,7 @@ def path_tokens(structure: Structure, tokens: np.ndarray, row: int, node: int) -
     return ids
 
 
-def _programs(solver: Solver, width: int) -> tuple[Callable, Callable]:
+def prepare(solver: Solver, width: int) -> tuple[Callable, Callable]:
     """The jitted prefill and search for one bucket, made once and compiled ahead of the clock."""
     shape = (solver.batch_size, width)
     if shape in solver.programs:
