@@ -91,7 +91,8 @@ def choose_tokens(
     """
     norm = jax.nn.logsumexp(logits, -1)
     num_top = min(_num_candidates(cfg, logits.shape[-1], num_siblings), logits.shape[-1])
-    top, top_ids = jax.lax.top_k(logits, num_top)
+    # The barrier keeps uses that slice the result from turning it into a sort of the vocabulary.
+    top, top_ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, num_top))
     top_logprobs = top - norm[:, None]
     if cfg.method == "greedy":
         token, behaviour = top_ids[:, 0], jnp.zeros_like(norm)
