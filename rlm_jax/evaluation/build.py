@@ -102,7 +102,9 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     if config["evaluator"] not in EVALUATORS:
         raise ValueError(f"evaluator {config['evaluator']!r}: accepted are {', '.join(EVALUATORS)}")
     if config["aggregate"] not in AGGREGATIONS:
-        raise ValueError(f"aggregate {config['aggregate']!r}: accepted are {AGGREGATIONS}")
+        raise ValueError(
+            f"aggregate {config['aggregate']!r}: accepted are {', '.join(AGGREGATIONS)}"
+        )
     _make("step", StepSpec, config["step"])
     own = {key: value for key, value in config[name].items() if key not in _NOT_SETTINGS}
     strategy, num_nodes = _make_strategy(name, own, config["max_depth"])
@@ -112,7 +114,6 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
         "dtype",
         "task",
         "evaluator",
-    "aggregate",
         "aggregate",
         "budget_tokens",
         "max_depth",
