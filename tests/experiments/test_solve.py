@@ -13,7 +13,8 @@ import pytest
 from running import ROOT
 
 from rlm_jax.data.records import RecordWriter, read_records
-from rlm_jax.evaluation import solver
+from rlm_jax.evaluation import build, solver
+from rlm_jax.text.tokenizer import ByteTokenizer
 
 # Wide buckets: all short questions share one compiled program.
 SMOKE = ("--config=configs/smollm2.py:smoke", "--config.bucket_tokens=256")
@@ -148,6 +149,39 @@ def test_answers_grade_and_reach_nothing_else(solve, undisturbed, tmp_path):
     said = bytes(t for n in found[wrong]["nodes"] for t in n["tokens"] if t < 256)
     assert b"What is" in said
     assert MARKER.encode() not in said
+
+
+class StarTokenizer(ByteTokenizer):
+    """Bytes, with "*" (which the random model likes) for the token that ends a solution."""
+
+    eos_ids = (42,)
+
+    def __init__(self):
+        super().__init__()
+        self.special_tokens = {"<eos>": 42}
+        self._special_text = {42: "<eos>"}
+        self._pieces[42] = b""
+
+    def is_special(self, token):
+        return token == 42 or super().is_special(token)
+
+
+def test_the_token_that_ends_a_solution_is_no_part_of_the_answer(solve, tmp_path, monkeypatch):
+    load_policy = build.load_policy
+    monkeypatch.setattr(
+        build, "load_policy", lambda *args: load_policy(*args)._replace(tokenizer=StarTokenizer())
+    )
+    problems = [{"id": str(i), "question": f"{i}?"} for i in range(8)]
+    first = (*SMOKE, write_problems(tmp_path / "p.jsonl", problems), "--strategy=puct")
+    assert solve(*first, f"--out={tmp_path}/one").status == 0
+    found = records_of(tmp_path / "one").values()
+    ended = [r for r in found if r["answer"] and r["nodes"][r["chosen"][-1]]["terminal"]]
+    assert any(r["nodes"][r["chosen"][-1]]["tokens"][-1] == 42 for r in ended)
+    golds = {r["id"]: r["answer"] for r in ended}
+    graded = [p | {"answer": golds[p["id"]]} for p in problems if p["id"] in golds]
+    second = (*SMOKE, write_problems(tmp_path / "q.jsonl", graded), "--strategy=puct")
+    assert solve(*second, f"--out={tmp_path}/two").status == 0
+    assert [r["correct"] for r in records_of(tmp_path / "two").values()] == [True] * len(golds)
 
 
 def test_a_restart_keeps_what_is_finished_and_does_the_rest(
