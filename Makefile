@@ -34,8 +34,9 @@ demo: $(STAMPS)/demo $(STAMPS)/model
 	$(RUN) experiments/solve.py --config=configs/smollm2.py --question="$$QUESTION" \
 	  --strategy=greedy,best_of_n,puct $(ARGS)
 
+# Tests spend their time compiling small programs: LLVM's optimizer costs more than it gains there.
 test: $(STAMPS)/test $(STAMPS)/model
-	$(PYTEST) -m "not slow" $(ARGS)
+	XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)" $(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(STAMPS)/test $(STAMPS)/model
 	$(PYTEST) -m slow $(ARGS)

@@ -123,6 +123,8 @@ def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
 
 def solve(numbers: tuple[int, ...]) -> str | None:
     """An expression that makes 24 out of `numbers`, or None when there is none. Exact."""
+    if len(numbers) == 1:
+        return str(TARGET) if numbers[0] == TARGET else None
     return _solve([(Fraction(n), str(n)) for n in numbers])
 
 
@@ -188,21 +190,29 @@ def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
 
 
 def _solve(terms: list[tuple[Fraction, str]]) -> str | None:
-    if len(terms) == 1:
-        value, text = terms[0]
-        return text.removeprefix("(").removesuffix(")") if value == TARGET else None
-    for i, (a, x) in enumerate(terms):
-        for j, (b, y) in enumerate(terms[:i]):
+    for i, right in enumerate(terms):
+        for j, left in enumerate(terms[:i]):
             rest = [term for k, term in enumerate(terms) if k not in (i, j)]
-            results = [(a + b, f"({x} + {y})"), (a - b, f"({x} - {y})"), (b - a, f"({y} - {x})")]
-            results.append((a * b, f"({x} * {y})"))
-            results += [(a / b, f"({x} / {y})")] if b else []
-            results += [(b / a, f"({y} / {x})")] if a else []
-            for result in results:
-                found = _solve([*rest, result])
-                if found is not None:
-                    return found
+            for value, text in _combine(left, right):
+                if rest:
+                    found = _solve([*rest, (value, f"({text})")])
+                    if found is not None:
+                        return found
+                elif value == TARGET:
+                    return text
     return None
+
+
+def _combine(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> list[tuple[Fraction, str]]:
+    """All that two terms can become, as value and text."""
+    (a, x), (b, y) = left, right
+    results = [(a + b, f"{x} + {y}"), (a - b, f"{x} - {y}"), (b - a, f"{y} - {x}")]
+    results.append((a * b, f"{x} * {y}"))
+    if b:
+        results.append((a / b, f"{x} / {y}"))
+    if a:
+        results.append((b / a, f"{y} / {x}"))
+    return results
 
 
 TASK = Task("game24", 1, True, prompt, extract, verify, load=load)

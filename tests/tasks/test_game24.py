@@ -148,6 +148,8 @@ def test_solver_solves_all_published_puzzles(shared_data):
 
 def test_solver_says_no_where_there_is_no_way():
     assert game24.solve((1, 1, 1, 1)) is None
+    assert game24.solve((23,)) is None
+    assert game24.solve((24,)) == "24"
     assert game24.solve((3, 3, 8, 8)) == "8 / (3 - (8 / 3))"
 
 
