@@ -27,12 +27,12 @@ HUB = ["huggingface_hub>=0.30"]
 TRAIN = ["orbax-checkpoint>=0.11", "tensorflow-datasets>=4.9.10"]
 DEMO = TEXT + GGUF
 TEST = DEMO + HUB + ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "pytest-xdist>=3"]
-DEV = TEST + ["pre-commit>=4", "pyright>=1.1.400", "ruff>=0.11"]
+DEV = [*TEST, "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.11"]
 
 setup(
     name="rlm_jax",
     version=VERSION,
-    description="Build, train and search reasoning language models in JAX, from a laptop to a TPU pod",
+    description="Build, train and search reasoning language models in JAX",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,6 +1,7 @@
 """Frozen dataclasses that are pytrees: the one way this package holds arrays.
 
-`@struct` makes a frozen dataclass whose fields are pytree children, with `.replace(**changes)`.
+`@struct` makes a frozen dataclass whose fields are pytree children; a changed copy of one is made
+by `dataclasses.replace`.
 A field declared with `static()` is part of the tree's *type* instead: it is hashed into the jit
 cache, so it must be hashable and must not change inside a loop.
 """
@@ -22,5 +23,5 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def struct(cls: type[T]) -> type[T]:
-    """Makes `cls` a frozen dataclass and a pytree, with a `replace` method."""
+    """Makes `cls` a frozen dataclass and a pytree."""
     return flax_struct.dataclass(cls)

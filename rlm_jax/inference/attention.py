@@ -9,6 +9,7 @@ What a query may see follows from positions alone: a valid key at a position no 
 query's, and within the layer's window.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -65,9 +66,9 @@ def attend_parts(
     scores = [_scores(grouped, positions, part, cfg, window) for part in parts]
     top = jnp.max(jnp.stack([s.max(-1) for s in scores]), 0)
     weights = [jnp.exp(s - top[..., None]) for s in scores]
-    norm = sum(w.sum(-1) for w in weights)
-    mixed = sum(_mix(w, part) for w, part in zip(weights, parts, strict=True))
-    out = mixed / norm[..., None]
+    norm = functools.reduce(jnp.add, [w.sum(-1) for w in weights])
+    mixed = [_mix(w, part) for w, part in zip(weights, parts, strict=True)]
+    out = functools.reduce(jnp.add, mixed) / norm[..., None]
     return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
 
 

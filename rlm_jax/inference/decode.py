@@ -6,6 +6,8 @@ the last one of the step too, is forwarded exactly once, which leaves the step's
 and the hidden state its children start from. The loop ends when all rows have ended.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -98,7 +100,8 @@ def decode_steps(
         length = loop.out.length + active
         confidence = token_confidence(choice.logprob, choice.top_logprobs)
         kept = active.astype(jnp.float32)
-        out = loop.out.replace(
+        out = dataclasses.replace(
+            loop.out,
             tokens=jax.lax.dynamic_update_slice_in_dim(
                 loop.out.tokens, token[:, None], loop.index, axis=1
             ),

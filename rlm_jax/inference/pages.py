@@ -7,6 +7,8 @@ contiguous write. Each structure has its own range of P / B pages: what one sear
 depend on its neighbours, and a shard of the batch holds the pages of its own structures.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
@@ -158,7 +160,8 @@ def write_steps(
     place = jnp.where(taken, count[..., None] + offset, pages.table.shape[-1])
     lanes = jnp.arange(width)[None, :, None]
     listed = above.at[rows[..., None], lanes, place].set(ids, mode="drop")
-    return pages.replace(
+    return dataclasses.replace(
+        pages,
         table=pages.table.at[rows, slots].set(listed, mode="drop"),
         table_length=pages.table_length.at[rows, slots].set(count + need, mode="drop"),
         used=pages.used + need.sum(-1),
@@ -222,7 +225,8 @@ def _write(pages, keys, values, ids, fill, starts):
         split = split.reshape(-1, *pool.shape[1:]).astype(pool.dtype)
         return pool.at[flat].set(split, mode="drop")
 
-    return pages.replace(
+    return dataclasses.replace(
+        pages,
         keys=tuple(put(pool, rows) for pool, rows in zip(pages.keys, keys, strict=True)),
         values=tuple(put(pool, rows) for pool, rows in zip(pages.values, values, strict=True)),
         fill=pages.fill.at[flat].set(fill.reshape(-1), mode="drop"),

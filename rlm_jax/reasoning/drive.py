@@ -6,6 +6,7 @@ functions, for expanders that are not JAX programs (remote models, tools). Both 
 structures for equal keys: a node's randomness is its problem's key and its own index.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -84,4 +85,4 @@ def next_request(strategy: Strategy, state: State, structure: Structure, keys: K
     # Every row must be able to bring at least one token.
     funds = tokens_left(structure) >= num_new
     goes_on = (room & funds)[:, None]
-    return request.replace(nodes=jnp.where(goes_on, request.nodes, NO_NODE))
+    return dataclasses.replace(request, nodes=jnp.where(goes_on, request.nodes, NO_NODE))

@@ -162,10 +162,10 @@ def begin(
     slots = step_slots(lm.step_rule, cfg.page_tokens)
     limits = jnp.minimum(token_limits, cfg.max_new_tokens) + lengths * 0
     structure = make_structure(lengths, cfg.num_nodes, token_limit=limits)
-    cost = zero_budget(lengths).replace(
-        prefilled_tokens=lengths, model_calls=jnp.ones_like(lengths)
+    cost = dataclasses.replace(
+        zero_budget(lengths), prefilled_tokens=lengths, model_calls=jnp.ones_like(lengths)
     )
-    structure = structure.replace(budget=cost)
+    structure = dataclasses.replace(structure, budget=cost)
     prefilled = extend(lm.policy, prompts, lengths, cfg=cfg.model)
     pages = make_pages(
         cfg.model,
@@ -372,7 +372,8 @@ def _ask_judge(lm, cfg, steps, contexts, starts) -> tuple[Array, Array]:
 def _outcome(structure, request, steps, judged, duplicate, shape) -> Outcome:
     batch = shape[0]
     scored = judged.scored_tokens.reshape(batch, -1)
-    cost = zero_budget(structure.num_nodes).replace(
+    cost = dataclasses.replace(
+        zero_budget(structure.num_nodes),
         generated_tokens=steps.length.reshape(batch, -1).sum(-1),
         scored_tokens=scored.sum(-1),
         # A structure takes part in the calls up to its own longest step, not its neighbours'.

@@ -5,6 +5,8 @@ wherever they are needed: the expander writes its pages and tokens under the ind
 `child_slots` names before `generate` runs.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -59,7 +61,8 @@ def generate(
     end = of_parent(structure.span_start) + of_parent(structure.span_length)
     created = jnp.broadcast_to(budget.generated_tokens[:, None, None], slots.shape)
     first_parent = write(structure.parents[..., 0], parent)
-    return structure.replace(
+    return dataclasses.replace(
+        structure,
         parents=structure.parents.at[..., 0].set(first_parent),
         operator=write(structure.operator, operator),
         depth=write(structure.depth, of_parent(structure.depth) + 1),

@@ -1,5 +1,7 @@
 """Update operators: what changes the content of nodes and not the topology (Blueprint 4.3.3)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -35,4 +37,6 @@ def backpropagate(
     )
     visits = structure.visits + added
     mean = (structure.value * structure.visits + sums) / jnp.maximum(visits, 1.0)
-    return structure.replace(visits=visits, value=jnp.where(added > 0, mean, structure.value))
+    return dataclasses.replace(
+        structure, visits=visits, value=jnp.where(added > 0, mean, structure.value)
+    )

@@ -6,6 +6,7 @@ child of its tip, and all lanes start at the root. Votes: majority is self-consi
 value (spec C3.2). One chain of this strategy is the greedy chain of `greedy.py`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -46,7 +47,7 @@ def tell(
 
     Equal steps of two chains stay two nodes: merging them would bias the vote.
     """
-    outcome = outcome.replace(duplicate=jnp.zeros_like(outcome.duplicate))
+    outcome = dataclasses.replace(outcome, duplicate=jnp.zeros_like(outcome.duplicate))
     structure, slots = generate(structure, request, outcome, jnp.ones_like(outcome.logprob))
     child = slots[..., 0]
     at = jnp.minimum(child, structure.capacity - 1)
