@@ -18,7 +18,7 @@ import numpy as np
 from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, Record, make_record
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
 from rlm_jax.reasoning.drive import run_compiled, run_host
-from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, begin, make_expand
+from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, World, begin, make_expand
 from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.structure import Operator, Structure, path_to_root
 from rlm_jax.tasks.base import Gold, Problem, Task
@@ -120,16 +120,9 @@ def solve_batch(
     Returns:
       A record per problem; `seconds` is the batch's wall clock over the number of its problems.
     """
-    width = max(bucket_width(solver, one) for one in batch)
-    begin_fn, search_fn = prepare(solver, width)
-    spare = solver.batch_size - len(batch)
-    # Spare rows hold a one-token prompt and no budget: they never ask for anything.
-    prompts, lengths = pad_prompts([one.prompt for one in batch] + [(0,)] * spare, width)
-    limits = np.asarray([solver.budget_tokens] * len(batch) + [0] * spare, np.int32)
-    keys = problem_keys(solver.seed, [one.problem.id for one in batch] + [""] * spare)
+    prepare(solver, max(bucket_width(solver, one) for one in batch))
     started = time.monotonic()
-    structure, world = begin_fn(solver.lm, prompts, lengths, limits)
-    structure, world = search_fn(solver.lm, keys, world, structure)
+    structure, world = search_batch(solver, batch)
     tokens = world.tokens
     del world  # Its pages are free again before the next batch begins.
     wait_fn((structure, tokens))
@@ -144,6 +137,19 @@ def solve_batch(
         )
         for row, (one, gold) in enumerate(zip(batch, golds, strict=True))
     ]
+
+
+def search_batch(solver: Solver, batch: Sequence[Encoded]) -> tuple[Structure, World]:
+    """The search alone: finished structures of up to batch_size problems, and their world."""
+    width = max(bucket_width(solver, one) for one in batch)
+    begin_fn, search_fn = prepare(solver, width)
+    spare = solver.batch_size - len(batch)
+    # Spare rows hold a one-token prompt and no budget: they never ask for anything.
+    prompts, lengths = pad_prompts([one.prompt for one in batch] + [(0,)] * spare, width)
+    limits = np.asarray([solver.budget_tokens] * len(batch) + [0] * spare, np.int32)
+    keys = problem_keys(solver.seed, [one.problem.id for one in batch] + [""] * spare)
+    structure, world = begin_fn(solver.lm, prompts, lengths, limits)
+    return search_fn(solver.lm, keys, world, structure)
 
 
 def problem_keys(seed: int, problem_ids: Sequence[str]) -> jax.Array:
