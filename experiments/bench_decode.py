@@ -87,9 +87,11 @@ class Other:
     def close(self) -> None:
         """Ends the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait(timeout=30)
+        self._process.stdout.close()
 
 
 def run_decode(
@@ -113,7 +115,7 @@ def run_decode(
     try:
         for dtype in dtypes:
             policy = build.load_policy(model, dtype)
-            missing = _load_other(other, model, dtype)
+            missing = load_other(other, model, dtype)
             roofs = measure_roofs(dtype)
             for num_rows in rows:
                 yield _decode_case(
@@ -295,7 +297,7 @@ def _token_bytes(policy: Policy, dtype: str) -> int:
     return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
 
 
-def _load_other(other: Other | None, model: str, dtype: str) -> str | None:
+def load_other(other: Other | None, model: str, dtype: str) -> str | None:
     """Loads the other side; says what is missing where it cannot."""
     if other is None:
         return "left out (--only_ours)"
