@@ -47,6 +47,9 @@ _BUDGET_TOKENS = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the sampling.", lower_bound=0, upper_bound=2**32 - 1
 )
+_DRIVER = flags.DEFINE_enum(
+    "driver", "compiled", ["compiled", "host"], "Loop on the device, or on the host round by round."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder for records.jsonl.")
 _LIMIT = flags.DEFINE_integer(
     "limit", None, "Take only the first problems of the file.", lower_bound=1
@@ -193,7 +196,14 @@ def _solve_all(
     for name, plan, examples in jobs:
         if not examples:
             continue
-        one = build.build_solver(config, plan, policy, seed=_SEED.value, batch_size=batch_size)
+        one = build.build_solver(
+            config,
+            plan,
+            policy,
+            seed=_SEED.value,
+            batch_size=batch_size,
+            driver=_DRIVER.value,
+        )
         for record in _solve_examples(console, name, one, examples):
             if writer is not None:
                 writer.write(record)

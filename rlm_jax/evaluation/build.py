@@ -127,7 +127,13 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
 
 
 def build_solver(
-    config: Mapping[str, Any], plan: Plan, policy: Policy, *, seed: int, batch_size: int
+    config: Mapping[str, Any],
+    plan: Plan,
+    policy: Policy,
+    *,
+    seed: int,
+    batch_size: int,
+    driver: str = "compiled",
 ) -> Solver:
     """A solver for one strategy over a loaded model.
 
@@ -170,6 +176,7 @@ def build_solver(
         seed=seed,
         settings=plan.settings,
         policy_version=policy.version,
+        driver=driver,
     )
 
 

@@ -172,12 +172,15 @@ def prepare(solver: Solver, width: int) -> tuple[Callable, Callable]:
     if shape in solver.programs:
         return solver.programs[shape]
     expand = make_expand(solver.language)
+    step_tokens = solver.lm.step_rule.max_tokens
 
     def begin_batch(lm, prompts, lengths, limits):
         return begin(lm, prompts, lengths, limits, cfg=solver.language)
 
     def search(lm, keys, world, structure):
-        return run_compiled(solver.strategy, expand, lm, keys, world, structure)
+        return run_compiled(
+            solver.strategy, expand, lm, keys, world, structure, step_tokens=step_tokens
+        )
 
     rows = jax.ShapeDtypeStruct((solver.batch_size,), jnp.int32)
     prompts = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -191,7 +194,9 @@ def prepare(solver: Solver, width: int) -> tuple[Callable, Callable]:
         step = jax.jit(expand, donate_argnums=2)
 
         def search_fn(lm, keys, world, structure):
-            return run_host(solver.strategy, step, lm, keys, world, structure)
+            return run_host(
+                solver.strategy, step, lm, keys, world, structure, step_tokens=step_tokens
+            )
 
     solver.programs[shape] = begin_fn, search_fn
     return begin_fn, search_fn

@@ -24,6 +24,8 @@ def run_compiled(
     keys: Keys,
     world: World,
     structure: Structure,
+    *,
+    step_tokens: int = 1,
 ) -> tuple[Structure, World]:
     """Grows every structure until its strategy stops or its budget or capacity ends.
 
@@ -33,16 +35,18 @@ def run_compiled(
       keys: [B], one key per problem.
       world: what the structure refers to (KV pages, tokens); the expander's own affair.
       structure: B structures, freshly made or half grown.
+      step_tokens: the longest step, see `next_request`.
     """
 
     def body(carry):
         state, structure, world, request = carry
         outcome, world = expand(params, keys, world, structure, request)
         state, structure = strategy.tell(state, structure, request, outcome)
-        return state, structure, world, next_request(strategy, state, structure, keys)
+        request = next_request(strategy, state, structure, keys, step_tokens)
+        return state, structure, world, request
 
     state = strategy.init(structure)
-    request = next_request(strategy, state, structure, keys)
+    request = next_request(strategy, state, structure, keys, step_tokens)
     carry = (state, structure, world, request)
     carry = jax.lax.while_loop(lambda carry: carry[-1].active.any(), body, carry)
     return carry[1], carry[2]
@@ -56,13 +60,19 @@ def run_host(
     world: World,
     structure: Structure,
     on_round: Callable[[int, Structure], None] | None = None,
+    *,
+    step_tokens: int = 1,
 ) -> tuple[Structure, World]:
     """The same search with the loop on the host; `expand` may be any Python function.
 
     Args:
       on_round: called after each round with its number and the structure so far.
     """
-    ask = jax.jit(lambda state, structure: next_request(strategy, state, structure, keys))
+
+    @jax.jit
+    def ask(state, structure):
+        return next_request(strategy, state, structure, keys, step_tokens)
+
     tell = jax.jit(strategy.tell)
     state = jax.jit(strategy.init)(structure)
     num_rounds = 0
@@ -77,12 +87,20 @@ def run_host(
             on_round(num_rounds, structure)
 
 
-def next_request(strategy: Strategy, state: State, structure: Structure, keys: Keys) -> Request:
-    """What the strategy asks for, less what a structure can no longer pay for or hold."""
+def next_request(
+    strategy: Strategy, state: State, structure: Structure, keys: Keys, step_tokens: int = 1
+) -> Request:
+    """What the strategy asks for, less what a structure can no longer hold or pay for.
+
+    Lanes are served in order as long as the budget pays for whole steps of `step_tokens` in all of
+    them; the first is served while it pays for a token of each child. So the end of a budget goes
+    into few whole steps and not into many torn ones.
+    """
     request = strategy.ask(state, structure, keys)
-    num_new = request.active.sum(-1) * request.num_children
-    room = structure.num_nodes + num_new <= structure.capacity
-    # Every row must be able to bring at least one token.
-    funds = tokens_left(structure) >= num_new
-    goes_on = (room & funds)[:, None]
-    return dataclasses.replace(request, nodes=jnp.where(goes_on, request.nodes, NO_NODE))
+    place = jnp.cumsum(request.active, -1)
+    num_new = place * request.num_children
+    left = tokens_left(structure)[:, None]
+    room = structure.num_nodes[:, None] + num_new <= structure.capacity
+    funds = num_new * step_tokens <= left
+    funds |= (place == 1) & (request.num_children <= left)
+    return dataclasses.replace(request, nodes=jnp.where(room & funds, request.nodes, NO_NODE))

@@ -260,6 +260,15 @@ def test_order_and_neighbours_do_not_matter(solve, undisturbed, tmp_path):
             assert_same_search(found[id], before[id])
 
 
+def test_the_host_driver_gives_the_same_records(solve, undisturbed, tmp_path):
+    flags = (f"--problems={undisturbed}/p.jsonl", f"--out={tmp_path}/host", "--driver=host")
+    assert solve(*SMOKE, *flags).status == 0
+    found, before = records_of(tmp_path / "host"), records_of(undisturbed)
+    assert set(found) == set(before)
+    for name, record in found.items():
+        assert_same_search(record, before[name])
+
+
 def test_the_seed_and_nothing_else_decides(solve, undisturbed, tmp_path):
     problems = f"--problems={undisturbed}/p.jsonl"
     before = records_of(undisturbed)

@@ -52,8 +52,10 @@ def tell(
     child = slots[..., 0]
     at = jnp.minimum(child, structure.capacity - 1)
     depth = jnp.take_along_axis(structure.depth, at, 1)
-    goes_on = request.active & outcome.valid[..., 0] & ~outcome.terminal[..., 0]
-    return State(jnp.where(goes_on & (depth < max_depth), child, NO_NODE)), structure
+    goes_on = outcome.valid[..., 0] & ~outcome.terminal[..., 0] & (depth < max_depth)
+    moved = jnp.where(goes_on, child, NO_NODE)
+    # A chain that was not served this round waits where it is.
+    return State(jnp.where(request.active, moved, state.tips)), structure
 
 
 def make_best_of_n(num_chains: int, max_depth: int, rule: AnswerRule = "majority") -> Strategy:
