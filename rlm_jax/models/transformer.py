@@ -8,6 +8,8 @@ in float32, matrix products and the residual stream in the dtype of the paramete
 Papers: Llama (arXiv 2302.13971), Qwen2.5 (2412.15115), Qwen3 (2505.09388), Gemma-3 (2503.19786).
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,10 @@ from rlm_jax.core.types import Array, Float, Float32, Int32
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Layer, Params
 from rlm_jax.models.rope import RopeTable, apply_rope, rope_tables
+
+# Where XLA on CPU gains from another form of a product: rows, and weights of one row's.
+_FEW_ROWS = 256
+_SMALL_WEIGHTS = 1 << 19
 
 # attend(layer, q [R,T,H,E], k [R,T,G,E], v [R,T,G,E], state) -> (out [R,T,H,E], state); the layer
 # index is a Python int; q and k are rotated, q is not scaled yet (`attention.scores_scale`).
@@ -62,10 +68,41 @@ def linear(x: Array, w: Array, *, out_dtype: Any = None) -> Array:
     """x [..., in] times w [out, in], in the dtype of `x` unless told otherwise.
 
     Hardware accumulates in float32 either way; a narrower result keeps the all-reduce of a split
-    product narrow too, so only logits ask for float32.
+    product narrow too, so only logits ask for float32. XLA's CPU backend multiplies few rows
+    faster as columns, and one row by a small matrix faster in two halves, one per core
+    (docs/design/002-decode-speed.md); elsewhere the product is left to the compiler.
     """
+    dtype = out_dtype or x.dtype
+    num_rows = math.prod(x.shape[:-1])
+    plain = functools.partial(_multiply_rows, out_dtype=dtype)
+    if num_rows == 1 and w.size < _SMALL_WEIGHTS and w.shape[0] % 2 == 0:
+        on_cpu = _multiply_halves
+    elif 1 < num_rows <= _FEW_ROWS:
+        on_cpu = _multiply_columns
+    else:
+        return plain(x, w)
+    cpu = functools.partial(on_cpu, out_dtype=dtype)
+    return jax.lax.platform_dependent(x, w, cpu=cpu, default=plain)
+
+
+def _multiply_rows(x: Array, w: Array, *, out_dtype: Any) -> Array:
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, w, contract, preferred_element_type=out_dtype or x.dtype)
+    return jax.lax.dot_general(x, w, contract, preferred_element_type=out_dtype)
+
+
+def _multiply_columns(x: Array, w: Array, *, out_dtype: Any) -> Array:
+    # Without the barriers the compiler folds the transposes back into the product.
+    columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    out = jax.lax.dot(w, columns, preferred_element_type=out_dtype)
+    return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)
+
+
+def _multiply_halves(x: Array, w: Array, *, out_dtype: Any) -> Array:
+    halves = w.reshape(2, -1, w.shape[1])
+    twice = jnp.broadcast_to(x.reshape(-1), (2, w.shape[1]))
+    contract = (((2,), (1,)), ((0,), (0,)))
+    out = jax.lax.dot_general(halves, twice, contract, preferred_element_type=out_dtype)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def softcap(x: Array, cap: float | None) -> Array:
