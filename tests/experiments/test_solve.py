@@ -352,7 +352,7 @@ def start(*flags):
     )
 
 
-def wait_for_growth(process, path, size, timeout_seconds=120):
+def wait_for_growth(process, path, size, timeout_seconds=600):
     deadline = time.monotonic() + timeout_seconds
     while not path.exists() or path.stat().st_size <= size:
         assert process.poll() is None, process.communicate()

@@ -1,7 +1,6 @@
 """Chat templates: as Hugging Face renders them, unforgeable, and harmless."""
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -183,10 +182,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_hostile_and_broken_templates_get_one_error(name):
-    started = time.monotonic()
+    # Several of these would run for years without the work budget.
     with pytest.raises(ValueError, match="chat template") as error:
         render_chat(REFUSED[name], [{"role": "user", "content": "hi"}])
-    assert time.monotonic() - started < 10
     if name == "refusal":
         assert "roles must alternate" in str(error.value)
 
