@@ -217,7 +217,7 @@ def _answer_ids(
     for row in range(num_problems):
         known: dict[str, int] = {}
         alive = np.flatnonzero(structure.alive[row])
-        inner = set(structure.parents[row, alive, 0].tolist())
+        inner = set(structure.parent[row, alive].tolist())
         for node in alive:
             if node == 0 or node in inner:
                 continue
@@ -280,7 +280,7 @@ def _node_columns(
     lengths = column("span_length")
     steps = [tokens[row, node, : lengths[node]] for node in range(count)]
     return NodeColumns(
-        parents=column("parents"),
+        parents=np.asarray(structure.parents[row, :count]),
         op=[Operator(op).name.lower() for op in column("operator")],
         owner=column("owner"),
         depth=column("depth"),

@@ -45,7 +45,7 @@ def run_compiled(
         request = next_request(strategy, state, structure, keys, step_tokens)
         return state, structure, world, request
 
-    state = strategy.init(structure)
+    state = strategy.init(structure, keys)
     request = next_request(strategy, state, structure, keys, step_tokens)
     carry = (state, structure, world, request)
     carry = jax.lax.while_loop(lambda carry: carry[-1].active.any(), body, carry)
@@ -74,7 +74,7 @@ def run_host(
         return next_request(strategy, state, structure, keys, step_tokens)
 
     tell = jax.jit(strategy.tell)
-    state = jax.jit(strategy.init)(structure)
+    state = jax.jit(strategy.init)(structure, keys)
     num_rounds = 0
     while True:
         request = ask(state, structure)
@@ -97,10 +97,11 @@ def next_request(
     into few whole steps and not into many torn ones.
     """
     request = strategy.ask(state, structure, keys)
-    place = jnp.cumsum(request.active, -1)
+    place = jnp.cumsum(request.grows, -1)
     num_new = place * request.num_children
     left = tokens_left(structure)[:, None]
     room = structure.num_nodes[:, None] + num_new <= structure.capacity
     funds = num_new * step_tokens <= left
     funds |= (place == 1) & (request.num_children <= left)
-    return dataclasses.replace(request, nodes=jnp.where(room & funds, request.nodes, NO_NODE))
+    served = room & funds | ~request.grows
+    return dataclasses.replace(request, nodes=jnp.where(served, request.nodes, NO_NODE))

@@ -12,14 +12,15 @@ import jax
 from rlm_jax.core.budget import Budget
 from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Bool, Float32, Int32, PyTree, UInt32
-from rlm_jax.reasoning.structure import Structure
+from rlm_jax.reasoning.structure import Operator, Structure
 
 
 @struct
 class Request:
-    """What a strategy wants grown: K children of each of W nodes per structure.
+    """What a strategy wants: K children of each of W nodes per structure, or a node's value.
 
-    nodes: [B, W], -1 where a lane has nothing to do. operator: the `Operator` to apply.
+    nodes: [B, W], -1 where a lane has nothing to do. operator: the `Operator` to apply; an
+    EVALUATE lane asks for the node's value alone and makes no children.
     """
 
     nodes: Int32[jax.Array, "B W"]
@@ -31,13 +32,20 @@ class Request:
         """Lanes that ask for something."""
         return self.nodes >= 0
 
+    @property
+    def grows(self) -> Bool[jax.Array, "B W"]:
+        """Lanes that ask for children."""
+        return self.active & (self.operator != Operator.EVALUATE)
+
 
 @struct
 class Outcome:
     """What an expander answers: K proposed steps for each requested node.
 
-    valid: a step was produced. duplicate: it equals an earlier sibling of the same request.
-    length, logprob, terminal, answer_key: as in `Structure`. value: the evaluator's estimate.
+    valid: a step was produced. duplicate: it equals an earlier sibling.
+    length, logprob, reward, terminal, answer_key, state_key, proven: as in `Structure`.
+    value: the evaluator's estimates of the children, where it judges at expansion.
+    node_value: its estimate of the requested node itself.
     cost: what producing and judging them took.
     """
 
@@ -49,6 +57,9 @@ class Outcome:
     reward: Float32[jax.Array, "B W K"]
     terminal: Bool[jax.Array, "B W K"]
     answer_key: UInt32[jax.Array, "B W K"]
+    state_key: UInt32[jax.Array, "B W K"]
+    proven: Bool[jax.Array, "B W K"]
+    node_value: Float32[jax.Array, "B W"]
     cost: Budget
 
 
@@ -64,7 +75,7 @@ class Answer:
 State = Any
 World = PyTree
 # keys [B]: one key per problem, the same for the whole search; what happens at a node depends on
-# the problem's key and the node's index alone, never on neighbours in the batch.
+# the problem's key and the node's number alone, never on neighbours in the batch.
 Keys = jax.Array
 Expand = Callable[[PyTree, Keys, World, Structure, Request], tuple[Outcome, World]]
 
@@ -72,7 +83,7 @@ Expand = Callable[[PyTree, Keys, World, Structure, Request], tuple[Outcome, Worl
 class Strategy(NamedTuple):
     """How to grow a structure.
 
-    init(structure) -> state.
+    init(structure, keys) -> state: of a fresh structure, or of one that was half grown elsewhere.
     ask(state, structure, keys) -> Request: which nodes to grow; all -1 when it is done.
     tell(state, structure, request, outcome) -> (state, structure) with the steps in it.
     answer(structure, answer_ids) -> Answer: never sees a gold answer.
@@ -80,7 +91,7 @@ class Strategy(NamedTuple):
     """
 
     name: str
-    init: Callable[[Structure], State]
+    init: Callable[[Structure, Keys], State]
     ask: Callable[[State, Structure, Keys], Request]
     tell: Callable[[State, Structure, Request, Outcome], tuple[State, Structure]]
     answer: Callable[[Structure, jax.Array], Answer]

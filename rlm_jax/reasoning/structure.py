@@ -25,7 +25,7 @@ UNLIMITED = np.iinfo(np.int32).max
 
 
 class Operator(enum.IntEnum):
-    """Which operator made a node."""
+    """Which operator made a node; in a request, which is to be applied (EVALUATE makes none)."""
 
     NONE = 0
     ROOT = 1
@@ -33,32 +33,41 @@ class Operator(enum.IntEnum):
     REFINE = 3
     AGGREGATE = 4
     RESTRUCTURE = 5
+    EVALUATE = 6
 
 
 @struct
 class Structure:
     """B reasoning structures of capacity N.
 
-    parents: indices of the parents, -1 where there are fewer than P.
+    parent: the node it was generated from, -1 for the root. more_parents: the P-1 others that a
+      graph allows, -1 where there are none. (Apart, because in a tree a [B, N, 1] array would be
+      copied in every round for its layout.)
     operator: the `Operator` that made the node.
     owner: the node whose payload this node belongs to (nesting), -1 at the top level.
-    depth: steps from the root.
+    depth: steps from the problem; the root's is 0 unless it was once an inner node.
     span_start: position, in the node's own context, of its first token.
     span_length: tokens of the node's step (of the prompt, for the root).
-    visits, value: search statistics; `value` is the backed-up value of the edge into the node.
-    model_value: what the evaluator said when the node was made.
+    visits, value: search statistics; `value` is the backed-up value of the state after the step
+      (the edge into it is worth reward + discount * value).
+    model_value: what the evaluator said of the node alone.
     prior: the policy's weight on the step among its siblings.
     logprob: the policy's log-probability of the step (temperature 1, natural log).
     reward: reward of the edge into the node.
     answer_key: hash of the answer the path states so far, 0 where it states none.
+    state_key: hash of the state the node stands for, 0 where the expander names none; equal keys
+      are equal states (transpositions).
     created_at: tokens the structure had generated once this node was made.
-    terminal: the step ends the solution.
+    terminal: the step ends the solution. proven: a self-verifying task says it is right.
     alive: in use and not pruned; a merged duplicate is kept, dead, for the record.
     num_nodes: slots in use; they are the first ones.
+    num_created: nodes ever made; more than num_nodes once a subtree was kept and the rest let go.
+    dropped_tokens: tokens of the nodes let go.
     budget: what has been spent; token_limit: the generated tokens allowed.
     """
 
-    parents: Int32[jax.Array, "B N P"]
+    parent: Int32[jax.Array, "B N"]
+    more_parents: Int32[jax.Array, "B N Q"]
     operator: Int32[jax.Array, "B N"]
     owner: Int32[jax.Array, "B N"]
     depth: Int32[jax.Array, "B N"]
@@ -71,10 +80,14 @@ class Structure:
     logprob: Float32[jax.Array, "B N"]
     reward: Float32[jax.Array, "B N"]
     answer_key: UInt32[jax.Array, "B N"]
+    state_key: UInt32[jax.Array, "B N"]
     created_at: Int32[jax.Array, "B N"]
     terminal: Bool[jax.Array, "B N"]
+    proven: Bool[jax.Array, "B N"]
     alive: Bool[jax.Array, "B N"]
     num_nodes: Int32[jax.Array, "B"]
+    num_created: Int32[jax.Array, "B"]
+    dropped_tokens: Int32[jax.Array, "B"]
     budget: Budget
     token_limit: Int32[jax.Array, "B"]
 
@@ -82,6 +95,13 @@ class Structure:
     def capacity(self) -> int:
         """N, the number of slots per structure."""
         return self.depth.shape[-1]
+
+    @property
+    def parents(self) -> Int32[jax.Array, "B N P"]:
+        """All parents, -1 where there are fewer than P."""
+        if self.more_parents.shape[-1] == 0:
+            return self.parent[..., None]
+        return jnp.concatenate([self.parent[..., None], self.more_parents], -1)
 
 
 def make_structure(
@@ -116,7 +136,8 @@ def make_structure(
         return jnp.broadcast_to((row != 0)[:, None], (*row.shape, capacity))
 
     return Structure(
-        parents=fill(NO_NODE, jnp.int32, num_parents),
+        parent=fill(NO_NODE, jnp.int32),
+        more_parents=fill(NO_NODE, jnp.int32, num_parents - 1),
         operator=fill(Operator.NONE, jnp.int32).at[:, 0].set(Operator.ROOT),
         owner=fill(NO_NODE, jnp.int32),
         depth=fill(0, jnp.int32),
@@ -129,10 +150,14 @@ def make_structure(
         logprob=fill(0, jnp.float32),
         reward=fill(0, jnp.float32),
         answer_key=fill(0, jnp.uint32),
+        state_key=fill(0, jnp.uint32),
         created_at=fill(0, jnp.int32),
         terminal=flag(),
+        proven=flag(),
         alive=flag().at[:, 0].set(True),
         num_nodes=row + 1,
+        num_created=row + 1,
+        dropped_tokens=row + 0,
         budget=zero_budget(row),
         token_limit=row + jnp.asarray(token_limit, jnp.int32),
     )
@@ -145,11 +170,52 @@ def tokens_left(structure: Structure) -> Int32[jax.Array, "B"]:
 
 def path_to_root(structure: Structure, batch: int, node: int) -> list[int]:
     """Nodes from the root to `node` along first parents (host side)."""
-    parents = np.asarray(structure.parents[batch, :, 0])
+    parents = np.asarray(structure.parent[batch])
     path = [int(node)]
     while parents[path[-1]] >= 0:
         path.append(int(parents[path[-1]]))
     return path[::-1]
+
+
+def has_child(structure: Structure) -> Bool[jax.Array, "B N"]:
+    """Nodes with a living child."""
+    rows = jnp.arange(structure.depth.shape[0])[:, None, None]
+    parents = jnp.where(structure.alive[..., None], structure.parents, NO_NODE)
+    at = jnp.where(parents >= 0, parents, structure.capacity)
+    return jnp.zeros_like(structure.alive).at[rows, at].set(True, mode="drop")
+
+
+def frontier(structure: Structure) -> Bool[jax.Array, "B N"]:
+    """Living nodes from which a path can still go on: childless and not terminal."""
+    return structure.alive & ~structure.terminal & ~has_child(structure)
+
+
+def subtree(structure: Structure, nodes: Int32[jax.Array, "B"]) -> Bool[jax.Array, "B N"]:
+    """Each structure's node of `nodes` and everything below it, over any of several parents."""
+    used = jnp.arange(structure.capacity)[None] < structure.num_nodes[:, None]
+    top = (jnp.arange(structure.capacity)[None] == nodes[:, None]) & used
+    rows = jnp.arange(nodes.shape[0])[:, None, None]
+    real = structure.parents >= 0
+    at = jnp.maximum(structure.parents, 0)
+
+    def grow(carry):
+        inside, _ = carry
+        below = inside | (inside[rows, at] & real).any(-1)
+        return below, (below != inside).any()
+
+    return jax.lax.while_loop(lambda c: c[1], grow, (top, (top != top).any() | top.any()))[0]
+
+
+def best_path(structure: Structure, batch: int) -> list[int]:
+    """From the root down to a leaf, at each step to the living child of highest value (host)."""
+    parents, alive = np.asarray(structure.parents[batch]), np.asarray(structure.alive[batch])
+    value = np.asarray(structure.value[batch])
+    path = [0]
+    while True:
+        below = np.flatnonzero(alive & (parents == path[-1]).any(-1))
+        if not below.size:
+            return path
+        path.append(int(below[np.argmax(value[below])]))
 
 
 def check(structure: Structure) -> None:
@@ -162,8 +228,8 @@ def check(structure: Structure) -> None:
     index = np.arange(structure.capacity)[None]
     used = index < s.num_nodes[:, None]
     root = index == 0
-    parents = s.parents
-    first = parents[..., 0]
+    parents = np.asarray(s.parents)
+    first = s.parent
     node_of = np.maximum(first, 0)
     parent_depth = np.take_along_axis(s.depth, node_of, 1)
     parent_end = np.take_along_axis(s.span_start + s.span_length, node_of, 1)
@@ -171,6 +237,11 @@ def check(structure: Structure) -> None:
     inner = used & ~root
     has_parent = parents >= 0
     tree_edge = inner & (s.operator == Operator.GENERATE)
+    owner_of_parent = np.take_along_axis(s.owner, node_of, 1)
+    parent_alive = np.take_along_axis(s.alive, node_of, 1)
+    several = parents.shape[-1] > 1
+    depths = s.depth[np.arange(len(parents))[:, None, None], parents]
+    below_any = np.where(has_parent, depths, NO_NODE).max(-1) + 1
     rules = {
         "1 <= num_nodes <= N": (s.num_nodes >= 1) & (s.num_nodes <= structure.capacity),
         "the root has no parent and is alive": ~has_parent[:, 0].any(-1) & s.alive[:, 0],
@@ -179,17 +250,31 @@ def check(structure: Structure) -> None:
             ~has_parent | (parents < index[..., None]) | ~used[..., None]
         ).all((-2, -1)),
         "free slots are empty": (used | (~s.alive & ~s.terminal & (first < 0))).all(-1),
-        "depth is one more than the parent's": (~inner | (s.depth == parent_depth + 1)).all(-1),
+        "depth is one more than the parent's": (
+            ~inner | (s.depth == parent_depth + 1) | (several & (s.depth == below_any))
+        ).all(-1),
+        "parents differ": _all_differ(parents),
         "a generated step starts where its parent ends": (
             ~tree_edge | (s.span_start == parent_end)
         ).all(-1),
         "nothing grows below a terminal node": (~(inner & s.alive) | ~parent_terminal).all(-1),
-        "an owner is a used node": ((s.owner < s.num_nodes[:, None]) & (s.owner >= -1)).all(-1),
+        "a dead node has no living child": (~(inner & s.alive) | parent_alive).all(-1),
+        "an owner is an earlier node": ((s.owner < index) & (s.owner >= NO_NODE) | ~used).all(-1),
+        "a child belongs where its parent does": (~tree_edge | (s.owner == owner_of_parent)).all(-1),
         "visits are counts": ((s.visits >= 0) & (s.visits == np.round(s.visits))).all(-1),
         "values are finite": np.isfinite(s.value).all(-1) & np.isfinite(s.model_value).all(-1),
         "the budget holds": s.budget.generated_tokens <= s.token_limit,
         "generated tokens are the tokens of the nodes": s.budget.generated_tokens
-        == np.where(inner, s.span_length, 0).sum(-1),
+        == np.where(inner, s.span_length, 0).sum(-1) + s.dropped_tokens,
+        "nodes made are kept or dropped": s.num_created >= s.num_nodes,
+        "what is proven is a solution": (~s.proven | s.terminal).all(-1),
     }
     for rule, holds in rules.items():
         assert holds.all(), f"{rule}: broken in structure {int(np.argmin(holds))}"
+
+
+def _all_differ(parents: np.ndarray) -> np.ndarray:
+    """Whether no node lists a parent twice, per structure."""
+    ordered = np.sort(parents, -1)
+    same = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    return ~same.any((-2, -1))

@@ -318,13 +318,13 @@ def test_duplicates_are_merged_and_take_no_pages(model):
         said = {}
         for node in range(1, s.num_nodes[row]):
             step = tuple(np.asarray(world.tokens[row, node, : s.span_length[row, node]]))
-            first = said.setdefault((s.parents[row, node, 0], step), node)
+            first = said.setdefault((s.parent[row, node], step), node)
             assert s.alive[row, node] == (first == node)
             copies += first != node
             if first != node:
                 assert s.visits[row, node] == 0
                 assert int(world.pages.table_length[row, node]) == int(
-                    world.pages.table_length[row, s.parents[row, node, 0]]
+                    world.pages.table_length[row, s.parent[row, node]]
                 )
     assert copies > 0
 

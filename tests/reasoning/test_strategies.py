@@ -131,7 +131,7 @@ def test_puct_visits_are_sums_and_values_are_means_of_what_was_evaluated():
     s = jax.tree.map(np.asarray, structure)
     for b in range(4):
         for node in range(s.num_nodes[b]):
-            children = (s.parents[b, :, 0] == node) & s.alive[b]
+            children = (s.parent[b] == node) & s.alive[b]
             if not children.any():
                 continue
             own = 0.0 if node == 0 else 1.0
@@ -167,7 +167,7 @@ def test_puct_ends_when_everything_is_closed():
     assert depth.max() == 2
     inner = (depth < 2) & alive & ~np.asarray(structure.terminal)
     for b in range(5):
-        parents = set(np.asarray(structure.parents)[b, :, 0].tolist())
+        parents = set(np.asarray(structure.parent)[b].tolist())
         assert all(node in parents for node in np.flatnonzero(inner[b]))
 
 
@@ -183,7 +183,7 @@ def test_equal_values_spread_visits_evenly():
     structure, _ = jax.jit(lambda k, w, s: run_compiled(puct.make_puct(cfg), flat, None, k, w, s))(
         keys, world, structure
     )
-    children = np.asarray(structure.parents)[:, :, 0] == 0
+    children = np.asarray(structure.parent) == 0
     for b in range(2):
         visits = np.asarray(structure.visits)[b][children[b]]
         assert visits.max() - visits.min() <= 3

@@ -1,7 +1,8 @@
 """Traversal operators: which nodes to look at (Blueprint 4.3.2).
 
-`select_child` is one step down a tree by a score; `select_answer` picks the solution a structure
-answers with; `puct_score` is the score of the AlphaZero family.
+The scores by which a search descends, each a function of what is known of K siblings; what is to
+be done with the Q of children that were never visited; `backtracks`, which names a search's returns
+to earlier nodes; and `select_answer`, which picks the solution a structure answers with.
 """
 
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 from rlm_jax.core.masked import masked_argmax
 from rlm_jax.core.types import Bool, Float32, Int32
 from rlm_jax.reasoning.protocol import Answer
-from rlm_jax.reasoning.structure import NO_NODE, Structure
+from rlm_jax.reasoning.structure import NO_NODE, Structure, has_child
 
 AnswerRule = str  # one of ANSWER_RULES
-ANSWER_RULES = ("majority", "weighted", "best")
+ANSWER_RULES = ("majority", "weighted", "best", "most_visited", "highest_value")
+_WALKS = ("most_visited", "highest_value")
+_TINY = 1e-8
 
 
 def puct_score(
@@ -38,51 +41,189 @@ def puct_score(
     return value + bonus[..., None] * prior / (1.0 + visits)
 
 
+def uct_score(
+    value: Float32[jax.Array, "*R K"],
+    visits: Float32[jax.Array, "*R K"],
+    parent_visits: Float32[jax.Array, "*R"],
+    *,
+    exploration: float,
+    parent_offset: float = 0.0,
+    visit_offset: float = 0.0,
+    unvisited: float = jnp.inf,
+) -> Float32[jax.Array, "*R K"]:
+    """Q + c sqrt(ln(N_p + o_p) / (N_c + o_c)) (golden G04).
+
+    Args:
+      exploration: c; sqrt(2) is UCB1, 1 LATS and RAP, 2 rStar, 0.7 sqrt(2) ReST-MCTS*.
+      parent_offset, visit_offset: 1 and 1e-5 in LLaMA-Berry and MCTSr (c = 1.4).
+      unvisited: what a child without a visit scores; finite to be compared, as V + unvisited, with
+        its siblings (ReST-MCTS*: 1).
+    """
+    log = jnp.log(jnp.maximum(parent_visits + parent_offset, 1.0))[..., None]
+    score = value + exploration * jnp.sqrt(log / jnp.maximum(visits + visit_offset, 1e-30))
+    return jnp.where(visits > 0, score, value + unvisited)
+
+
+def td_score(
+    value: Float32[jax.Array, "*R K"],
+    visits: Float32[jax.Array, "*R K"],
+    parent_visits: Float32[jax.Array, "*R"],
+    *,
+    c1: float,
+    c2: float,
+) -> Float32[jax.Array, "*R K"]:
+    """x1's Q + sqrt(N_p - 1) / (1 + N_c) (c1 + log((N_p + c2) / c2)): PUCT without a prior (G01)."""
+    factor = c1 + jnp.log((parent_visits + c2) / c2)
+    bonus = factor * jnp.sqrt(jnp.maximum(parent_visits - 1.0, 0.0))
+    return value + bonus[..., None] / (1.0 + visits)
+
+
+def visit_deficit(
+    weights: Float32[jax.Array, "*R K"], visits: Float32[jax.Array, "*R K"]
+) -> Float32[jax.Array, "*R K"]:
+    """weights - N / (1 + sum N): its argmax makes visits follow the weights, without chance.
+
+    Gumbel MuZero's selection below the root (Danihelka et al. 2022, section 5).
+    """
+    return weights - visits / (1.0 + visits.sum(-1, keepdims=True))
+
+
+def rescale_by_siblings(
+    q: Float32[jax.Array, "*R K"],
+    visits: Float32[jax.Array, "*R K"],
+    alive: Bool[jax.Array, "*R K"],
+    node_value: Float32[jax.Array, "*R"],
+) -> Float32[jax.Array, "*R K"]:
+    """Q mapped to [0, 1] over the visited siblings and the node itself; 0 where unvisited (MuZero)."""
+    seen = alive & (visits > 0)
+    known = jnp.where(seen, q, node_value[..., None])
+    low = jnp.minimum(node_value, known.min(-1))[..., None]
+    high = jnp.maximum(node_value, known.max(-1))[..., None]
+    return (jnp.where(seen, q, low) - low) / jnp.maximum(high - low, _TINY)
+
+
+def complete_q(
+    q: Float32[jax.Array, "*R K"],
+    visits: Float32[jax.Array, "*R K"],
+    prior: Float32[jax.Array, "*R K"],
+    alive: Bool[jax.Array, "*R K"],
+    node_model_value: Float32[jax.Array, "*R"],
+) -> Float32[jax.Array, "*R K"]:
+    """Q, and for unvisited children the mixed value (Danihelka et al. 2022, appendix D).
+
+    The mixed value weighs the network's value of the node against the visited children's Q, these
+    by prior: (v + sum N * sum pQ / sum p) / (1 + sum N).
+    """
+    seen = alive & (visits > 0)
+    weight = jnp.where(seen, jnp.maximum(prior, jnp.finfo(jnp.float32).tiny), 0.0)
+    mean = (weight * jnp.where(seen, q, 0.0)).sum(-1) / jnp.maximum(
+        weight.sum(-1), jnp.finfo(jnp.float32).tiny
+    )
+    total = jnp.where(seen, visits, 0.0).sum(-1)
+    mixed = (node_model_value + total * mean) / (1.0 + total)
+    return jnp.where(seen, q, mixed[..., None])
+
+
+def scale_completed_q(
+    q: Float32[jax.Array, "*R K"],
+    visits: Float32[jax.Array, "*R K"],
+    alive: Bool[jax.Array, "*R K"],
+    *,
+    value_scale: float,
+    visit_offset: float,
+    rescale: bool = True,
+) -> Float32[jax.Array, "*R K"]:
+    """(visit_offset + max N) value_scale Q, with Q first rescaled to [0, 1] over the siblings."""
+    if rescale:
+        low = jnp.where(alive, q, jnp.inf).min(-1, keepdims=True)
+        high = jnp.where(alive, q, -jnp.inf).max(-1, keepdims=True)
+        q = (q - low) / jnp.maximum(high - low, _TINY)
+    most = jnp.where(alive, visits, 0.0).max(-1, keepdims=True)
+    return jnp.where(alive, (visit_offset + most) * value_scale * q, 0.0)
+
+
+def backtracks(
+    parents: Int32[jax.Array, "B N"], before: Int32[jax.Array, "B"], nodes: Int32[jax.Array, "B"]
+) -> Bool[jax.Array, "B"]:
+    """Whether going on at `nodes` leaves the path of the node grown before: it is not below it."""
+    rows = jnp.arange(nodes.shape[0])
+
+    def climb(carry):
+        at, below = carry
+        below |= at == before
+        return jnp.where(at >= 0, parents[rows, jnp.maximum(at, 0)], NO_NODE), below
+
+    _, below = jax.lax.while_loop(
+        lambda carry: (carry[0] >= 0).any(), climb, (nodes, nodes < NO_NODE)
+    )
+    return (nodes >= 0) & (before >= 0) & ~below
+
+
 def select_answer(
     structure: Structure, answer_ids: Int32[jax.Array, "B N"], rule: AnswerRule
 ) -> Answer:
     """The solution to answer with, out of the finished ones; gold answers play no part.
 
     "majority" takes the answer most finished solutions give, "weighted" the one with the largest
-    sum of values, "best" the finished solution of highest value. Ties go to the answer seen
-    first, and the solution of highest value stands for its answer. Where nothing finished, the
-    unfinished leaves compete; where no leaf states an answer, the leaf of highest value wins.
+    sum of values, "best" the finished solution of highest value (x1's paper). Ties go to the answer
+    seen first, and the solution of highest value stands for its answer. "most_visited" and
+    "highest_value" walk down from the root instead, to the child of most visits or highest value
+    each time (spec B2, D6). Solutions that are proven right stand before all others. Where nothing
+    finished, the unfinished leaves compete; where no leaf states an answer, the leaf of highest
+    value wins.
 
     Args:
-      answer_ids: equal for nodes whose paths state the same answer, negative for no answer.
+      answer_ids: in [0, N), equal for nodes whose paths state the same answer; negative for none.
     """
-    leaf = structure.alive & ~_has_child(structure)
+    leaf = structure.alive & ~has_child(structure)
     stated = leaf & (answer_ids >= 0)
     finished = stated & structure.terminal
-    tiers = [finished, stated, leaf & structure.terminal, leaf]
+    tiers = [leaf & structure.proven, finished, stated, leaf & structure.terminal, leaf]
     pool = leaf
     for tier in reversed(tiers):
         pool = jnp.where(tier.any(-1, keepdims=True), tier, pool)
-    weight = jnp.where(pool, 1.0 if rule == "majority" else structure.value, 0.0)
-    same = answer_ids[:, :, None] == answer_ids[:, None, :]
-    same &= (answer_ids >= 0)[:, :, None]
-    votes = jnp.where(same, weight[:, None, :], 0.0).sum(-1)
-    if rule == "best":
-        votes = structure.value
-    else:
+    votes = structure.value
+    if rule not in ("best", *_WALKS):
+        weight = jnp.where(pool, 1.0 if rule == "majority" else structure.value, 0.0)
         # Paths without an answer cannot vote together: each stands for itself.
-        votes = jnp.where(answer_ids >= 0, votes, structure.value)
-    first, _ = masked_argmax(votes, pool)
-    agree = pool & jnp.take_along_axis(same, first[:, None, None], 1)[:, 0]
-    agree = jnp.where(agree.any(-1, keepdims=True), agree, _one_hot(first, pool))
-    node, found = masked_argmax(structure.value, agree)
+        votes = jnp.where(answer_ids >= 0, count_votes(answer_ids, weight), structure.value)
+    first, found = masked_argmax(votes, pool)
+    if rule in _WALKS:
+        first = _walk(structure, structure.visits if rule == "most_visited" else structure.value)
+        found = jnp.take_along_axis(leaf, first[:, None], 1)[:, 0]
+    chosen = jnp.take_along_axis(answer_ids, first[:, None], 1)
+    agree = pool & (answer_ids == chosen) & (chosen >= 0)
+    itself = jnp.arange(leaf.shape[-1])[None] == first[:, None]
+    agree = jnp.where(agree.any(-1, keepdims=True), agree, itself)
+    node = first if rule in _WALKS else masked_argmax(structure.value, agree)[0]
     score = jnp.take_along_axis(votes, first[:, None], 1)[:, 0]
     share = agree.sum(-1) / jnp.maximum(pool.sum(-1), 1)
     return Answer(jnp.where(found, node, NO_NODE), score, share.astype(jnp.float32))
 
 
-def _has_child(structure: Structure) -> Bool[jax.Array, "B N"]:
-    rows = jnp.arange(structure.depth.shape[0])[:, None, None]
-    parents = jnp.where(structure.alive[..., None], structure.parents, -1)
-    at = jnp.where(parents >= 0, parents, structure.capacity)
-    counts = jnp.zeros_like(structure.depth).at[rows, at].add(1, mode="drop")
-    return counts > 0
+def count_votes(
+    answer_ids: Int32[jax.Array, "B N"], weight: Float32[jax.Array, "B N"]
+) -> Float32[jax.Array, "B N"]:
+    """For each node, the summed weight of all nodes with its answer; 0 without an answer."""
+    rows = jnp.arange(answer_ids.shape[0])[:, None]
+    at = jnp.where(answer_ids >= 0, answer_ids, answer_ids.shape[1])
+    sums = jnp.zeros_like(weight).at[rows, at].add(weight, mode="drop")
+    return jnp.where(answer_ids >= 0, sums[rows, jnp.maximum(answer_ids, 0)], 0.0)
 
 
-def _one_hot(index: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.arange(like.shape[-1])[None] == index[:, None]
+def _walk(structure: Structure, score: Float32[jax.Array, "B N"]) -> Int32[jax.Array, "B"]:
+    """From the root to a leaf, each time to the living child of highest score."""
+    parents = structure.parent
+    inner = has_child(structure)
+    index = jnp.arange(structure.capacity)[None]
+
+    def step(node):
+        below = structure.alive & (parents == node[:, None]) & (index > 0)
+        best, _ = masked_argmax(score, below)
+        here = jnp.take_along_axis(inner, node[:, None], 1)[:, 0]
+        return jnp.where(here, best, node)
+
+    def goes_on(node):
+        return jnp.take_along_axis(inner, node[:, None], 1).any()
+
+    return jax.lax.while_loop(goes_on, step, structure.num_nodes * 0)

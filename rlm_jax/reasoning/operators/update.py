@@ -1,42 +1,122 @@
-"""Update operators: what changes the content of nodes and not the topology (Blueprint 4.3.3)."""
+"""Update operators: what changes the content of nodes and not the topology (Blueprint 4.3.3).
+
+Every rule of `backpropagate` climbs from the requested nodes to the root, the deepest first, so
+that a node where several lanes meet is updated once for all of them. Q(c) = r(c) + g V(c) below,
+r the reward of the edge into the child c, g the discount, N visits.
+
+  mean      V becomes the mean of all returns that passed through the node (AlphaZero, AlphaMath;
+            spec B12.1, B12.7)
+  max       V = max over visited children of Q
+  weighted  V = sum N_c Q_c / sum N_c over visited children (ReST-MCTS*, MCTS-DPO; spec C4.2, G55)
+  td        V = (1 - a) V + a sum N_c Q_c / sum N_c (x1, spec B2; golden G06): `weighted` with a
+            learning rate
+"""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlm_jax.core.types import Float32, Int32
+from rlm_jax.core.types import Array, Float32, Int32
 from rlm_jax.reasoning.structure import Structure
+
+BACKUPS = ("mean", "max", "weighted", "td")
+BackupRule = str  # one of BACKUPS
+
+
+class Backup(NamedTuple):
+    """What a backup adds up: a lane's visits and their values, and its change of open leaves."""
+
+    count: Float32[Array, "B W"]
+    total: Float32[Array, "B W"]
+    opened: Int32[Array, "B W"]
 
 
 def backpropagate(
     structure: Structure,
-    nodes: Int32[jax.Array, "B W"],
-    total: Float32[jax.Array, "B W"],
-    count: Float32[jax.Array, "B W"],
-) -> Structure:
-    """Adds `count` visits worth `total` to each node and all its ancestors; values are means.
+    first_child: Int32[Array, "B N"],
+    open_leaves: Int32[Array, "B N"],
+    nodes: Int32[Array, "B W"],
+    backup: Backup,
+    *,
+    num_children: int,
+    rule: BackupRule = "mean",
+    discount: float = 1.0,
+    learning_rate: float = 1.0,
+) -> tuple[Structure, Int32[Array, "B N"]]:
+    """Backs values up from `nodes`, and counts the leaves that opened or closed below each node.
 
-    All lanes climb together: sums commute, so lanes whose paths meet add up to what they would
-    have given one after the other. A lane with a negative node does nothing.
+    Args:
+      first_child: index of a node's first child, its children being consecutive; -1 for a leaf.
+      nodes: where each lane starts, -1 for a lane that does nothing.
+      backup: `total` is the sum of `count` values seen from the node; the rules that recompute a
+        node from its children read it at leaves alone.
+
+    Returns:
+      The structure with new visits and values, and the new `open_leaves`.
     """
     rows = jnp.arange(nodes.shape[0])[:, None]
-    parents = structure.parents[..., 0]
+    parents = structure.parent
+    # Levels count from each structure's own root, whose depth is not 0 once a subtree was kept.
+    depth = structure.depth[rows, jnp.maximum(nodes, 0)] - structure.depth[:, :1]
+    levels = jnp.where(nodes >= 0, depth, -1)
 
     def climb(carry):
-        lane, sums, visits = carry
-        at = jnp.where(lane >= 0, lane, structure.capacity)
-        sums = sums.at[rows, at].add(total, mode="drop")
-        visits = visits.at[rows, at].add(count, mode="drop")
-        above = jnp.take_along_axis(parents, jnp.maximum(lane, 0), 1)
-        return jnp.where(lane >= 0, above, -1), sums, visits
+        level, lanes, levels, total, visits, value, opened = carry
+        here = levels == level
+        at = jnp.where(here, lanes, structure.capacity)
+        safe = jnp.maximum(lanes, 0)
+        visits = visits.at[rows, at].add(backup.count, mode="drop")
+        opened = opened.at[rows, at].add(backup.opened, mode="drop")
+        if rule == "mean":
+            # Linear in the lanes, so that lanes which meet add up.
+            missing = (total - value[rows, safe] * backup.count) / jnp.maximum(
+                visits[rows, safe], 1.0
+            )
+            value = value.at[rows, at].add(missing, mode="drop")
+            reward = structure.reward[rows, safe]
+            total = jnp.where(here, backup.count * reward + discount * total, total)
+        else:
+            children = _Children(structure, first_child, safe, num_children)
+            seen, new = children.combine(visits, value, rule, discount)
+            if rule == "td":
+                new = (1.0 - learning_rate) * value[rows, safe] + learning_rate * new
+            own = total / jnp.maximum(backup.count, 1.0)
+            value = value.at[rows, at].set(jnp.where(seen, new, own), mode="drop")
+        lanes = jnp.where(here, parents[rows, safe], lanes)
+        levels = jnp.where(here, levels - 1, levels)
+        return level - 1, lanes, levels, total, visits, value, opened
 
-    zero = jnp.zeros_like(structure.value)
-    _, sums, added = jax.lax.while_loop(
-        lambda carry: (carry[0] >= 0).any(), climb, (nodes, zero, zero)
-    )
-    visits = structure.visits + added
-    mean = (structure.value * structure.visits + sums) / jnp.maximum(visits, 1.0)
-    return dataclasses.replace(
-        structure, visits=visits, value=jnp.where(added > 0, mean, structure.value)
-    )
+    carry = (levels.max(), nodes, levels, backup.total, structure.visits, structure.value)
+    carry = jax.lax.while_loop(lambda carry: carry[0] >= 0, climb, (*carry, open_leaves))
+    *_, visits, value, opened = carry
+    return dataclasses.replace(structure, visits=visits, value=value), opened
+
+
+def weighted_mean(
+    value: Float32[Array, "*R K"], visits: Float32[Array, "*R K"]
+) -> Float32[Array, "*R"]:
+    """sum N Q / sum N over children that were visited; 0 where none was."""
+    return (visits * value).sum(-1) / jnp.maximum(visits.sum(-1), 1.0)
+
+
+class _Children:
+    """The children of nodes [B, W], and a value made of theirs."""
+
+    def __init__(self, structure, first_child, nodes, num_children):
+        self.rows = jnp.arange(nodes.shape[0])[:, None, None]
+        first = jnp.take_along_axis(first_child, nodes, 1)
+        kids = jnp.maximum(first, 0)[..., None] + jnp.arange(num_children)
+        self.kids = jnp.minimum(kids, structure.capacity - 1)
+        # A window may be wider than a node's own children.
+        own = structure.parent[self.rows, self.kids] == nodes[..., None]
+        self.real = own & structure.alive[self.rows, self.kids] & (first >= 0)[..., None]
+        self.reward = structure.reward[self.rows, self.kids]
+
+    def combine(self, visits, value, rule, discount):
+        """Whether any child was visited, and the max or weighted mean of their Q."""
+        count = jnp.where(self.real, visits[self.rows, self.kids], 0.0)
+        q = self.reward + discount * value[self.rows, self.kids]
+        best = jnp.where(count > 0, q, -jnp.inf).max(-1)
+        return (count > 0).any(-1), best if rule == "max" else weighted_mean(q, count)

@@ -27,8 +27,9 @@ class State:
     tips: Int32[jax.Array, "B W"]
 
 
-def init(structure: Structure, *, num_chains: int) -> State:
+def init(structure: Structure, keys: Keys, *, num_chains: int) -> State:
     """All chains start at the root."""
+    del keys
     root = jnp.zeros_like(structure.num_nodes)[:, None]
     return State(jnp.broadcast_to(root, (root.shape[0], num_chains)))
 

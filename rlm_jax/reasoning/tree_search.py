@@ -1,0 +1,458 @@
+"""Monte Carlo tree search, generic: what uct, puct, gumbel and td_mcts share (spec G-1).
+
+A strategy is this search with a score of its own: select W leaves by the score, grow each by K
+sampled steps, evaluate, back the values up. Decisions where the sources differ or are silent are
+settings of `TreeConfig`; these hold for all:
+
+- A node's K children are consecutive slots, and `open_leaves` counts what is left to grow at or
+  below each node, so a descent never enters a subtree that is exhausted and never ends in one.
+- W leaves a round: each lane passes as a virtual visit over its path and takes one open leaf away
+  from it, for the lanes after it. Nothing of that is stored.
+- Nothing ever grows below a terminal node or beyond max_depth.
+- When nothing is left to grow and the budget pays, the root is sampled anew (`resample`): the old
+  children, exhausted, keep their votes and statistics and leave the selection.
+
+Judged at "expansion", the K children are evaluated when they are made, each counting as one visit
+for all its ancestors (AlphaMath, TS-LLM, x1). Judged on "visit", a node is evaluated when it is
+selected, as in MuZero: that is mctx's search, one simulation a leaf.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlm_jax.core.masked import masked_argmax
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
+from rlm_jax.reasoning.operators.evaluate import step_prior
+from rlm_jax.reasoning.operators.structure import generate, put_children
+from rlm_jax.reasoning.operators.traversal import ANSWER_RULES, AnswerRule, select_answer
+from rlm_jax.reasoning.operators.update import BACKUPS, Backup, BackupRule, backpropagate
+from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
+
+JUDGEMENTS = ("expansion", "visit")
+TERMINAL_RULES = ("exclude", "revisit", "stop")
+TIE_BREAKS = ("first", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeConfig:
+    """Settings that all tree searches share.
+
+    num_children: K steps sampled per leaf. num_lanes: W leaves per structure and round.
+    max_depth: steps from the problem to the deepest node. num_simulations: leaves to select after
+      the root was grown; None leaves the end to budget and capacity.
+    judge: when nodes are evaluated, "expansion" or "visit". backup, discount, learning_rate: see
+      `backpropagate`.
+    terminal: a terminal node, once judged, is left alone ("exclude": AlphaMath, rStar-Math), may be
+      selected again to back its value up once more ("revisit"; needs num_simulations), or ends the
+      search of its structure when it is selected ("stop": x1).
+    resample: sample the root anew when nothing is left to grow.
+    root_lanes: how many lanes of K children the root gets.
+    tie_break: among equal scores the step sampled "first" (rStar-Math), or a "random" one
+      (ReST-MCTS*, AlphaMath).
+    length_power, normalise_prior: see `step_prior`. root_noise, root_alpha: weight and
+      concentration of Dirichlet noise on the root's prior (AlphaZero; TS-LLM: 0.25, 0.3).
+    answer_rule: how the finished solutions vote, see `select_answer`.
+    """
+
+    num_children: int = 4
+    num_lanes: int = 1
+    max_depth: int = 16
+    num_simulations: int | None = None
+    judge: str = "expansion"
+    backup: BackupRule = "mean"
+    discount: float = 1.0
+    learning_rate: float = 1.0
+    terminal: str = "exclude"
+    resample: bool = True
+    root_lanes: int = 1
+    tie_break: str = "first"
+    length_power: float = 1.0
+    normalise_prior: bool = True
+    root_noise: float = 0.0
+    root_alpha: float = 0.3
+    answer_rule: AnswerRule = "weighted"
+
+    def __post_init__(self):
+        for name in ("num_children", "num_lanes", "max_depth", "root_lanes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        choices = {
+            "judge": JUDGEMENTS,
+            "backup": BACKUPS,
+            "terminal": TERMINAL_RULES,
+            "tie_break": TIE_BREAKS,
+            "answer_rule": ANSWER_RULES,
+        }
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} {getattr(self, name)!r}: accepted are {accepted}")
+        for name in ("discount", "learning_rate", "root_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.root_alpha <= 0:
+            raise ValueError(f"root_alpha must be > 0, got {self.root_alpha}")
+        if self.root_lanes > self.num_lanes:
+            raise ValueError(f"root_lanes={self.root_lanes} of num_lanes={self.num_lanes}")
+        if self.num_simulations is not None and self.num_simulations < 1:
+            raise ValueError(f"num_simulations must be >= 1 or None, got {self.num_simulations}")
+        if self.terminal == "revisit" and self.num_simulations is None:
+            raise ValueError("terminal 'revisit' needs num_simulations, or it never ends")
+
+    @property
+    def num_root_children(self) -> int:
+        """Children that the root is given at once."""
+        return self.root_lanes * self.num_children
+
+
+@struct
+class State:
+    """first_child: a node's first child (its children are consecutive), -1 for a leaf.
+
+    open_leaves: leaves at or below the node that can still be selected. simulations: leaves
+    selected so far, the root apart. noise: to be mixed into the root's prior. extra: what one
+    strategy adds.
+    """
+
+    first_child: Int32[Array, "B N"]
+    open_leaves: Int32[Array, "B N"]
+    simulations: Int32[Array, "B"]
+    noise: Float32[Array, "B R"] | None = None
+    extra: PyTree = None
+
+
+class Siblings(NamedTuple):
+    """What a score sees: K children [B, L, K] of the nodes [B, L].
+
+    q: reward + discount * value. visits: virtual visits among them. node_*: of the parent.
+    available: children that may be selected; alive: children there are.
+    """
+
+    q: Float32[Array, "B L K"]
+    visits: Float32[Array, "B L K"]
+    prior: Float32[Array, "B L K"]
+    available: Bool[Array, "B L K"]
+    alive: Bool[Array, "B L K"]
+    node_value: Float32[Array, "B L"]
+    node_visits: Float32[Array, "B L"]
+    node_model_value: Float32[Array, "B L"]
+
+
+ScoreFn = Callable[[Siblings], Float32[Array, "B L K"]]
+
+
+def make_tree_search(name: str, cfg: TreeConfig, score_fn: ScoreFn) -> Strategy:
+    """The strategy that descends by `score_fn`, W leaves a round under virtual visits."""
+
+    def ask(state: State, structure: Structure, keys: Keys) -> Request:
+        nodes = select_leaves(state, structure, keys, cfg=cfg, score_fn=score_fn)
+        return make_request(state, structure, nodes, cfg=cfg)
+
+    return Strategy(
+        name=name,
+        init=functools.partial(init_state, cfg=cfg),
+        ask=ask,
+        tell=functools.partial(update_tree, cfg=cfg),
+        answer=functools.partial(select_answer, rule=cfg.answer_rule),
+        num_lanes=cfg.num_lanes,
+        num_children=cfg.num_children,
+    )
+
+
+def init_state(structure: Structure, keys: Keys, *, cfg: TreeConfig) -> State:
+    """The state of a structure: a root alone, or a tree that was grown by these rules before."""
+    rows = jnp.arange(structure.depth.shape[0])[:, None]
+    index = jnp.arange(structure.capacity)[None]
+    parents = structure.parent
+    inner = (index > 0) & (index < structure.num_nodes[:, None])
+    # Blocks of K are aligned behind the root; the root's newest block is the one in use.
+    block = 1 + (index - 1) // cfg.num_children * cfg.num_children
+    at = jnp.where(inner, parents, structure.capacity)
+    first = jnp.full_like(structure.depth, NO_NODE)
+    first = first.at[rows, at].max(block.astype(jnp.int32), mode="drop")
+    newest = jnp.maximum(first[:, 0] - cfg.num_root_children + cfg.num_children, 1)
+    first = first.at[:, 0].set(jnp.where(first[:, 0] >= 0, newest, NO_NODE))
+    leaf = structure.alive & (first < 0) & ((parents != 0) | (index >= first[:, :1]))
+    ended = _has_ended(structure.terminal, structure.depth, cfg)
+    again = _selectable_again(structure.terminal, cfg)
+    if cfg.judge == "visit":
+        again |= structure.visits == 0
+    leaf &= ~ended | again
+
+    def climb(carry):
+        nodes, opened = carry
+        opened = opened.at[rows, jnp.where(nodes >= 0, nodes, structure.capacity)].add(
+            1, mode="drop"
+        )
+        above = jnp.take_along_axis(parents, jnp.maximum(nodes, 0), 1)
+        return jnp.where(nodes >= 0, above, NO_NODE), opened
+
+    nodes = jnp.where(leaf, index, NO_NODE).astype(jnp.int32)
+    carry = (nodes, jnp.zeros_like(structure.depth))
+    _, opened = jax.lax.while_loop(lambda c: (c[0] >= 0).any(), climb, carry)
+    simulations = jnp.zeros_like(structure.num_nodes)
+    return State(first, opened, simulations, _sample_root_noise(keys, cfg))
+
+
+def select_leaves(
+    state: State, structure: Structure, keys: Keys, *, cfg: TreeConfig, score_fn: ScoreFn
+) -> Int32[Array, "B W"]:
+    """W leaves per structure, best first, each under the virtual visits of those before it."""
+    root = structure.num_nodes[:, None] * 0
+    lanes = jnp.arange(cfg.num_lanes, dtype=jnp.int32)
+    if cfg.num_lanes == 1:
+        nodes = descend(state, structure, root, keys, cfg=cfg, score_fn=score_fn)
+    else:
+
+        def add_lane(paths, lane):
+            leaf, path = _descend_beside(
+                paths, state, structure, root, keys, cfg=cfg, score_fn=score_fn
+            )
+            return paths.at[:, lane].set(path), leaf[:, 0]
+
+        shape = (root.shape[0], cfg.num_lanes, cfg.max_depth + 1)
+        paths = jnp.broadcast_to(root[..., None] + NO_NODE, shape)
+        nodes = jax.lax.scan(add_lane, paths, lanes)[1].T
+    return jnp.where(lanes[None] < state.open_leaves[:, :1], nodes, NO_NODE)
+
+
+def descend(
+    state: State,
+    structure: Structure,
+    nodes: Int32[Array, "B L"],
+    keys: Keys,
+    *,
+    cfg: TreeConfig,
+    score_fn: ScoreFn,
+) -> Int32[Array, "B L"]:
+    """From each node down to a leaf, all lanes at once: they must start in disjoint subtrees."""
+
+    def step(nodes):
+        kids, siblings = look_below(state, structure, nodes, cfg)
+        scores = score_fn(siblings)
+        best = _choose(scores, siblings.available, structure, keys, cfg)
+        below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
+        return jnp.where(_is_inner(state, nodes), below, nodes)
+
+    return jax.lax.while_loop(lambda nodes: _is_inner(state, nodes).any(), step, nodes)
+
+
+def look_below(
+    state: State, structure: Structure, nodes: Int32[Array, "B L"], cfg: TreeConfig
+) -> tuple[Int32[Array, "B L K"], Siblings]:
+    """The children of each node and what is known of them; none is available below a leaf."""
+    rows = jnp.arange(nodes.shape[0])[:, None]
+    safe = jnp.maximum(nodes, 0)
+    first = state.first_child[rows, safe]
+    kids = jnp.maximum(first, 0)[..., None] + jnp.arange(cfg.num_root_children, dtype=jnp.int32)
+    at = rows[..., None]
+    available = state.open_leaves[at, kids] > 0
+    if cfg.root_lanes > 1:
+        # The window is the root's; other nodes have fewer children.
+        kids = jnp.minimum(kids, structure.capacity - 1)
+        available &= structure.parent[at, kids] == safe[..., None]
+    siblings = Siblings(
+        q=structure.reward[at, kids] + cfg.discount * structure.value[at, kids],
+        visits=structure.visits[at, kids],
+        prior=structure.prior[at, kids],
+        available=available,
+        alive=structure.alive[at, kids],
+        node_value=structure.value[rows, safe],
+        node_visits=structure.visits[rows, safe],
+        node_model_value=structure.model_value[rows, safe],
+    )
+    return kids, siblings
+
+
+def make_request(
+    state: State, structure: Structure, nodes: Int32[Array, "B W"], *, cfg: TreeConfig
+) -> Request:
+    """A request for selected leaves: the root comes first, and num_simulations is kept to."""
+    lane = jnp.arange(nodes.shape[1], dtype=jnp.int32)[None]
+    rows = jnp.arange(nodes.shape[0])[:, None]
+    fresh = state.first_child[:, :1] < 0
+    if cfg.resample:
+        fresh |= state.open_leaves[:, :1] <= 0
+    if cfg.num_simulations is not None:
+        left = cfg.num_simulations - state.simulations[:, None]
+        nodes = jnp.where(lane < left, nodes, NO_NODE)
+        fresh &= left > 0
+    terminal = structure.terminal[rows, jnp.maximum(nodes, 0)] & (nodes >= 0)
+    if cfg.terminal == "stop":
+        nodes = jnp.where(terminal.any(-1, keepdims=True), NO_NODE, nodes)
+    nodes = jnp.where(fresh, jnp.where(lane < cfg.root_lanes, 0, NO_NODE), nodes)
+    ended = _has_ended(terminal, structure.depth[rows, jnp.maximum(nodes, 0)], cfg)
+    operator = jnp.where(ended & ~fresh, Operator.EVALUATE, Operator.GENERATE)
+    return Request(nodes.astype(jnp.int32), operator.astype(jnp.int32), cfg.num_children)
+
+
+def update_tree(
+    state: State,
+    structure: Structure,
+    request: Request,
+    outcome: Outcome,
+    *,
+    cfg: TreeConfig,
+) -> tuple[State, Structure]:
+    """Appends the children, and backs values and open leaves up."""
+    counted = request.grows[..., None] & outcome.valid & ~outcome.duplicate
+    prior = _make_prior(request, outcome, counted, cfg, state.noise)
+    on_visit = cfg.judge == "visit"
+    structure, slots = generate(structure, request, outcome, prior, visits=1.0 - on_visit)
+    rows = jnp.arange(slots.shape[0])[:, None]
+    safe = jnp.maximum(request.nodes, 0)
+    lead = _leads(request)
+    was_leaf = state.first_child[rows, safe] < 0
+    at = jnp.where(request.grows & lead, request.nodes, structure.capacity)
+    first_child = state.first_child.at[rows, at].set(slots[..., 0], mode="drop")
+
+    opening = counted
+    if not on_visit:
+        # Judged already: beyond that, only what can grow or be selected again is worth a visit.
+        depth = structure.depth[rows, safe][..., None] + 1
+        again = _selectable_again(outcome.terminal, cfg)
+        opening &= ~_has_ended(outcome.terminal, depth, cfg) | again
+    closing = lead & was_leaf & request.grows
+    if on_visit and cfg.terminal == "exclude":
+        closing |= request.active & ~request.grows
+    opened = opening.sum(-1).astype(jnp.int32) - closing.astype(jnp.int32)
+    open_leaves = put_children(state.open_leaves, slots, opening.astype(jnp.int32))
+
+    structure, count, total = _judge(structure, request, outcome, counted, lead, cfg)
+    structure, open_leaves = backpropagate(
+        structure,
+        first_child,
+        open_leaves,
+        request.nodes,
+        Backup(count, total, opened),
+        num_children=cfg.num_root_children,
+        rule=cfg.backup,
+        discount=cfg.discount,
+        learning_rate=cfg.learning_rate,
+    )
+    simulated = (request.active & (request.nodes > 0)).sum(-1).astype(jnp.int32)
+    simulations = state.simulations + simulated
+    return State(first_child, open_leaves, simulations, state.noise, state.extra), structure
+
+
+_NOISE = 2**31 - 1  # Numbers that no node has: strategies draw from the problem's key too.
+_TIES = 2**31 - 2
+
+
+def _sample_root_noise(keys: Keys, cfg: TreeConfig) -> Float32[Array, "B R"] | None:
+    """Dirichlet noise for the root's prior, None where the settings want none."""
+    if cfg.root_noise == 0:
+        return None
+    alpha = jnp.full((cfg.num_root_children,), cfg.root_alpha)
+    return jax.vmap(lambda key: jax.random.dirichlet(jax.random.fold_in(key, _NOISE), alpha))(keys)
+
+
+def _is_inner(state, nodes):
+    rows = jnp.arange(nodes.shape[0])[:, None]
+    return (nodes >= 0) & (state.first_child[rows, jnp.maximum(nodes, 0)] >= 0)
+
+
+def _has_ended(terminal, depth, cfg):
+    return terminal | (depth >= cfg.max_depth)
+
+
+def _selectable_again(terminal, cfg):
+    """Ended nodes that stay open once judged: every one, or solutions alone, or none."""
+    if cfg.terminal == "revisit":
+        return terminal | True
+    return terminal if cfg.terminal == "stop" else terminal & False
+
+
+def _leads(request: Request) -> Bool[Array, "B W"]:
+    """Lanes that are the first at their node: several may grow the root at once."""
+    same = request.nodes[:, :, None] == request.nodes[:, None, :]
+    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
+    return request.active & ~(same & earlier).any(-1)
+
+
+def _make_prior(request, outcome, counted, cfg, noise):
+    """The prior over each node's new children; the root's are spread over several lanes."""
+    settings = {"length_power": cfg.length_power, "normalise": cfg.normalise_prior}
+    prior = step_prior(outcome.logprob, outcome.length, counted, **settings)
+    if cfg.root_lanes == 1 and noise is None:
+        return prior
+    batch, lanes = request.nodes.shape
+    at_root = (request.nodes == 0)[..., None]
+
+    def flat(array):
+        return array.reshape(batch, -1)
+
+    wide = step_prior(
+        flat(outcome.logprob), flat(outcome.length), flat(counted & at_root), **settings
+    )
+    if noise is not None:
+        spare = lanes * cfg.num_children - noise.shape[1]
+        noise = jnp.where(flat(counted & at_root), jnp.pad(noise, ((0, 0), (0, spare))), 0.0)
+        noise /= jnp.maximum(noise.sum(-1, keepdims=True), 1e-30)
+        wide = (1.0 - cfg.root_noise) * wide + cfg.root_noise * noise
+    return jnp.where(at_root, wide.reshape(prior.shape), prior)
+
+
+def _judge(structure, request, outcome, counted, lead, cfg):
+    """How many visits each lane backs up and what they are worth; notes values judged on visit."""
+    rows = jnp.arange(request.nodes.shape[0])[:, None]
+    safe = jnp.maximum(request.nodes, 0)
+    known = structure.model_value[rows, safe]
+    own = known
+    if cfg.judge == "visit":
+        first_time = lead & (structure.visits[rows, safe] == 0)
+        own = jnp.where(first_time, outcome.node_value, known)
+        at = jnp.where(first_time, request.nodes, structure.capacity)
+        noted = structure.model_value.at[rows, at].set(own, mode="drop")
+        structure = dataclasses.replace(structure, model_value=noted)
+    count = lead.astype(jnp.float32)
+    total = jnp.where(lead, own, 0.0)
+    if cfg.judge == "expansion" and cfg.backup == "mean":
+        # Each of the K values is a simulation of its own.
+        value = outcome.reward + cfg.discount * outcome.value
+        total = jnp.where(request.grows, jnp.where(counted, value, 0.0).sum(-1), total)
+        count = jnp.where(request.grows, counted.sum(-1).astype(jnp.float32), count)
+    return structure, count, total
+
+
+def _descend_beside(paths, state, structure, root, keys, *, cfg, score_fn):
+    """One more lane: its leaf and its path, under a virtual visit over each path before it."""
+
+    def step(carry):
+        level, nodes, path = carry
+        kids, siblings = look_below(state, structure, nodes, cfg)
+        passed = (paths[:, :, level + 1, None, None] == kids[:, None]).sum(1)
+        rows = jnp.arange(nodes.shape[0])[:, None, None]
+        siblings = siblings._replace(
+            visits=siblings.visits + passed,
+            node_visits=siblings.node_visits + (paths[:, :, level] == nodes).sum(1, keepdims=True),
+            available=siblings.available & (state.open_leaves[rows, kids] > passed),
+        )
+        best = _choose(score_fn(siblings), siblings.available, structure, keys, cfg)
+        below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
+        inner = _is_inner(state, nodes)
+        path = path.at[:, level + 1].set(jnp.where(inner, below, NO_NODE)[:, 0])
+        return level + 1, jnp.where(inner, below, nodes), path
+
+    path = jnp.broadcast_to(root + NO_NODE, (root.shape[0], cfg.max_depth + 1)).at[:, 0].set(0)
+    start = (jnp.zeros((), jnp.int32), root, path)
+    _, leaf, path = jax.lax.while_loop(lambda c: _is_inner(state, c[1]).any(), step, start)
+    return leaf, path
+
+
+def _choose(scores, available, structure, keys, cfg):
+    """The best available child; equal scores go to the first, or to a random one."""
+    if cfg.tie_break == "first":
+        return masked_argmax(scores, available)[0]
+    scores = jnp.where(available, scores, -jnp.inf)
+    best = scores == scores.max(-1, keepdims=True)
+    fold = jax.vmap(jax.random.fold_in)
+    ties = fold(fold(keys, jnp.full_like(structure.num_created, _TIES)), structure.num_created)
+    lots = jax.vmap(lambda key: jax.random.uniform(key, scores.shape[1:]))(ties)
+    return masked_argmax(lots, best & available)[0]
