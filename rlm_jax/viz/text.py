@@ -235,7 +235,7 @@ def _lay_out(record: Mapping[str, Any], outline: Outline) -> list[_Row]:
             continue
         if node in outline.gaps:
             gap = outline.gaps[node]
-            text = f"{ELIDED} {gap.steps} more steps"
+            text = f"{ELIDED} {gap.steps} steps"
             notes = _space_notes("", _describe_fold(gap.beside))
             rows.append(_Row(guide, "", text, None, node in chosen, notes))
             guide = below
