@@ -223,7 +223,7 @@ def _describe_problems(progress: Progress) -> str:
 
 
 def _describe_pace(progress: Progress) -> list[str]:
-    parts = [f"{progress.total_tokens:,} tokens generated"]
+    parts = [f"{progress.total_tokens:,} tokens"]
     if progress.seconds > 0:
         parts.append(f"{progress.total_tokens / progress.seconds:,.0f} tokens/s")
     left = seconds_left(progress)

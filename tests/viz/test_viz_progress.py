@@ -60,7 +60,7 @@ def test_one_row_per_structure_on_a_terminal():
         "  gsm8k-0      4  10/129  ━━━╌╌╌╌╌╌╌╌╌ 128/512     -          0",
         "✔ gsm8k-1      5  20/129  ━━━━━━╌╌╌╌╌╌ 256/512  0.40          1",
         "  gsm8k-2      6  30/129  ━━━━━━━━━╌╌╌ 384/512  0.50          2",
-        "7/20 problems (2 running)   12,345 tokens generated   1,234 tokens/s   0:15 left",
+        "7/20 problems (2 running)   12,345 tokens   1,234 tokens/s   0:15 left",
     ]
 
 
@@ -78,7 +78,7 @@ def test_a_log_gets_one_plain_line():
     (line,) = draw(make_progress(), terminal=False)
     assert line == format_progress(make_progress())
     assert line == (
-        "7/20 problems (2 running), 12,345 tokens generated, 1,234 tokens/s, 0:15 left, round 5, "
+        "7/20 problems (2 running), 12,345 tokens, 1,234 tokens/s, 0:15 left, round 5, "
         "20/129 nodes, 256/512 tokens, best 0.50, 3 solutions"
     )
 
@@ -100,7 +100,7 @@ def test_what_is_unknown_is_left_open():
     )
     assert seconds_left(start) is None
     assert format_progress(start) == (
-        "0/20 problems (2 running), 0 tokens generated, - left, round 0, 0/129 nodes, 0 tokens, "
+        "0/20 problems (2 running), 0 tokens, - left, round 0, 0/129 nodes, 0 tokens, "
         "best -, 0 solutions"
     )
     assert draw(start)[1].split() == ["gsm8k-0", "0", "0/129", "0", "-", "0"]
