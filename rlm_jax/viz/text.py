@@ -1,10 +1,9 @@
 """Reasoning trees and comparisons as terminal text (rich).
 
 The one idea: a run of only children is a column, not a staircase. Indentation is spent on
-branches alone, so that a chain of forty steps and a tree of two hundred nodes both fit 80 columns.
-Best paths come first; what does not fit is counted where it would stand, and steps that were
-merged into an equal sibling are counted beside it. Everything is legible without colour, and text
-of a model can neither style the output nor drive the terminal.
+branches alone, so that a chain of forty steps and the best of a tree of thousands both fit a
+screen of 80 columns (what is drawn and what is folded: `outline.py`). Everything is legible
+without colour, and text of a model can neither style the output nor drive the terminal.
 """
 
 import dataclasses
@@ -12,11 +11,21 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-CHOSEN, FINISHED, UNFINISHED, PRUNED = "▶", "✔", "…", "✂"
+from rlm_jax.viz.outline import (
+    MIN_LINES,
+    Fold,
+    Node,
+    Outline,
+    branches_fold,
+    outline_record,
+)
+
+CHOSEN, FINISHED, UNFINISHED, PRUNED, ELIDED = "▶", "✔", "…", "✂", "⋮"
 TIMES = "\N{MULTIPLICATION SIGN}"
 RIGHT, WRONG, UNKNOWN = "✔", "✘", "-"
 
@@ -32,25 +41,22 @@ _LEGEND = {
 
 
 def render_tree(
-    record: Mapping[str, Any], *, max_nodes: int = 200, width: int | None = None
+    record: Mapping[str, Any], *, max_lines: int = 40, width: int | None = None
 ) -> RenderableType:
     """Draws a record's structure; print it on a rich console.
 
     Args:
       record: a valid record, see `rlm_jax.data.records`.
-      max_nodes: nodes drawn; the others are counted where they would stand.
+      max_lines: lines to use at most, the legend's among them; the chosen path and then the best
+        others are drawn, the rest is counted where it would stand.
       width: columns to use at most; the console's by default.
 
     Raises:
-      ValueError: max_nodes is below 1.
+      ValueError: max_lines is below 4.
     """
-    if max_nodes < 1:
-        raise ValueError(f"max_nodes must be >= 1, not {max_nodes}")
-    nodes = {node["id"]: node for node in record["nodes"]}
-    children = _sort_children(record, nodes)
-    copies = _merge_copies(nodes, children)
-    shown = _choose_nodes(record, nodes, max_nodes)
-    rows = _lay_out(record, nodes, children, copies, shown)
+    if max_lines < MIN_LINES + 1:
+        raise ValueError(f"max_lines must be >= {MIN_LINES + 1}, not {max_lines}")
+    rows = _lay_out(record, outline_record(record, max_lines - 1))
     return _TreeView(rows, _make_columns(record["nodes"][1:]), width)
 
 
@@ -96,14 +102,17 @@ def clean_text(text: str, max_chars: int = 500) -> str:
 
 
 class _Row(NamedTuple):
-    """One line of the picture: a node, or a count of folded ones."""
+    """One line of the picture: a node, or a count of folded ones.
+
+    notes: the same remark in several lengths, the fullest first.
+    """
 
     guide: str
     mark: str
     text: str
     node: Mapping[str, Any] | None
     chosen: bool
-    note: str = ""
+    notes: Sequence[str] = ("",)
 
 
 class _Column(NamedTuple):
@@ -153,18 +162,27 @@ def _draw_row(row: _Row, room: int) -> Text:
     line.append(f"{CHOSEN} " if row.chosen else "  ", _style(row))
     line.append(guide, "dim")
     line.append(f"{row.mark} " if row.mark else "", _style(row))
+    free = room - line.cell_len
     line.append(row.text, _style(row))
-    line.truncate(max(room - len(row.note), 1), overflow="ellipsis")
-    line.append(row.note, "dim")
+    note = _choose_note(row, free)
+    line.truncate(max(room - len(note), 1), overflow="ellipsis")
+    line.append(note, "dim")
     line.truncate(room, overflow="ellipsis")
     return line
+
+
+def _choose_note(row: _Row, free: int) -> str:
+    """The fullest note beside which the text is whole, or keeps half of the `free` columns."""
+    wanted = min(cell_len(row.text), free // 2)
+    fitting = (note for note in row.notes if wanted + len(note) <= free)
+    return next(fitting, row.notes[-1])
 
 
 def _draw_legend(rows: Sequence[_Row], width: int) -> Text:
     seen = {row.mark for row in rows if row.node} | (
         {CHOSEN} if any(r.chosen for r in rows) else set()
     )
-    seen |= {TIMES + "n" for row in rows if TIMES in row.note}
+    seen |= {TIMES + "n" for row in rows if TIMES in row.notes[0]}
     parts = [f"{mark} {meaning}" for mark, meaning in _LEGEND.items() if mark in seen]
     legend = Text("   ".join(parts), "dim", no_wrap=True)
     legend.truncate(width, overflow="ellipsis")
@@ -203,125 +221,72 @@ def _make_columns(nodes: Sequence[Mapping[str, Any]]) -> list[_Column]:
     return columns
 
 
-def _score(node: Mapping[str, Any]) -> tuple[float, ...]:
-    """Sorts nodes by how much a reader wants to see them."""
-    values = [value for value in node["value"].values() if value is not None]
-    return (
-        node["alive"],
-        node["visits"],
-        values[-1] if values else 0.0,
-        node["prior"] or 0.0,
-        -node["id"],
-    )
-
-
-def _sort_children(record: Mapping[str, Any], nodes: Mapping[int, Any]) -> dict[int, list[int]]:
-    """Children under their main parent: the chosen one first, then best first."""
-    chosen = set(record["chosen"])
-    children: dict[int, list[int]] = {node: [] for node in nodes}
-    for node in nodes.values():
-        if node["parents"]:
-            children[node["parents"][0]].append(node["id"])
-    for family in children.values():
-        family.sort(key=lambda node: (node in chosen, *_score(nodes[node])), reverse=True)
-    return children
-
-
-def _choose_nodes(record: Mapping[str, Any], nodes: Mapping[int, Any], max_nodes: int) -> set[int]:
-    """The best whole paths that fit into `max_nodes`, the chosen one first."""
-    chosen = set(record["chosen"])
-    parents = {node["parents"][0] for node in nodes.values() if node["parents"]}
-    leaves = [node for node in nodes if node not in parents]
-    leaves.sort(
-        key=lambda node: (
-            node in chosen,
-            nodes[node]["alive"],
-            nodes[node]["terminal"],
-            *_score(nodes[node]),
-        ),
-        reverse=True,
-    )
-    shown: set[int] = set()
-    for leaf in leaves:
-        if len(shown) == max_nodes:
-            break
-        path = []
-        node: int | None = leaf
-        while node is not None and node not in shown:
-            path.append(node)
-            node = nodes[node]["parents"][0] if nodes[node]["parents"] else None
-        shown.update(path[::-1][: max_nodes - len(shown)])
-    return shown
-
-
-def _lay_out(
-    record: Mapping[str, Any],
-    nodes: Mapping[int, Any],
-    children: Mapping[int, list[int]],
-    copies: Mapping[int, int],
-    shown: set[int],
-) -> list[_Row]:
+def _lay_out(record: Mapping[str, Any], outline: Outline) -> list[_Row]:
     """Rows in depth-first order; only a branch indents."""
     chosen = set(record["chosen"])
-    sizes = _count_descendants(nodes, children)
-    root = next(iter(nodes))
     rows: list[_Row] = []
-    # A node to draw, the guide of its first line, and the guide of the lines below it.
-    pending = [(root, "", "")]
+    # A node to draw, the guide of its first line, and the guide of the lines below it. A negative
+    # entry, -1 - node, stands for the fold of that node.
+    pending = [(outline.root, "", "")]
     while pending:
         node, guide, below = pending.pop()
         if node < 0:
-            rows.append(_Row(guide, "", _count_more(-node), None, False))
+            rows.append(_Row(guide, "", "", None, False, _describe_fold(outline.folds[-1 - node])))
             continue
-        family = [child for child in children[node] if child in shown]
-        num_folded = sum(sizes[child] for child in children[node] if child not in shown)
-        branches = len(family) > 1
-        note = f"  {TIMES}{copies[node] + 1}" if node in copies else ""
-        note += f"  {_count_more(num_folded)}" if num_folded and not branches else ""
-        mark = "" if node == root else _mark(nodes[node], bool(children[node]))
-        text = clean_text(record["question"]) if node == root else _describe(nodes[node])
-        rows.append(_Row(guide, mark, text, nodes[node], node in chosen, note))
-        if not branches:
+        if node in outline.gaps:
+            gap = outline.gaps[node]
+            text = f"{ELIDED} {gap.steps} steps"
+            notes = _space_notes("", _describe_fold(gap.beside))
+            rows.append(_Row(guide, "", text, None, node in chosen, notes))
+            guide = below
+        family = outline.children[node]
+        fold_line = branches_fold(len(family), node in outline.folds)
+        rows.append(_make_row(record, outline, node, guide, fold_line))
+        if len(family) < 2:
             pending += [(child, below, below) for child in family]
             continue
-        # A negative entry stands for that many folded nodes.
-        entries = [*family, -num_folded] if num_folded else family
+        entries = [*family, -1 - node] if fold_line else family
         pending.append((entries[-1], below + "└─ ", below + "   "))
         pending += [(child, below + "├─ ", below + "│  ") for child in entries[-2::-1]]
     return rows
 
 
-def _count_more(num_nodes: int) -> str:
-    return f"… {num_nodes} more node{'s' * (num_nodes > 1)}"
+def _make_row(
+    record: Mapping[str, Any], outline: Outline, node: int, guide: str, fold_line: bool
+) -> _Row:
+    fields = outline.nodes[node]
+    root = node == outline.root
+    mark = "" if root else _mark(fields, node not in outline.leaves)
+    text = clean_text(record["question"]) if root else _describe(fields)
+    copies = f"{TIMES}{outline.copies[node] + 1}" if node in outline.copies else ""
+    folded = ("",)
+    if node in outline.folds and not fold_line:
+        folded = _describe_fold(outline.folds[node])
+    chosen = node in record["chosen"]
+    return _Row(guide, mark, text, fields, chosen, _space_notes(copies, folded))
 
 
-def _merge_copies(nodes: dict[int, Any], children: dict[int, list[int]]) -> dict[int, int]:
-    """Takes out leaves that were merged into an equal sibling; counts them by that sibling."""
-    copies: dict[int, int] = {}
-    for family in children.values():
-        living = {nodes[node]["text"]: node for node in family if nodes[node]["alive"]}
-        for node in [node for node in family if not nodes[node]["alive"]]:
-            twin = living.get(nodes[node]["text"])
-            if twin is not None and not children[node]:
-                family.remove(node)
-                copies[twin] = copies.get(twin, 0) + 1
-    kept = {node for family in children.values() for node in family} | {next(iter(nodes))}
-    for node in [node for node in nodes if node not in kept]:
-        del nodes[node], children[node]
-    return copies
+def _space_notes(copies: str, folded: Sequence[str]) -> list[str]:
+    return ["".join(f"  {part}" for part in (copies, note) if part) for note in folded]
 
 
-def _count_descendants(
-    nodes: Mapping[int, Any], children: Mapping[int, list[int]]
-) -> dict[int, int]:
-    """Nodes of the subtree under each node, itself included."""
-    sizes: dict[int, int] = {}
-    for node in reversed(list(nodes)):
-        sizes[node] = 1 + sum(sizes[child] for child in children[node])
-    return sizes
+def _describe_fold(fold: Fold) -> tuple[str, ...]:
+    """What is folded, from the fullest wording to the shortest; the count is in each."""
+    if not fold.steps:
+        return ("",)
+    count = f"{UNFINISHED} {fold.steps} more step{'s' * (fold.steps > 1)}"
+    branches = f" in {fold.branches} branches" if 1 < fold.branches < fold.steps else ""
+    facts = [] if fold.best is None else [f"best {fold.best:.2f}"]
+    if fold.solutions:
+        facts.append(f"{fold.solutions} solution{'s' * (fold.solutions > 1)}")
+    if fold.pruned:
+        facts.append(f"{fold.pruned} pruned")
+    wordings = [", ".join([count, *facts[:length]]) for length in range(len(facts), -1, -1)]
+    full = ", ".join([count + branches, *facts])
+    return tuple(dict.fromkeys([full, *wordings, f"{UNFINISHED} {fold.steps}"]))
 
 
-def _mark(node: Mapping[str, Any], has_children: bool) -> str:
+def _mark(node: Node, has_children: bool) -> str:
     if not node["alive"]:
         return PRUNED
     if node["terminal"]:

@@ -51,6 +51,54 @@ def make_tree(
     return make_record(nodes=nodes._replace(**kw.pop("nodes", {})), chosen=chosen, **(fields | kw))
 
 
+def make_random_record(seed, num_nodes, kind):
+    """A graph with merged copies, dead steps, nodes of several parents and a random chosen path."""
+    rng = random.Random(seed)
+    lowest = {"any": lambda n: 0, "late": lambda n: n * 3 // 4, "chain": lambda n: max(n - 2, 0)}
+    first = [-1]
+    for node in range(1, num_nodes):
+        low = lowest.get(kind, lambda n: 0)(node)
+        first.append(rng.randrange(low, node) if kind != "wide" else rng.randrange(min(node, 3)))
+    second = [-1] + [rng.choice([-1, rng.randrange(node)]) for node in range(1, num_nodes)]
+    depth = [0] * num_nodes
+    for node in range(1, num_nodes):
+        depth[node] = depth[first[node]] + 1
+    dead = [node for node in range(1, num_nodes) if rng.random() < 0.2]
+    texts = [f"<{node}> 日本語 words" * rng.randint(1, 9) for node in range(num_nodes)]
+    for node in dead[::2]:
+        texts[node] = texts[rng.choice([n for n in range(num_nodes) if first[n] == first[node]])]
+    chosen, node = [], rng.randrange(num_nodes)
+    while node >= 0 and rng.random() > 1 / num_nodes**2:
+        chosen.append(node)
+        node = rng.choice([p for p in (first[node], second[node]) if p >= 0] or [-1])
+    nodes = {
+        "parents": np.array([first, second]).T,
+        "depth": depth,
+        "visits": [rng.randrange(5) for _ in first],
+        "value": {"model": [rng.choice([None, rng.random()]) for _ in first]},
+    }
+    chosen = chosen[::-1] if node < 0 else []
+    terminal = [node for node in range(num_nodes) if rng.random() < 0.2]
+    return make_tree(first, texts, terminal, dead, chosen, nodes=nodes)
+
+
+def check_counts(record, max_lines):
+    """Drawn, merged and folded steps are all steps, and all of the chosen path is drawn."""
+    lines = draw(render_tree(record, max_lines=max_lines), 4000)[:-1]
+    drawn = [line for line in lines[1:] if re.search(r"<\d+>", line)]
+    counts = [re.findall(r"(?:…|⋮) (\d+)(?: more)? step", line) for line in lines]
+    copies = [re.findall(rf"  {TIMES}(\d+)  ", line + "  ") for line in lines]
+    folded = sum(int(count) for found in counts for count in found)
+    merged = sum(int(count) - 1 for found in copies for count in found)
+    assert 1 + len(drawn) + merged + folded == len(record["nodes"])
+    ends = [line for line in lines if line.startswith("▶")]
+    gaps = [int(re.search(r"⋮ (\d+)", line)[1]) for line in ends if "⋮" in line]
+    assert len(ends) - len(gaps) + sum(gaps) == len(record["chosen"])
+    assert bool(gaps) == (len(record["chosen"]) > max_lines - 1)
+    # Nothing stands above the chosen path but itself: it comes first everywhere.
+    assert lines[: len(ends)] == ends
+
+
 def draw(renderable, width=80, **options):
     file = io.StringIO()
     Console(file=file, width=width, **options).print(renderable)
@@ -73,54 +121,130 @@ def test_branches_indent_and_chains_do_not():
 
 
 def test_folds_the_worst_and_counts_them():
-    def words(max_nodes):
-        lines = draw(render_tree(make_tree(), max_nodes=max_nodes))[1:-1]
-        return [re.sub(r" +[0-9]+( +[0-9][.][0-9]{2}){3}$", "", line) for line in lines]
+    def words(max_lines):
+        lines = draw(render_tree(make_tree(), max_lines=max_lines), 120)
+        assert len(lines) <= max_lines
+        return [re.sub(r" +[0-9]+( +[0-9][.][0-9]{2}){3}$", "", line) for line in lines[1:-1]]
 
     best = ["▶ ├─ 3 * 4 = 12", "▶ │  12 + 1 = 13", "▶ │  ├─ 13 * 2 = 26", "▶ │  │  ✔ #### 26"]
     next_best = ["  │  └─ 13 * 3 = 39", "  │     ✔ #### 39"]
-    assert words(8) == [*best, *next_best, "  ├─ … 3 + 4 = 7", "  └─ … 1 more node"]
-    assert words(7) == [
-        "▶ 3 * 4 = 12",
-        "▶ 12 + 1 = 13",
-        "▶ ├─ 13 * 2 = 26",
-        "▶ │  ✔ #### 26",
-        "  └─ 13 * 3 = 39",
-        "     ✔ #### 39",
-    ]
+    full = [*best, *next_best, "  ├─ … 3 + 4 = 7", "  └─ ✂ 3 * 4 = 11"]
+    assert words(40) == words(10) == full
+    assert (
+        words(9)
+        == words(8)
+        == [
+            "▶ 3 * 4 = 12",
+            "▶ 12 + 1 = 13",
+            "▶ ├─ 13 * 2 = 26",
+            "▶ │  ✔ #### 26",
+            "  └─ 13 * 3 = 39",
+            "     ✔ #### 39",
+        ]
+    )
+    assert (
+        words(7)
+        == words(6)
+        == [
+            "▶ 3 * 4 = 12",
+            "▶ 12 + 1 = 13  … 2 more steps, best 0.12, 1 solution",
+            "▶ 13 * 2 = 26",
+            "▶ ✔ #### 26",
+        ]
+    )
     assert words(5) == [
         "▶ 3 * 4 = 12",
-        "▶ 12 + 1 = 13  … 2 more nodes",
-        "▶ 13 * 2 = 26",
+        "▶ ⋮ 2 steps  … 2 more steps, best 0.12, 1 solution",
         "▶ ✔ #### 26",
     ]
-    lines = draw(render_tree(make_tree(), max_nodes=5))
-    assert lines[0].startswith("▶ How many?  … 2 more nodes  ")
+    assert words(4) == ["▶ ⋮ 3 steps  … 2 more steps, best 0.12, 1 solution", "▶ ✔ #### 26"]
+    lines = draw(render_tree(make_tree(), max_lines=8), 120)
+    assert lines[0].startswith("▶ How many?  … 2 more steps, best 0.14, 1 pruned  ")
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 120), st.integers(1, 60), st.integers(8, 130))
-def test_any_tree_fits_any_width_and_no_node_is_lost(seed, num_nodes, max_nodes, width):
-    rng = random.Random(seed)
-    parents = [-1] + [rng.randrange(node) for node in range(1, num_nodes)]
-    texts = [f"<{node}> 日本語 words" * rng.randint(1, 9) for node in range(num_nodes)]
-    record = make_tree(parents, texts, terminal=(), dead=(), chosen=())
-    lines = draw(render_tree(record, max_nodes=max_nodes), width)
+def test_a_branching_step_has_its_fold_on_a_line():
+    num_leaves = 30
+    parents = [-1, 0, 0, *[1] * num_leaves, 2, 2]
+    texts = [f"<{node}>" for node in range(len(parents))]
+    rising = {"visits": list(range(len(parents)))}
+    record = make_tree(parents, texts, (3, 32), (), (0, 1, 3), nodes=rising)
+    lines = draw(render_tree(record, max_lines=9))
+    lines = [re.sub(r"  +[0-9]+( +[0-9][.][0-9]{2}){3}$", "", line) for line in lines]
+    assert lines[1:-1] == [
+        "▶ ├─ <1>",
+        "▶ │  ├─ ✔ <3>",
+        "  │  ├─ ✔ <32>",
+        "  │  └─ … 28 more steps, best 0.62",
+        "  └─ <2>",
+        "     ├─ … <34>",
+        "     └─ … <33>",
+    ]
+
+
+def test_narrow_lines_keep_the_count():
+    record = make_tree([-1, *[0] * 40], [f"step {n}" for n in range(41)], range(41), (), (0, 1))
+    facts = {120: " steps, best 0.80, 39 solutions", 80: " steps, best 0.80", 36: " steps", 20: ""}
+    for width, fact in facts.items():
+        first = draw(render_tree(record, max_lines=4), width)[0]
+        more = "  … 39 more" if fact else "  … 39"
+        assert re.search(re.escape(more + fact) + "($|  )", first)
+
+
+RECORDS = st.builds(
+    make_random_record,
+    st.integers(0, 2**32),
+    st.integers(1, 250),
+    st.sampled_from(["any", "late", "wide", "chain"]),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(RECORDS, st.integers(4, 60), st.integers(8, 130))
+def test_any_graph_fits_any_screen_and_no_node_is_lost(record, max_lines, width):
+    lines = draw(render_tree(record, max_lines=max_lines), width)
+    assert len(lines) <= max_lines
     assert all(cell_len(line) <= width for line in lines)
-    wide = draw(render_tree(record, max_nodes=max_nodes), 2000)
-    num_drawn = 1 + sum(f"<{node}>" in line for line in wide for node in range(1, num_nodes))
-    folded = [line.split("… ")[-1].split(" more node")[0] for line in wide if " more node" in line]
-    assert num_drawn == min(num_nodes, max_nodes)
-    assert num_drawn + sum(map(int, folded)) == num_nodes
+    check_counts(record, max_lines)
+
+
+@pytest.mark.parametrize("kind", ["any", "late", "wide", "chain"])
+@pytest.mark.parametrize("num_nodes", [200, 500, 4096])
+def test_large_graphs_fit_a_screen(kind, num_nodes):
+    record = make_random_record(1, num_nodes, kind)
+    check_counts(record, 40)
+    assert len(draw(render_tree(record))) <= 40
+    if kind != "wide":
+        assert len(draw(render_tree(record))) >= 35
+
+
+def test_a_chosen_path_deeper_than_the_screen_keeps_both_ends():
+    parents = [*range(-1, 500), 0, 250]
+    texts = [f"<{node}>" for node in range(len(parents))]
+    record = make_tree(parents, texts, (500,), (), range(501))
+    lines = draw(render_tree(record, max_lines=20))
+    chosen = [line for line in lines if line.startswith("▶") and "⋮" not in line][1:-1]
+    numbers = [int(line.split("<")[1].split(">")[0]) for line in chosen]
+    assert numbers == [*range(1, 7), *range(494, 501)]
+    (gap,) = (line for line in lines if "⋮" in line)
+    assert "⋮ 487 steps  … 1 more step, best 10.04" in gap
+    assert any("└─ … <501>" in line for line in lines)
+
+
+def test_a_chosen_path_is_drawn_along_the_parents_it_used():
+    parents = np.array([[-1, -1], [0, -1], [0, -1], [1, 2]])
+    nodes = {"parents": parents, "depth": [0, 1, 1, 2]}
+    record = make_tree([-1, 0, 0, 1], ["", "a", "b", "c"], (3,), (), (0, 2, 3), nodes=nodes)
+    lines = [line.split("    ")[0] for line in draw(render_tree(record))]
+    assert lines[1:-1] == ["▶ ├─ b", "▶ │  ✔ c", "  └─ … a"]
 
 
 def test_merged_steps_are_counted_beside_their_twin():
     parents, texts = [-1, 0, 0, 0, 0, 1, 1, 1], ["", "a", "b", "a", "a", "c", "d", "c"]
     visits = {"visits": [5, 4, 2, 0, 0, 2, 1, 1]}
     record = make_tree(parents, texts, (5, 6, 7), (3, 4, 6, 7), (0, 1, 5), nodes=visits)
-    lines = draw(render_tree(record, max_nodes=4))
+    lines = draw(render_tree(record, max_lines=5))
     assert [line.split("    ")[0] for line in lines[1:]] == [
-        f"▶ ├─ a  {TIMES}3  … 1 more node",
+        f"▶ ├─ a  {TIMES}3  … 1 more step, 1 pruned",
         f"▶ │  ✔ c  {TIMES}2",
         "  └─ … b",
         f"▶ chosen path   ✔ finished   … unfinished   {TIMES}n n equal steps, merged",
@@ -183,8 +307,8 @@ def test_statistics_that_say_nothing_are_left_out():
 def test_a_lone_root_is_drawn():
     record = make_tree([-1], [""], (), (), (), answer=None, correct=None)
     assert draw(render_tree(record))[0] == "  How many?"
-    with pytest.raises(ValueError, match="max_nodes"):
-        render_tree(record, max_nodes=0)
+    with pytest.raises(ValueError, match="max_lines must be >= 4, not 3"):
+        render_tree(record, max_lines=3)
 
 
 def test_summary_of_one_problem():
