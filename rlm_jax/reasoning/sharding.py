@@ -41,8 +41,9 @@ def shard_search(fn: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]
 
     Args:
       fn: sees `params` whole (their "model" axis is the partitioner's affair) and of each array of
-        `batch` the shard's own rows; all it returns is batch arrays too. Works under `jax.jit`
-        alone, as any `shard_map` that leaves an axis to the partitioner.
+        `batch` the shard's own rows; all it returns is batch arrays too. The first array of
+        `batch` says what B is. Works under `jax.jit` alone, as any `shard_map` that leaves an axis
+        to the partitioner.
       mesh: with the axes of `core.mesh`.
 
     Returns:
@@ -105,15 +106,16 @@ def abstract_outputs(compiled: Any) -> PyTree:
 
 def _check_batch(batch: tuple, mesh: Mesh, num_shards: int) -> None:
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
-    sizes = [np.shape(leaf)[0] if np.ndim(leaf) else 0 for _, leaf in leaves]
-    size = min(filter(None, sizes), default=0)
-    for (path, leaf), rows in zip(leaves, sizes, strict=True):
+    size = None
+    for path, leaf in leaves:
+        rows = np.shape(leaf)[0] if np.ndim(leaf) else 0
+        size = rows if size is None else size
         if not rows or rows % size:
             name = jax.tree_util.keystr(path)
             raise ValueError(
                 f"batch argument {name} has shape {np.shape(leaf)}: its first dimension must be "
-                f"a multiple of the batch of {size}"
+                f"the batch of {size or 'at least 1'}, or a multiple of it"
             )
-    if size % num_shards:
-        sizes = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
-        raise ValueError(f"a batch of {size} cannot be split over {sizes} = {num_shards} shards")
+    if size is None or size % num_shards:
+        shards = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
+        raise ValueError(f"a batch of {size} cannot be split over {shards} = {num_shards} shards")

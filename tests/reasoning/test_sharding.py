@@ -222,11 +222,15 @@ def test_the_reader_finds_collectives_loops_and_copies():
         ((2, 2, 2), (np.zeros(6), np.zeros((12, 1))), r"replica=2 \* data=2 = 4 shards"),
         ((1, 8, 1), (np.zeros(8), np.float32(1)), r"\[1\] has shape \(\)"),
         ((1, 8, 1), (np.zeros(8), {"pool": np.zeros((12, 2))}), r"\[1\]\['pool'\].*batch of 8"),
-        ((1, 8, 1), (np.zeros((0, 2)),), r"\[0\] has shape \(0, 2\)"),
+        ((1, 4, 1), (np.zeros(8), np.zeros(4)), r"\[1\] has shape \(4,\).*batch of 8"),
+        ((1, 8, 1), (np.zeros((0, 2)),), r"\[0\] has shape \(0, 2\).*at least 1"),
+        ((1, 8, 1), (), "batch of None"),
     ],
 )
 def test_what_cannot_be_split_is_named(shape, batch, message):
-    split = shard_search(lambda _, *batch: batch, make_mesh(*shape))
+    split = shard_search(
+        lambda _, *batch: batch, make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    )
     with pytest.raises(ValueError, match=message):
         jax.jit(split)((), *batch)
 

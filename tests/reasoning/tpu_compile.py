@@ -150,6 +150,7 @@ def main(case_name: str, folder: str) -> None:
     pool = world.pages.keys[0]
     facts = {
         "pool_shape": pool.sharding.shard_shape(pool.shape),
+        "vocab_size": CASES[case_name].model.vocab_size,
         "num_pools": 2 * len(world.pages.keys),
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
