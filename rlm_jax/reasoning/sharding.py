@@ -42,8 +42,9 @@ def shard_search(fn: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]
     Args:
       fn: sees `params` whole (their "model" axis is the partitioner's affair) and of each array of
         `batch` the shard's own rows; all it returns is batch arrays too. The first array of
-        `batch` says what B is. Works under `jax.jit` alone, as any `shard_map` that leaves an axis
-        to the partitioner.
+        `batch` says what B is; a number that all shards share goes with `params`, as in
+        `shard_search(lambda p, *batch: fn(*p, *batch), mesh)((params, number), ...)`. Works under
+        `jax.jit` alone, as any `shard_map` that leaves an axis to the partitioner.
       mesh: with the axes of `core.mesh`.
 
     Returns:
