@@ -26,7 +26,9 @@ GGUF = ["gguf>=0.17"]
 HUB = ["huggingface_hub>=0.30"]
 TRAIN = ["orbax-checkpoint>=0.11", "tensorflow-datasets>=4.9.10"]
 DEMO = TEXT + GGUF
-TEST = DEMO + HUB + ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "pytest-xdist>=3"]
+# Compiles for TPU on any such machine, for the tests that read what the compiler made.
+AOT = ['libtpu; platform_system == "Linux" and platform_machine == "x86_64"']
+TEST = DEMO + HUB + AOT + ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "pytest-xdist>=3"]
 DEV = [*TEST, "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.11"]
 
 setup(

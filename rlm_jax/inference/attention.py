@@ -64,10 +64,10 @@ def attend_parts(
     grouped = q.reshape(*shape, width)
     window = cfg.layer_window(layer)
     scores = [_scores(grouped, positions, part, cfg, window) for part in parts]
-    top = jnp.max(jnp.stack([s.max(-1) for s in scores]), 0)
-    weights = [jnp.exp(s - top[..., None]) for s in scores]
-    norm = functools.reduce(jnp.add, [w.sum(-1) for w in weights])
-    mixed = [_mix(w, part) for w, part in zip(weights, parts, strict=True)]
+    top = jnp.max(jnp.stack([_by_row(s.max(-1)) for s in scores]), 0)
+    weights = [jnp.exp(s - _by_group(top, s)[..., None]) for s in scores]
+    norm = functools.reduce(jnp.add, [_by_row(w.sum(-1)) for w in weights])
+    mixed = [_by_row(_mix(w, part)) for w, part in zip(weights, parts, strict=True)]
     out = functools.reduce(jnp.add, mixed) / norm[..., None]
     return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
 
@@ -121,7 +121,7 @@ def make_extend_attend(
 
 
 def _scores(grouped, positions, part, cfg, window):
-    """Masked scores [R, G, T, M, C] of every row over one part's keys."""
+    """Masked scores [X, G, R/X, T, M, C] of every row over one part's keys."""
     rows, num_tokens, num_groups, heads, width = grouped.shape
     num_shared = part.keys.shape[0]
     each = rows // num_shared
@@ -131,30 +131,35 @@ def _scores(grouped, positions, part, cfg, window):
     scores = jnp.einsum("xgqe,xgce->xgqc", q, part.keys, preferred_element_type=jnp.float32)
     scores = softcap(scores * scores_scale(cfg), cfg.attn_softcap)
     scores = scores.reshape(num_shared, num_groups, each, num_tokens, heads, -1)
-    scores = scores.transpose(0, 2, 1, 3, 4, 5).reshape(rows, num_groups, num_tokens, heads, -1)
     age = positions.reshape(num_shared, each, num_tokens, 1) - part.positions[:, None, None, :]
     seen = part.valid[:, None, None, :] & (age >= 0)
     if window is not None:
         seen &= age < window
-    seen = seen.reshape(rows, 1, num_tokens, 1, -1)
-    return jnp.where(seen, scores, MASKED_SCORE)
+    return jnp.where(seen[:, None, :, :, None, :], scores, MASKED_SCORE)
 
 
 def _mix(weights, part):
-    """Values of one part mixed by unnormalised weights [R, G, T, M, C]."""
-    rows, num_groups, num_tokens, heads, length = weights.shape
-    num_shared = part.values.shape[0]
-    each = rows // num_shared
-    w = weights.reshape(num_shared, each, num_groups, num_tokens, heads, length)
-    w = w.transpose(0, 2, 1, 3, 4, 5).reshape(num_shared, num_groups, -1, length)
+    """Values of one part mixed by unnormalised weights [X, G, R/X, T, M, C]."""
+    num_shared, num_groups, *_, length = weights.shape
     mixed = jnp.einsum(
         "xgqc,xgce->xgqe",
-        w.astype(part.values.dtype),
+        weights.reshape(num_shared, num_groups, -1, length).astype(part.values.dtype),
         part.values,
         preferred_element_type=jnp.float32,
     )
-    mixed = mixed.reshape(num_shared, num_groups, each, num_tokens, heads, -1)
-    return mixed.transpose(0, 2, 1, 3, 4, 5).reshape(rows, num_groups, num_tokens, heads, -1)
+    return mixed.reshape(*weights.shape[:-1], -1)
+
+
+def _by_row(array: Array) -> Array:
+    """[X, G, R/X, T, M, ...] as [R, G, T, M, ...]: what little leaves a part's own layout."""
+    array = array.swapaxes(1, 2)
+    return array.reshape(-1, *array.shape[2:])
+
+
+def _by_group(array: Array, like: Array) -> Array:
+    """[R, G, T, M] in the layout of `like`, [X, G, R/X, T, M, C]."""
+    num_shared, _, each = like.shape[:3]
+    return array.reshape(num_shared, each, *array.shape[1:]).swapaxes(1, 2)
 
 
 def _set(items: tuple, index: int, value) -> tuple:

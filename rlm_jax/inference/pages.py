@@ -2,47 +2,51 @@
 
 Keys and values of a step are written once, when the step is made, into pages of a few tokens
 each; selecting a node copies nothing, and a deep path is a list of page numbers. Per layer there
-is one array for keys and one for values, [P, G, page, E], page-major, so that a page is one
-contiguous write. Each structure has its own range of P / B pages: what one search uses cannot
-depend on its neighbours, and a shard of the batch holds the pages of its own structures.
+is one array for keys and one for values, page-major, so that a page is one contiguous write. Each
+structure has its own range of P / B pages: what one search uses cannot depend on its neighbours,
+and a shard of the batch holds the pages of its own structures.
+
+A page is stored as rows of 128 numbers, [G, page, E] flattened. TPU keeps arrays in tiles of 8 by
+128, and would lay out [P, G, page, E] with the pages innermost when E is 64: a search would turn
+every pool around when it begins and when it ends. Pages of whole tiles (G * page * E a multiple of
+1024) stay where they are; docs/design/004-sharding-and-tpu.md has the figures.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
-from rlm_jax.core.struct import struct
+from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Bool, Float, Int32
 from rlm_jax.inference.attention import Context
 from rlm_jax.models.config import ModelConfig
 
 NO_PAGE = -1
 _LEAST_BUCKET = 64
+_LANES = 128
 
 
 @struct
 class KVPages:
     """The page pool of B structures and the tables over it.
 
-    keys, values: one array per layer, [P, G, page, E]. fill: tokens in a page. start: position of
-    a page's first token. prompt_table: the pages of each structure's prompt. table: the pages of
+    keys, values: one array per layer; a page is [G, page, E], stored as rows of 128 numbers (as one
+    row where they do not fill rows). fill: tokens in a page. start: position of a page's first
+    token. prompt_table: the pages of each structure's prompt. table: the pages of
     a node's path below the root, its own last, -1 behind them; table_length: how many. used:
-    pages taken of each structure's range.
+    pages taken of each structure's range. page_tokens: tokens a page holds. num_kv_heads: G.
     """
 
-    keys: tuple[Float[Array, "P G page E"], ...]
-    values: tuple[Float[Array, "P G page E"], ...]
+    keys: tuple[Float[Array, "P rows lanes"], ...]
+    values: tuple[Float[Array, "P rows lanes"], ...]
     fill: Int32[Array, "P"]
     start: Int32[Array, "P"]
     prompt_table: Int32[Array, "B prompt_pages"]
     table: Int32[Array, "B N path_pages"]
     table_length: Int32[Array, "B N"]
     used: Int32[Array, "B"]
-
-    @property
-    def page_tokens(self) -> int:
-        """Tokens a page holds."""
-        return self.keys[0].shape[2]
+    page_tokens: int = static()
+    num_kv_heads: int = static()
 
     @property
     def pages_per_structure(self) -> int:
@@ -93,8 +97,10 @@ def make_pages(
         return jnp.broadcast_to(base, (batch, *shape)) + jnp.int32(value)
 
     flat = of_batch(0, num_pages).reshape(-1)
-    shape = (batch * num_pages, cfg.num_kv_heads, page_tokens, cfg.head_dim)
-    empty = jnp.broadcast_to(flat.reshape(-1, 1, 1, 1).astype(dtype), shape)
+    size = cfg.num_kv_heads * page_tokens * cfg.head_dim
+    lanes = size if size % _LANES else _LANES
+    shape = (batch * num_pages, size // lanes, lanes)
+    empty = jnp.broadcast_to(flat.reshape(-1, 1, 1).astype(dtype), shape)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_pages
     return KVPages(
         keys=tuple(empty + 0 for _ in range(cfg.num_layers)),
@@ -105,6 +111,8 @@ def make_pages(
         table=of_batch(NO_PAGE, num_nodes, num_path_pages),
         table_length=of_batch(0, num_nodes),
         used=zero + num_prompt_pages,
+        page_tokens=page_tokens,
+        num_kv_heads=cfg.num_kv_heads,
     )
 
 
@@ -204,7 +212,8 @@ def _gather(pages: KVPages, table: Int32[Array, "X C"]) -> Context:
     positions = pages.start[ids][..., None] + offset
 
     def take(pool):
-        some = pool[ids].transpose(0, 2, 1, 3, 4)
+        some = pool[ids].reshape(*ids.shape, pages.num_kv_heads, pages.page_tokens, -1)
+        some = some.transpose(0, 2, 1, 3, 4)
         return some.reshape(*some.shape[:2], -1, some.shape[-1])
 
     return Context(
@@ -221,8 +230,8 @@ def _write(pages, keys, values, ids, fill, starts):
     flat = jnp.where(flat >= 0, flat, pages.fill.shape[0])
 
     def put(pool, rows):
-        split = rows.reshape(*rows.shape[:2], -1, *pool.shape[2:]).transpose(0, 2, 1, 3, 4)
-        split = split.reshape(-1, *pool.shape[1:]).astype(pool.dtype)
+        split = rows.reshape(*rows.shape[:2], -1, pages.page_tokens, rows.shape[-1])
+        split = split.transpose(0, 2, 1, 3, 4).reshape(-1, *pool.shape[1:]).astype(pool.dtype)
         return pool.at[flat].set(split, mode="drop")
 
     return dataclasses.replace(

@@ -152,10 +152,23 @@ def abstract_params(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), describe(cfg, dtype))
 
 
-def param_axes(cfg: ModelConfig) -> Params:
+def param_axes(cfg: ModelConfig, num_shards: int = 1) -> Params:
     """The parameters' logical axes: a `Params` with a tuple of names in each parameter's place
-    (`core.sharding.shard_tree` takes it; a tuple is a pytree, so flatten up to the parameters)."""
-    return jax.tree.map(lambda spec: spec.axes, describe(cfg))
+    (`core.sharding.shard_tree` takes it; a tuple is a pytree, so flatten up to the parameters).
+
+    Args:
+      num_shards: ways the model is split. Heads that it does not divide are named None and stay
+        whole: nine heads of 64 would be cut in half by two, and every layer would pay for it.
+    """
+    counts = {"heads": cfg.num_heads, "kv_heads": cfg.num_kv_heads}
+
+    def names(spec: ParamSpec) -> tuple[str | None, ...]:
+        return tuple(
+            None if axis and counts.get(axis, num_shards) % num_shards else axis
+            for axis in spec.axes
+        )
+
+    return jax.tree.map(names, describe(cfg))
 
 
 def param_path(path: Any) -> str:
