@@ -223,8 +223,7 @@ def account_search(config: Mapping[str, Any], policy: Policy) -> Iterator[dict[s
         prompt = int(length[:, 0].sum())
         forwarded = int(budget.generated_tokens.sum() + budget.prefilled_tokens.sum())
         paged = inside & np.asarray(structure.alive)
-        prompt_pages = world.pages.prompt_table.shape[1]
-        pages = int((np.asarray(world.pages.used) - prompt_pages).sum())
+        pages = int((np.asarray(world.pages.owner) > 0).sum())
         rows = one.strategy.num_lanes * one.strategy.num_children
         calls = int((budget.model_calls - 1).sum())
         token_bytes = _token_bytes(policy, "float32")

@@ -14,6 +14,7 @@ every pool around when it begins and when it ends. Pages of whole tiles (G * pag
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.struct import static, struct
@@ -33,8 +34,8 @@ class KVPages:
     keys, values: one array per layer; a page is [G, page, E], stored as rows of 128 numbers (as one
     row where they do not fill rows). fill: tokens in a page. start: position of a page's first
     token. prompt_table: the pages of each structure's prompt. table: the pages of
-    a node's path below the root, its own last, -1 behind them; table_length: how many. used:
-    pages taken of each structure's range. page_tokens: tokens a page holds. num_kv_heads: G.
+    a node's path below the root, its own last, -1 behind them; table_length: how many. owner:
+    the node whose tokens a page holds, 0 for the prompt's, -1 for a free page. page_tokens: tokens a page holds. num_kv_heads: G.
     """
 
     keys: tuple[Float[Array, "P rows lanes"], ...]
@@ -44,14 +45,14 @@ class KVPages:
     prompt_table: Int32[Array, "B prompt_pages"]
     table: Int32[Array, "B N path_pages"]
     table_length: Int32[Array, "B N"]
-    used: Int32[Array, "B"]
+    owner: Int32[Array, "P"]
     page_tokens: int = static()
     num_kv_heads: int = static()
 
     @property
     def pages_per_structure(self) -> int:
         """Size of each structure's range."""
-        return self.fill.shape[0] // self.used.shape[0]
+        return self.fill.shape[0] // self.table.shape[0]
 
 
 def count_pages(num_tokens: int, page_tokens: int) -> int:
@@ -60,17 +61,19 @@ def count_pages(num_tokens: int, page_tokens: int) -> int:
 
 
 def pages_for_search(
-    num_prompt_tokens: int, num_steps: int, num_step_tokens: int, page_tokens: int
+    num_prompt_tokens: int,
+    num_steps: int,
+    longest_step_tokens: int,
+    num_step_tokens: int,
+    page_tokens: int,
 ) -> int:
-    """Pages that always suffice for a prompt and `num_steps` steps of that many tokens in all.
+    """Pages that always suffice for a prompt and `num_steps` steps of `num_step_tokens` in all.
 
-    Every step leaves less than one page unfilled, so this bound is never exceeded.
+    Every step leaves less than one page unfilled and is no longer than the longest.
     """
-    return (
-        count_pages(num_prompt_tokens, page_tokens)
-        + count_pages(num_step_tokens, page_tokens)
-        + num_steps
-    )
+    full = num_steps * count_pages(longest_step_tokens, page_tokens)
+    spread = count_pages(num_step_tokens, page_tokens) + num_steps
+    return count_pages(num_prompt_tokens, page_tokens) + min(full, spread)
 
 
 def make_pages(
@@ -102,6 +105,7 @@ def make_pages(
     shape = (batch * num_pages, size // lanes, lanes)
     empty = jnp.broadcast_to(flat.reshape(-1, 1, 1).astype(dtype), shape)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_pages
+    in_prompt = (jnp.arange(num_pages) < num_prompt_pages).astype(jnp.int32)
     return KVPages(
         keys=tuple(empty + 0 for _ in range(cfg.num_layers)),
         values=tuple(empty + 0 for _ in range(cfg.num_layers)),
@@ -110,7 +114,7 @@ def make_pages(
         prompt_table=of_batch(0, num_prompt_pages) + first + jnp.arange(num_prompt_pages),
         table=of_batch(NO_PAGE, num_nodes, num_path_pages),
         table_length=of_batch(0, num_nodes),
-        used=zero + num_prompt_pages,
+        owner=(of_batch(NO_PAGE, num_pages) + in_prompt).reshape(-1),
         page_tokens=page_tokens,
         num_kv_heads=cfg.num_kv_heads,
     )
@@ -155,9 +159,9 @@ def write_steps(
     before = jnp.cumsum(need, -1) - need
     offset = jnp.arange(per_step, dtype=jnp.int32)
     taken = offset < need[..., None]
-    base = jnp.arange(batch, dtype=jnp.int32)[:, None] * pages.pages_per_structure
-    ids = (base + pages.used[:, None] + before)[..., None] + offset
-    ids = jnp.where(taken, ids, NO_PAGE)
+    free = _first_free(pages, width * per_step)
+    ids = jnp.take_along_axis(free, (before[..., None] + offset).reshape(batch, -1), 1)
+    ids = jnp.where(taken, ids.reshape(taken.shape), NO_PAGE)
     fill = jnp.clip(lengths[..., None] - offset * size, 0, size)
     starts = starts[..., None] + offset * size
     pages = _write(pages, keys, values, ids, fill, starts)
@@ -172,7 +176,77 @@ def write_steps(
         pages,
         table=pages.table.at[rows, slots].set(listed, mode="drop"),
         table_length=pages.table_length.at[rows, slots].set(count + need, mode="drop"),
-        used=pages.used + need.sum(-1),
+        owner=pages.owner.at[jnp.where(taken, ids, pages.owner.shape[0])].set(
+            jnp.broadcast_to(slots[..., None], ids.shape), mode="drop"
+        ),
+    )
+
+
+def release_pages(pages: KVPages, alive: Bool[Array, "B N"]) -> KVPages:
+    """Frees the pages of dead nodes; what descends from a dead node must be dead too."""
+    owner = pages.owner.reshape(alive.shape[0], -1)
+    kept = jnp.take_along_axis(alive, jnp.maximum(owner, 0), 1)
+    owner = jnp.where(kept, owner, NO_PAGE)
+    return dataclasses.replace(pages, owner=owner.reshape(-1))
+
+
+def keep_pages(
+    pages: KVPages, nodes: Int32[Array, "B"], order: Int32[Array, "B N"]
+) -> KVPages:
+    """Follows `keep_subtree`: each structure's node of `nodes` becomes its root.
+
+    The pages of the path to it now belong to the root; those of nodes let go are free.
+
+    Args:
+      order: for each new slot the old index, -1 for a free one.
+    """
+    batch, size = order.shape
+    rows = jnp.arange(batch)[:, None]
+    old = pages.owner.reshape(batch, -1)
+    new_index = jnp.full((batch, size), NO_PAGE, jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), order.shape)
+    new_index = new_index.at[rows, jnp.where(order >= 0, order, size)].set(index, mode="drop")
+    owner = jnp.where(old > 0, jnp.take_along_axis(new_index, jnp.maximum(old, 0), 1), old)
+    owner = owner.reshape(-1)
+    path = pages.table[rows[:, 0], nodes]
+    owner = owner.at[jnp.where(path >= 0, path, owner.shape[0])].set(0, mode="drop")
+    taken = jnp.maximum(order, 0)
+    table = jnp.where((order >= 0)[..., None], pages.table[rows, taken], NO_PAGE)
+    length = jnp.where(order >= 0, pages.table_length[rows, taken], 0)
+    return dataclasses.replace(pages, owner=owner, table=table, table_length=length)
+
+
+def restart_pages(
+    pages: KVPages, fresh: KVPages, rows: Int32[Array, "F"]
+) -> KVPages:
+    """Gives rows of a pool to the F structures of another, which hold their prompts alone.
+
+    Args:
+      fresh: pages of F structures made with the same sizes, prompts written, no steps.
+      rows: the structure each of them replaces; out of range to leave one out.
+    """
+    per_row, prompt = pages.pages_per_structure, pages.prompt_table.shape[1]
+    num_fresh = rows.shape[0]
+    taken = (rows >= 0) & (rows < pages.table.shape[0])
+    to = rows[:, None] * per_row + jnp.arange(prompt)
+    to = jnp.where(taken[:, None], to, pages.fill.shape[0]).reshape(-1)
+
+    def move(pool: Array, new: Array) -> Array:
+        some = new.reshape(num_fresh, per_row, *new.shape[1:])[:, :prompt]
+        return pool.at[to].set(some.reshape(-1, *new.shape[1:]), mode="drop")
+
+    at = jnp.where(taken, rows, pages.table.shape[0])
+    owner = pages.owner.reshape(-1, per_row)
+    owner = owner.at[at].set(fresh.owner.reshape(-1, per_row), mode="drop")
+    return dataclasses.replace(
+        pages,
+        keys=tuple(move(*pair) for pair in zip(pages.keys, fresh.keys, strict=True)),
+        values=tuple(move(*pair) for pair in zip(pages.values, fresh.values, strict=True)),
+        fill=move(pages.fill, fresh.fill),
+        start=move(pages.start, fresh.start),
+        table=pages.table.at[at].set(fresh.table, mode="drop"),
+        table_length=pages.table_length.at[at].set(fresh.table_length, mode="drop"),
+        owner=owner.reshape(-1),
     )
 
 
@@ -203,6 +277,16 @@ def path_buckets(pages: KVPages) -> tuple[int, ...]:
     longest = pages.table.shape[-1]
     least = count_pages(_LEAST_BUCKET, pages.page_tokens)
     return tuple(sorted({min(max(-(-longest // share), least), longest) for share in (4, 2, 1)}))
+
+
+def _first_free(pages: KVPages, count: int) -> Int32[Array, "B count"]:
+    """The lowest free pages of each structure's range; past them, pages that are in use."""
+    free = pages.owner.reshape(pages.table.shape[0], -1) < 0
+    size = free.shape[1]
+    rank = jnp.where(free, size - jnp.arange(size, dtype=jnp.int32), 0)
+    _, found = jax.lax.top_k(rank, min(count, size))
+    found = jnp.pad(found, ((0, 0), (0, count - found.shape[1])))
+    return found + jnp.arange(free.shape[0], dtype=jnp.int32)[:, None] * size
 
 
 def _gather(pages: KVPages, table: Int32[Array, "X C"]) -> Context:

@@ -4,16 +4,6 @@
 drivers run. The world it carries holds, under the structure's own indices, each node's KV pages,
 tokens, last hidden state, path statistics and stated answer. Expanding a node forwards each new
 token once and nothing else.
-
-Evaluators (Blueprint 4.3.4), all in [0, 1] but for a value head of another range:
-  confidence  mean token confidence of the path (Marco-o1, arXiv 2411.14405; spec B12.10)
-  likelihood  exp of the path's mean token log-probability
-  consistency the share of the structure's finished solutions that state the same answer (rStar's
-              terminal reward, arXiv 2408.06195); an unfinished path is worth 0 until one finishes
-  p_yes       the policy's own P(yes) when asked whether the reasoning so far is right
-  value_head  a value head on the state after the step (spec B3)
-  none        0
-A score of p_yes or value_head judges one step; `aggregate` makes the path's value of them.
 """
 
 import dataclasses
@@ -28,7 +18,7 @@ from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key, PyTree
 from rlm_jax.inference.attention import Context
 from rlm_jax.inference.decode import DecodedSteps, decode_steps
-from rlm_jax.inference.extend import extend, last_hidden, yes_probability
+from rlm_jax.inference.extend import extend, last_hidden
 from rlm_jax.inference.pages import (
     KVPages,
     count_pages,
@@ -36,6 +26,7 @@ from rlm_jax.inference.pages import (
     gather_prompts,
     make_pages,
     pages_for_search,
+    release_pages,
     path_buckets,
     write_prompts,
     write_steps,
@@ -43,19 +34,15 @@ from rlm_jax.inference.pages import (
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
-from rlm_jax.reasoning.operators.evaluate import (
-    AGGREGATIONS,
-    accumulate_score,
-    self_consistency,
-)
-from rlm_jax.reasoning.operators.structure import child_slots
+from rlm_jax.reasoning.language_values import EVALUATORS, Judge, Paths, ValueFn, evaluate_paths
+from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
+from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
 from rlm_jax.reasoning.protocol import Expand, Outcome, Request
-from rlm_jax.reasoning.structure import UNLIMITED, Structure, make_structure, tokens_left
+from rlm_jax.reasoning.structure import NO_NODE, UNLIMITED, Structure, make_structure, tokens_left
 from rlm_jax.text.answers import AnswerRule, AnswerState, answer_key, init_answer_state
 from rlm_jax.text.steps import StepRule
 
-EVALUATORS = ("confidence", "likelihood", "consistency", "p_yes", "value_head", "none")
-ValueFn = Callable[[PyTree, Array], Array]
+JUDGEMENTS = ("expansion", "visit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +51,8 @@ class LanguageConfig:
 
     max_depth: steps of the longest path. num_nodes: capacity N. max_new_tokens: most tokens a
     structure may generate (its own limit may be lower). page_tokens: tokens of a KV page.
-    aggregate: how per-step scores make a path's value, see `accumulate_score`.
+    evaluator, aggregate: see `language_values.py` and `accumulate_score`. judge: new steps are
+    judged at "expansion", or requested nodes on "visit".
     value_fn: for evaluator "value_head": (head parameters, hidden [..., D]) -> values [...].
     """
 
@@ -72,6 +60,7 @@ class LanguageConfig:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     evaluator: str = "confidence"
     aggregate: str = "last"
+    judge: str = "expansion"
     num_nodes: int = 65
     max_depth: int = 16
     max_new_tokens: int = 2048
@@ -83,27 +72,13 @@ class LanguageConfig:
             raise ValueError(f"evaluator {self.evaluator!r}: accepted are {EVALUATORS}")
         if self.aggregate not in AGGREGATIONS:
             raise ValueError(f"aggregate {self.aggregate!r}: accepted are {AGGREGATIONS}")
+        if self.judge not in JUDGEMENTS:
+            raise ValueError(f"judge {self.judge!r}: accepted are {JUDGEMENTS}")
         if (self.evaluator == "value_head") != (self.value_fn is not None):
             raise ValueError(f"evaluator {self.evaluator!r} with value_fn={self.value_fn}")
         for name in ("num_nodes", "max_depth", "max_new_tokens", "page_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-
-
-@struct
-class Judge:
-    """The question behind evaluator "p_yes", as token ids.
-
-    unfinished, finished: what follows a step that did not, or did, end the solution, [J] right
-    padded; the lengths; yes_ids, no_ids: the tokens that say so.
-    """
-
-    unfinished: Int32[Array, "J"]
-    finished: Int32[Array, "J"]
-    unfinished_length: Int32[Array, ""]
-    finished_length: Int32[Array, ""]
-    yes_ids: Int32[Array, "Y"]
-    no_ids: Int32[Array, "Z"]
 
 
 @struct
@@ -123,7 +98,7 @@ class World:
 
     tokens: [B, N, S], 0 behind a step's end. hidden: the state after each node's last token.
     path_logprob, path_confidence: sums over the generated tokens of the path. answers: what the
-    path has stated.
+    path has stated. prompt_length: tokens of the problem's prompt.
     """
 
     pages: KVPages
@@ -132,6 +107,7 @@ class World:
     path_logprob: Float32[Array, "B N"]
     path_confidence: Float32[Array, "B N"]
     answers: AnswerState
+    prompt_length: Int32[Array, "B"]
 
 
 def step_slots(rule: StepRule, page_tokens: int) -> int:
@@ -171,7 +147,9 @@ def begin(
         cfg.model,
         lengths,
         num_nodes=cfg.num_nodes,
-        num_pages=pages_for_search(width, cfg.num_nodes, cfg.max_new_tokens, cfg.page_tokens),
+        num_pages=pages_for_search(
+            width, cfg.num_nodes, slots, cfg.max_new_tokens, cfg.page_tokens
+        ),
         num_prompt_pages=width // cfg.page_tokens,
         num_path_pages=_path_pages(slots, cfg),
         page_tokens=cfg.page_tokens,
@@ -190,6 +168,7 @@ def begin(
         path_logprob=zero,
         path_confidence=zero,
         answers=jax.tree.map(lambda a: a.reshape(*zero.shape, *a.shape[1:]), answers),
+        prompt_length=lengths + 0,
     )
     return structure, world
 
@@ -207,12 +186,13 @@ def make_expand(cfg: LanguageConfig) -> Expand:
         slots = child_slots(structure, request)
         lanes = jnp.maximum(request.nodes, 0)
         rows = _Rows(lanes, request.num_children)
+        world = world.replace(pages=release_pages(world.pages, structure.alive))
         prompts = gather_prompts(world.pages)
 
         def grow(num_pages: int) -> tuple[DecodedSteps, _Judged]:
             contexts = (prompts, gather_paths(world.pages, lanes, num_pages))
-            steps = _decode(lm, cfg, keys, world, structure, request, slots, rows, contexts)
-            return steps, _evaluate(lm, cfg, world, structure, steps, rows, contexts)
+            steps = _decode(lm, cfg, keys, world, structure, request, rows, contexts)
+            return steps, _evaluate(lm, cfg, world, structure, request, steps, rows, contexts)
 
         # Attention costs what its keys measure: deep paths alone pay for long ones.
         buckets = path_buckets(world.pages)
@@ -220,10 +200,12 @@ def make_expand(cfg: LanguageConfig) -> Expand:
         branch = (longest > jnp.asarray(buckets[:-1], jnp.int32)).sum()
         grow_fns = [functools.partial(grow, num_pages) for num_pages in buckets]
         steps, judged = jax.lax.switch(branch, grow_fns)
-        duplicate = _find_duplicates(steps, slots.shape)
+        duplicate = jnp.zeros(slots.shape, bool)
+        if request.distinct:
+            duplicate = _find_duplicates(world, structure, request, steps, slots.shape)
         outcome = _outcome(structure, request, steps, judged, duplicate, slots.shape)
         keep = outcome.valid & ~duplicate
-        return outcome, _store(world, structure, rows, slots, steps, judged, keep)
+        return outcome, _store(world, structure, rows, slots, steps, keep)
 
     return expand
 
@@ -239,9 +221,6 @@ class _Rows:
     def of_parent(self, array: Array) -> Array:
         return array[self.structure, self.parents.reshape(-1)]
 
-    def of_root(self, array: Array) -> Array:
-        return array[self.structure, 0]
-
     def step_starts(self, structure: Structure) -> Int32[Array, "R"]:
         """Position of each row's first new token."""
         return self.of_parent(structure.span_start + structure.span_length)
@@ -255,40 +234,55 @@ def _path_pages(slots: int, cfg: LanguageConfig) -> int:
 
 def _row_limits(structure, request, starts, rule, cfg):
     """Most tokens each row may take: the step's, the budget's even share, the context's room."""
-    rows = request.active.sum(-1) * request.num_children
+    rows = request.grows.sum(-1) * request.num_children
     share = tokens_left(structure) // jnp.maximum(rows, 1)
-    active = jnp.repeat(request.active, request.num_children, axis=1)
+    active = jnp.repeat(request.grows, request.num_children, axis=1)
     limit = jnp.minimum(jnp.where(active, share[:, None], 0), rule.max_tokens).reshape(-1)
     return jnp.clip(cfg.model.context_length - starts, 0, limit)
 
 
-def _find_duplicates(steps: DecodedSteps, shape: tuple[int, ...]) -> Bool[Array, "B W K"]:
-    """Steps that equal an earlier sibling of the same request."""
-    tokens = steps.tokens.reshape(*shape, -1)
-    length = steps.length.reshape(shape)
-    same = (tokens[..., :, None, :] == tokens[..., None, :, :]).all(-1)
-    same &= length[..., :, None] == length[..., None, :]
-    earlier = jnp.tril(jnp.ones(shape[-1:] * 2, bool), -1)
-    return (same & earlier).any(-1) & (length > 0)
+def _find_duplicates(world, structure, request, steps, shape) -> Bool[Array, "B W K"]:
+    """Steps that equal an earlier step from the same node, of this request or of one before."""
+    batch, num_lanes, num_children = shape
+    tokens = steps.tokens.reshape(batch, num_lanes * num_children, -1)
+    length = steps.length.reshape(batch, -1)
+    parent = jnp.repeat(request.nodes, num_children, axis=1)
+
+    def equal(other_tokens, other_length, other_parent):
+        same = (tokens[:, :, None] == other_tokens[:, None]).all(-1)
+        same &= length[:, :, None] == other_length[:, None]
+        return same & (parent[:, :, None] == other_parent[:, None])
+
+    earlier = jnp.tril(jnp.ones((parent.shape[1],) * 2, bool), -1)
+    found = (equal(tokens, length, parent) & earlier).any(-1)
+    # A node grown once more (a root sampled anew) has older children.
+    living = jnp.where(structure.alive, structure.parent, NO_NODE - 1)
+    again = (request.nodes[:, :, None] == living[:, None]) & request.grows[:, :, None]
+
+    def look_back():
+        return equal(world.tokens, structure.span_length, living).any(-1)
+
+    found |= jax.lax.cond(again.any(), look_back, lambda: jnp.zeros_like(found))
+    return (found & (length > 0)).reshape(shape)
 
 
 @struct
 class _Judged:
-    """Values of the new steps, what they rest on, and the tokens forwarded to get them."""
+    """Values of new steps [R] and of requested nodes [B * W], and the tokens forwarded for them."""
 
     value: Float32[Array, "R"]
-    path_logprob: Float32[Array, "R"]
-    path_confidence: Float32[Array, "R"]
-    scored_tokens: Int32[Array, "R"]
+    node_value: Float32[Array, "Q"]
+    scored_tokens: Int32[Array, "B"]
 
 
-def _decode(lm, cfg, keys, world, structure, request, slots, rows, contexts) -> DecodedSteps:
+def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> DecodedSteps:
     """One step for every row of the request."""
+    numbers = child_numbers(structure, request)
     starts = rows.step_starts(structure)
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
     return decode_steps(
         lm.policy,
-        fold(keys, slots.reshape(slots.shape[0], -1)).reshape(-1),
+        fold(keys, numbers.reshape(numbers.shape[0], -1)).reshape(-1),
         rows.of_parent(world.hidden),
         jax.tree.map(rows.of_parent, world.answers),
         cfg=cfg.model,
@@ -303,83 +297,90 @@ def _decode(lm, cfg, keys, world, structure, request, slots, rows, contexts) -> 
     )
 
 
-def _evaluate(lm, cfg, world, structure, steps, rows, contexts) -> _Judged:
-    """Values of the new steps by the evaluator of `cfg`."""
-    starts = rows.step_starts(structure)
-    path_logprob = rows.of_parent(world.path_logprob) + steps.logprob
-    path_confidence = rows.of_parent(world.path_confidence) + steps.confidence
-    num_tokens = starts + steps.length - rows.of_root(structure.span_length)
-    num_tokens = jnp.maximum(num_tokens, 1).astype(jnp.float32)
-    scored = jnp.zeros_like(steps.length)
-    if cfg.evaluator == "confidence":
-        value = path_confidence / num_tokens
-    elif cfg.evaluator == "likelihood":
-        value = jnp.exp(path_logprob / num_tokens)
-    elif cfg.evaluator == "consistency":
-        value = _agreement(structure, steps)
-    elif cfg.evaluator == "none":
-        value = jnp.zeros_like(path_logprob)
-    else:
-        if cfg.evaluator == "p_yes":
-            score, scored = _ask_judge(lm, cfg, steps, contexts, starts)
-        else:
-            assert cfg.value_fn is not None
-            score = cfg.value_fn(lm.value_head, steps.hidden).astype(jnp.float32)
-        depth = rows.of_parent(structure.depth) + 1
-        above = rows.of_parent(structure.model_value)
-        value = accumulate_score(above, score, depth, cfg.aggregate)
-    return _Judged(value, path_logprob, path_confidence, scored)
-
-
-def _agreement(structure: Structure, steps: DecodedSteps) -> Float32[Array, "R"]:
-    """Self-consistency of the steps that ended a solution, themselves among the voters."""
+def _evaluate(lm, cfg, world, structure, request, steps, rows, contexts) -> _Judged:
+    """Values of the new steps, or of the requested nodes, by the evaluator of `cfg`."""
     batch = structure.depth.shape[0]
-    stated = answer_key(steps.answers).reshape(batch, -1)
-    finished = steps.terminal.reshape(batch, -1)
-    votes = jnp.concatenate([structure.answer_key, stated], 1)
-    voters = jnp.concatenate([structure.terminal & structure.alive, finished], 1)
-    share = self_consistency(stated, votes, voters)
-    return jnp.where(finished, share, 0.0).reshape(-1)
-
-
-def _ask_judge(lm, cfg, steps, contexts, starts) -> tuple[Array, Array]:
-    """P(yes) to the judge's question, forwarded behind each new step, and the tokens it took."""
-    judge = lm.judge
-    if judge is None:
-        raise ValueError("evaluator 'p_yes' needs LanguageModel.judge")
+    settings = {
+        "model": cfg.model,
+        "evaluator": cfg.evaluator,
+        "aggregate": cfg.aggregate,
+        "value_fn": cfg.value_fn,
+    }
+    zero = jnp.zeros_like
+    if cfg.judge == "visit":
+        paths = _paths_of_nodes(world, structure, request)
+        value, scored = evaluate_paths(
+            lm.policy, lm.value_head, lm.judge, paths, structure, contexts, **settings
+        )
+        return _Judged(zero(steps.logprob), value, scored.reshape(batch, -1).sum(-1))
+    paths = _paths_of_steps(world, structure, steps, rows)
     offset = jnp.arange(steps.tokens.shape[1], dtype=jnp.int32)[None]
     own = Context(
         keys=steps.keys,
         values=steps.values,
-        positions=starts[:, None] + offset,
+        positions=rows.step_starts(structure)[:, None] + offset,
         valid=offset < steps.length[:, None],
     )
-    lengths = jnp.where(steps.terminal, judge.finished_length, judge.unfinished_length)
-    lengths = jnp.where(steps.length > 0, lengths, 0)
-    asked = extend(
-        lm.policy,
-        jnp.where(steps.terminal[:, None], judge.finished, judge.unfinished),
-        lengths,
-        cfg=cfg.model,
-        contexts=(*contexts, own),
-        starts=starts + steps.length,
+    value, scored = evaluate_paths(
+        lm.policy, lm.value_head, lm.judge, paths, structure, (*contexts, own), **settings
     )
-    hidden = last_hidden(asked.hidden, lengths)
-    value = yes_probability(lm.policy, hidden, judge.yes_ids, judge.no_ids, cfg=cfg.model)
-    return value, lengths
+    known = jnp.take_along_axis(structure.model_value, jnp.maximum(request.nodes, 0), 1)
+    return _Judged(value, known.reshape(-1), scored.reshape(batch, -1).sum(-1))
+
+
+def _paths_of_steps(world, structure, steps, rows) -> Paths:
+    """The paths that end with the new steps."""
+    ends = rows.step_starts(structure) + steps.length
+    return Paths(
+        logprob=rows.of_parent(world.path_logprob) + steps.logprob,
+        confidence=rows.of_parent(world.path_confidence) + steps.confidence,
+        num_tokens=ends - world.prompt_length[rows.structure],
+        hidden=steps.hidden,
+        terminal=steps.terminal,
+        answer_key=answer_key(steps.answers),
+        depth=rows.of_parent(structure.depth) + 1,
+        above=rows.of_parent(structure.model_value),
+        ends=ends,
+        fresh=steps.length > 0,
+    )
+
+
+def _paths_of_nodes(world, structure, request) -> Paths:
+    """The paths that end with the requested nodes."""
+    index = jnp.arange(request.nodes.shape[0])[:, None]
+    nodes = jnp.maximum(request.nodes, 0)
+
+    def take(array):
+        return array[index, nodes].reshape(-1, *array.shape[2:])
+
+    ends = structure.span_start + structure.span_length
+    above = structure.model_value[index, jnp.maximum(structure.parent, 0)]
+    return Paths(
+        logprob=take(world.path_logprob),
+        confidence=take(world.path_confidence),
+        num_tokens=take(ends - world.prompt_length[:, None]),
+        hidden=take(world.hidden),
+        terminal=take(structure.terminal),
+        answer_key=take(structure.answer_key),
+        depth=take(structure.depth),
+        above=take(above),
+        ends=take(ends),
+        fresh=request.active.reshape(-1),
+    )
 
 
 def _outcome(structure, request, steps, judged, duplicate, shape) -> Outcome:
     batch = shape[0]
-    scored = judged.scored_tokens.reshape(batch, -1)
+    length = steps.length.reshape(batch, -1)
     cost = dataclasses.replace(
         zero_budget(structure.num_nodes),
-        generated_tokens=steps.length.reshape(batch, -1).sum(-1),
-        scored_tokens=scored.sum(-1),
+        generated_tokens=length.sum(-1),
+        scored_tokens=judged.scored_tokens,
         # A structure takes part in the calls up to its own longest step, not its neighbours'.
-        model_calls=steps.length.reshape(batch, -1).max(-1) + (scored > 0).any(-1),
-        expansions=request.active.sum(-1).astype(jnp.int32),
+        model_calls=length.max(-1) + (judged.scored_tokens > 0),
+        expansions=request.grows.sum(-1).astype(jnp.int32),
     )
+    none = jnp.zeros(shape, bool)
     return Outcome(
         valid=(steps.length > 0).reshape(shape),
         duplicate=duplicate,
@@ -389,11 +390,14 @@ def _outcome(structure, request, steps, judged, duplicate, shape) -> Outcome:
         reward=jnp.zeros(shape, jnp.float32),
         terminal=steps.terminal.reshape(shape),
         answer_key=answer_key(steps.answers).reshape(shape),
+        state_key=none.astype(jnp.uint32),
+        proven=none,
+        node_value=judged.node_value.reshape(shape[:2]),
         cost=cost,
     )
 
 
-def _store(world, structure, rows, slots, steps, judged, keep) -> World:
+def _store(world, structure, rows, slots, steps, keep) -> World:
     """Writes what the new nodes say under their indices."""
     batch = slots.shape[0]
     flat = slots.reshape(batch, -1)
@@ -413,11 +417,16 @@ def _store(world, structure, rows, slots, steps, judged, keep) -> World:
         lengths=steps.length.reshape(flat.shape),
         keep=keep.reshape(flat.shape),
     )
-    return World(
+    return dataclasses.replace(
+        world,
         pages=pages,
         tokens=put(world.tokens, steps.tokens),
         hidden=put(world.hidden, steps.hidden),
-        path_logprob=put(world.path_logprob, judged.path_logprob),
-        path_confidence=put(world.path_confidence, judged.path_confidence),
+        path_logprob=put(
+            world.path_logprob, rows.of_parent(world.path_logprob) + steps.logprob
+        ),
+        path_confidence=put(
+            world.path_confidence, rows.of_parent(world.path_confidence) + steps.confidence
+        ),
         answers=jax.tree.map(put, world.answers, steps.answers),
     )

@@ -20,12 +20,14 @@ class Request:
     """What a strategy wants: K children of each of W nodes per structure, or a node's value.
 
     nodes: [B, W], -1 where a lane has nothing to do. operator: the `Operator` to apply; an
-    EVALUATE lane asks for the node's value alone and makes no children.
+    EVALUATE lane asks for the node's value alone and makes no children. distinct: equal steps from
+    one node are to be marked as duplicates.
     """
 
     nodes: Int32[jax.Array, "B W"]
     operator: Int32[jax.Array, "B W"]
     num_children: int = static()
+    distinct: bool = static(True)
 
     @property
     def active(self) -> Bool[jax.Array, "B W"]:

@@ -6,7 +6,6 @@ child of its tip, and all lanes start at the root. Votes: majority is self-consi
 value (spec C3.2). One chain of this strategy is the greedy chain of `greedy.py`.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -38,17 +37,14 @@ def ask(state: State, structure: Structure, keys: Keys) -> Request:
     """One step for every chain that has not ended."""
     del structure, keys
     operator = jnp.full_like(state.tips, Operator.GENERATE)
-    return Request(state.tips, operator, num_children=1)
+    # Equal steps of two chains stay two nodes: merging them would bias the vote.
+    return Request(state.tips, operator, num_children=1, distinct=False)
 
 
 def tell(
     state: State, structure: Structure, request: Request, outcome: Outcome, *, max_depth: int
 ) -> tuple[State, Structure]:
-    """Appends the steps and moves each tip onto its own.
-
-    Equal steps of two chains stay two nodes: merging them would bias the vote.
-    """
-    outcome = dataclasses.replace(outcome, duplicate=jnp.zeros_like(outcome.duplicate))
+    """Appends the steps and moves each tip onto its own."""
     structure, slots = generate(structure, request, outcome, jnp.ones_like(outcome.logprob))
     child = slots[..., 0]
     at = jnp.minimum(child, structure.capacity - 1)

@@ -1,0 +1,131 @@
+"""What a language model's paths are worth: the evaluators behind `language.py` (Blueprint 4.3.4).
+
+All values are in [0, 1] but for a value head of another range:
+  confidence  mean token confidence of the path (Marco-o1, arXiv 2411.14405; spec B12.10)
+  likelihood  exp of the path's mean token log-probability
+  consistency the share of the structure's finished solutions that state the same answer (rStar's
+              terminal reward, arXiv 2408.06195); an unfinished path is worth 0 until one finishes
+  p_yes       the policy's own P(yes) when asked whether the reasoning so far is right
+  value_head  a value head on the state after the step (spec B3)
+  none        0
+A score of p_yes or value_head judges one step; `aggregate` makes the path's value of them.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, PyTree, UInt32
+from rlm_jax.inference.attention import Context
+from rlm_jax.inference.extend import extend, last_hidden, yes_probability
+from rlm_jax.models.config import ModelConfig
+from rlm_jax.models.params import Params
+from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency
+from rlm_jax.reasoning.structure import Structure
+
+EVALUATORS = ("confidence", "likelihood", "consistency", "p_yes", "value_head", "none")
+ValueFn = Callable[[PyTree, Array], Array]
+
+
+@struct
+class Judge:
+    """The question behind evaluator "p_yes", as token ids.
+
+    unfinished, finished: what follows a step that did not, or did, end the solution, [J] right
+    padded; the lengths; yes_ids, no_ids: the tokens that say so.
+    """
+
+    unfinished: Int32[Array, "J"]
+    finished: Int32[Array, "J"]
+    unfinished_length: Int32[Array, ""]
+    finished_length: Int32[Array, ""]
+    yes_ids: Int32[Array, "Y"]
+    no_ids: Int32[Array, "Z"]
+
+
+@struct
+class Paths:
+    """R paths to be judged, R / B of each structure, in order.
+
+    logprob, confidence: sums over the generated tokens. num_tokens: how many. hidden: the state
+    after the last. terminal, answer_key: as in `Structure`. depth: its steps. above: the value of
+    the path less its last step. ends: position behind the last token. fresh: worth judging at all.
+    """
+
+    logprob: Float32[Array, "R"]
+    confidence: Float32[Array, "R"]
+    num_tokens: Int32[Array, "R"]
+    hidden: Float[Array, "R D"]
+    terminal: Bool[Array, "R"]
+    answer_key: UInt32[Array, "R"]
+    depth: Int32[Array, "R"]
+    above: Float32[Array, "R"]
+    ends: Int32[Array, "R"]
+    fresh: Bool[Array, "R"]
+
+
+def evaluate_paths(
+    policy: Params,
+    value_head: PyTree,
+    judge: Judge | None,
+    paths: Paths,
+    structure: Structure,
+    contexts: tuple[Context, ...],
+    *,
+    model: ModelConfig,
+    evaluator: str,
+    aggregate: str,
+    value_fn: ValueFn | None,
+) -> tuple[Float32[Array, "R"], Int32[Array, "R"]]:
+    """Values of the paths, and the tokens forwarded for each to get them.
+
+    Args:
+      contexts: keys and values of all that stands before position `ends`.
+    """
+    scored = jnp.zeros_like(paths.num_tokens)
+    num_tokens = jnp.maximum(paths.num_tokens, 1).astype(jnp.float32)
+    if evaluator == "confidence":
+        return paths.confidence / num_tokens, scored
+    if evaluator == "likelihood":
+        return jnp.exp(paths.logprob / num_tokens), scored
+    if evaluator == "consistency":
+        return _agreement(structure, paths), scored
+    if evaluator == "none":
+        return jnp.zeros_like(paths.logprob), scored
+    if evaluator == "p_yes":
+        score, scored = _ask_judge(policy, judge, paths, contexts, model)
+    else:
+        assert value_fn is not None
+        score = value_fn(value_head, paths.hidden).astype(jnp.float32)
+    return accumulate_score(paths.above, score, paths.depth, aggregate), scored
+
+
+def _agreement(structure: Structure, paths: Paths) -> Float32[Array, "R"]:
+    """Self-consistency of finished paths, themselves among the voters."""
+    batch = structure.depth.shape[0]
+    stated = paths.answer_key.reshape(batch, -1)
+    finished = paths.terminal.reshape(batch, -1)
+    votes = jnp.concatenate([structure.answer_key, stated], 1)
+    voters = jnp.concatenate([structure.terminal & structure.alive, finished], 1)
+    share = self_consistency(stated, votes, voters)
+    return jnp.where(finished, share, 0.0).reshape(-1)
+
+
+def _ask_judge(policy, judge, paths, contexts, model) -> tuple[Array, Array]:
+    """P(yes) to the judge's question, forwarded behind each path, and the tokens it took."""
+    if judge is None:
+        raise ValueError("evaluator 'p_yes' needs LanguageModel.judge")
+    lengths = jnp.where(paths.terminal, judge.finished_length, judge.unfinished_length)
+    lengths = jnp.where(paths.fresh, lengths, 0)
+    asked = extend(
+        policy,
+        jnp.where(paths.terminal[:, None], judge.finished, judge.unfinished),
+        lengths,
+        cfg=model,
+        contexts=contexts,
+        starts=paths.ends,
+    )
+    hidden = last_hidden(asked.hidden, lengths)
+    value = yes_probability(policy, hidden, judge.yes_ids, judge.no_ids, cfg=model)
+    return value, lengths
