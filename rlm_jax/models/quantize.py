@@ -3,19 +3,28 @@
 Every weight matrix, the embedding table too, becomes a `QuantizedMatrix`: integers in [-127, 127]
 and one float32 scale per output channel (for the table: per token). A product rounds each row of
 its input by that row's largest magnitude, multiplies int8 by int8 into int32, which is exact, and
-rescales. Rounding an input depends on the input alone, so products that share one (query, key and
-value; gate and up) share its rounding too. Norms and biases stay as they are, and so do attention
-and the caches. What it does to log-probabilities and accuracy: docs/design/003-int8.md.
+rescales.
 
-Paper: LLM.int8() (arXiv 2208.07339), its "vector-wise" quantization; without its float16 part for
-outlier features, which the models measured do not need. The result is for inference: rounding has
+The one idea: a few input channels are 10 to 20 times larger than the rest, and one of them takes
+the levels from all others of its row. So both sides are first turned by the same Hadamard matrix,
+block by block: x w' = (x H) (w H)', where no channel stands out. It needs no data, no change to
+the rest of the model, and commutes with any split of the inputs into whole blocks. Rounding an
+input depends on the input alone, so products that share one (query, key and value; gate and up)
+share its rotation and rounding. Norms and biases stay as they are, and so do attention and the
+caches. What it does to log-probabilities, accuracy and speed: docs/design/003-int8.md.
+
+Papers: LLM.int8() (arXiv 2208.07339), its "vector-wise" quantization without the float16 part for
+outliers; QuaRot (2404.00456), whose rotations are folded into the weights of neighbouring layers
+where ours are applied to each input, which spares one case per family. For inference: rounding has
 no useful gradient.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Float, Float32, Int8, Int32, PyTree
@@ -25,6 +34,7 @@ from rlm_jax.models.params import Params, describe, param_axes
 QUANTIZATIONS = ("int8",)
 
 LEVELS = 127
+BLOCK_CHANNELS = 64
 # Below it, a row is rounded more coarsely instead of dividing by nearly nothing.
 _LEAST_MAGNITUDE = 1e-30
 # XLA's CPU backend has no fast int8 product of fewer rows (docs/design/003-int8.md).
@@ -33,7 +43,7 @@ _LEAST_ROWS_ON_CPU = 4
 
 @struct
 class QuantizedMatrix:
-    """A weight matrix [out, in]: row r is scale[r] * values[r]."""
+    """A weight matrix [out, in]: row r is scale[r] * values[r], rotated back (`rotate`)."""
 
     values: Int8[Array, "out in_"]
     scale: Float32[Array, "out"]
@@ -60,7 +70,7 @@ def quantize_params(params: Params, cfg: ModelConfig) -> Params:
         raise ValueError("the parameters are quantized already")
 
     def quantize(spec: Any, array: Array) -> Any:
-        return QuantizedMatrix(*quantize_rows(array)) if len(spec.shape) == 2 else array
+        return _quantize_matrix(array) if len(spec.shape) == 2 else array
 
     return jax.tree.map(quantize, describe(cfg), params)
 
@@ -79,6 +89,31 @@ def quantized_axes(cfg: ModelConfig) -> Params:
     return jax.tree.map(spread, describe(cfg), param_axes(cfg))
 
 
+def rotate(x: Float[Array, "*rows in_"]) -> Float32[Array, "*rows in_"]:
+    """Each block of channels times an orthonormal Hadamard matrix; twice is the identity.
+
+    Blocks have 64 channels, or the largest power of two that divides the channels.
+    """
+    size = math.gcd(x.shape[-1], BLOCK_CHANNELS)
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, size)
+    # Signs alone are exact in the bfloat16 passes of a TPU's product.
+    mixed = jnp.matmul(blocks, _hadamard_signs(size), precision=jax.lax.Precision.HIGHEST)
+    return (mixed * size**-0.5).reshape(x.shape)
+
+
+def _hadamard_signs(size: int) -> np.ndarray:
+    """Sylvester's Hadamard matrix, symmetric."""
+    signs = np.ones((1, 1), np.float32)
+    while len(signs) < size:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    return signs
+
+
+@jax.jit
+def _quantize_matrix(matrix: Array) -> QuantizedMatrix:
+    return QuantizedMatrix(*quantize_rows(rotate(matrix)))
+
+
 def quantize_rows(
     x: Float[Array, "*rows in_"],
 ) -> tuple[Int8[Array, "*rows in_"], Float32[Array, "*rows"]]:
@@ -91,7 +126,7 @@ def quantize_rows(
 
 def multiply_quantized(x: Float[Array, "*rows in_"], w: QuantizedMatrix, *, out_dtype: Any) -> Array:
     """x [..., in] times w [out, in], in `out_dtype`; rescaling is done in float32."""
-    rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    rows, scale = quantize_rows(rotate(x.reshape(-1, x.shape[-1])))
     product = multiply_integers(rows, w.values).astype(jnp.float32)
     out = product * scale[:, None] * w.scale
     return out.astype(out_dtype).reshape(*x.shape[:-1], -1)
@@ -107,10 +142,10 @@ def multiply_integers(
 
 
 def look_up(table: Array | QuantizedMatrix, ids: Int32[Array, "*rows"], dtype: Any) -> Array:
-    """Rows of an embedding table, in `dtype` where they were rounded."""
+    """Rows of an embedding table, in `dtype` where the table is quantized."""
     if not isinstance(table, QuantizedMatrix):
         return table[ids]
-    return (table.values[ids] * table.scale[ids][..., None]).astype(dtype)
+    return rotate(table.values[ids] * table.scale[ids][..., None]).astype(dtype)
 
 
 def _multiply(x: Array, w: Array) -> Array:

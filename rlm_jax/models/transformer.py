@@ -146,7 +146,9 @@ def _attention_block(
     return x + out, state
 
 
-def _project_heads(x: Array, w: Array, bias: Array | None, num_heads: int) -> Array:
+def _project_heads(
+    x: Array, w: Array | QuantizedMatrix, bias: Array | None, num_heads: int
+) -> Array:
     out = linear(x, w)
     if bias is not None:
         out = out + bias
