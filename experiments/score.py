@@ -44,7 +44,9 @@ _MODEL = flags.DEFINE_string(
 _TEXT = flags.DEFINE_string("text", None, "The text to score.")
 _FILE = flags.DEFINE_string("file", None, "A UTF-8 file that holds it, scored byte for byte.")
 _DTYPE = flags.DEFINE_string("dtype", None, "Type of the weights (default: the config's, float32).")
-_QUANTIZE = flags.DEFINE_string("quantize", None, "int8: round the weights (default: the config's).")
+_QUANTIZE = flags.DEFINE_string(
+    "quantize", None, "int8: round the weights (default: the config's)."
+)
 _TOPK = flags.DEFINE_integer("topk", 5, "Likeliest tokens to tell of each place.", lower_bound=1)
 _SPECIAL = flags.DEFINE_bool("special", False, "Recognise control tokens in the text.")
 flags.adopt_module_key_flags(launching)

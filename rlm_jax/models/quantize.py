@@ -124,7 +124,9 @@ def quantize_rows(
     return jnp.round(wide * (1 / scale)[..., None]).astype(jnp.int8), scale
 
 
-def multiply_quantized(x: Float[Array, "*rows in_"], w: QuantizedMatrix, *, out_dtype: Any) -> Array:
+def multiply_quantized(
+    x: Float[Array, "*rows in_"], w: QuantizedMatrix, *, out_dtype: Any
+) -> Array:
     """x [..., in] times w [out, in], in `out_dtype`; rescaling is done in float32."""
     rows, scale = quantize_rows(rotate(x.reshape(-1, x.shape[-1])))
     product = multiply_integers(rows, w.values).astype(jnp.float32)

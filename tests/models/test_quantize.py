@@ -1,4 +1,4 @@
-"""int8 inference: exact integers, bounded rounding, whole models close to float, sharding, errors."""
+"""int8 inference: exact integers, bounded rounding, whole models close to float, shards, errors."""
 
 import functools
 
