@@ -1,6 +1,7 @@
 """int8 inference: exact integers, bounded rounding, whole models close to float, shards, errors."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,14 @@ def test_integer_products_are_exact(rows, outputs, inputs):
     found = jax.jit(multiply_integers)(x, w)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, x.astype(np.int64) @ w.astype(np.int64).T)
+
+
+@pytest.mark.parametrize(("platform", "rows"), [("cpu", 4), ("tpu", 1), ("cuda", 1)])
+def test_few_rows_are_padded_on_cpu_alone(platform, rows):
+    x, w = jnp.zeros((1, 32), jnp.int8), jnp.zeros((8, 32), jnp.int8)
+    lowered = jax.jit(multiply_integers).trace(x, w).lower(lowering_platforms=(platform,))
+    product = rf"dot_general.*\(tensor<{rows}x32xi8>, tensor<8x32xi8>\) -> tensor<{rows}x8xi32>"
+    assert re.search(product, lowered.as_text())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
