@@ -24,7 +24,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/smollm2.py", "Whose model and searches are measured.", lock_config=True
 )
 _ROWS = flags.DEFINE_list("rows", ["1", "4", "16", "64"], "Rows decoded at once.")
-_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Types of weights and KV.")
+_DTYPES = flags.DEFINE_list(
+    "dtypes", ["float32", "bfloat16"], "Types of weights and KV; int8: weights, KV float32."
+)
 _CONTEXT = flags.DEFINE_integer("context", 192, "Tokens of the shared prompt.", lower_bound=1)
 _NEW = flags.DEFINE_integer("new_tokens", 32, "Tokens decoded per row.", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each side.", lower_bound=1)

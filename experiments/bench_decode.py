@@ -35,6 +35,7 @@ from rlm_jax.inference.pages import (
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.load import find_model
 from rlm_jax.models.params import count_params
+from rlm_jax.models.quantize import QUANTIZATIONS
 from rlm_jax.tasks.base import Problem
 from rlm_jax.text.answers import init_answer_state, make_answer_rule
 from rlm_jax.text.steps import StepSpec, make_step_rule
@@ -114,8 +115,9 @@ def run_decode(
     other = None if other_python is None else Other(other_python)
     try:
         for dtype in dtypes:
-            policy = build.load_policy(model, dtype)
-            missing = load_other(other, model, dtype)
+            wide, quantize = ("float32", dtype) if dtype in QUANTIZATIONS else (dtype, None)
+            policy = build.load_policy(model, wide, quantize)
+            missing = load_other(other, model, wide)
             roofs = measure_roofs(dtype)
             for num_rows in rows:
                 yield _decode_case(
@@ -131,8 +133,12 @@ def run_decode(
 def measure_roofs(dtype: str, repeats: int = 5) -> Roofs:
     """Peak of a large matmul in `dtype`, and of reading 512 MiB of float32 (sum or product)."""
     size = 2048
-    square = jnp.full((size, size), 0.5, dtype)
-    multiply = jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ()))))
+    square = jnp.ones((size, size), dtype)
+    result = jnp.int32 if dtype == "int8" else None
+    contract = (((1,), (1,)), ((), ()))
+    multiply = jax.jit(
+        lambda a, b: jax.lax.dot_general(a, b, contract, preferred_element_type=result)
+    )
     stream = jnp.ones((128 * 1024, 1024), jnp.float32)
     add_up = jax.jit(lambda x: x.reshape(128, -1).sum(1))
     product = jax.jit(lambda x: x @ jnp.ones(1024))
@@ -282,12 +288,11 @@ def _decode_case(policy, dtype, num_rows, context_tokens, new_tokens, repeats, r
 
 def _step_cost(policy: Policy, dtype: str, rows: int, context: int) -> tuple[float, float]:
     """Bytes one decoding step must read (weights and shared KV), and its floating operations."""
-    cfg, width = policy.cfg, jnp.dtype(dtype).itemsize
-    weights = count_params(cfg)
+    cfg, weights = policy.cfg, count_params(policy.cfg)
+    stored = sum(array.nbytes for array in jax.tree.leaves(policy.params))
     attention = 4 * cfg.num_layers * context * cfg.num_heads * cfg.head_dim
-    return width * weights + context * _token_bytes(policy, dtype), rows * (
-        2.0 * weights + attention
-    )
+    kept = context * _token_bytes(policy, "float32" if dtype == "int8" else dtype)
+    return stored + kept, rows * (2.0 * weights + attention)
 
 
 def _token_bytes(policy: Policy, dtype: str) -> int:

@@ -44,6 +44,9 @@ _MODEL = flags.DEFINE_string(
 _TEXT = flags.DEFINE_string("text", None, "The text to score.")
 _FILE = flags.DEFINE_string("file", None, "A UTF-8 file that holds it, scored byte for byte.")
 _DTYPE = flags.DEFINE_string("dtype", None, "Type of the weights (default: the config's, float32).")
+_QUANTIZE = flags.DEFINE_string(
+    "quantize", None, "int8: round the weights (default: the config's)."
+)
 _TOPK = flags.DEFINE_integer("topk", 5, "Likeliest tokens to tell of each place.", lower_bound=1)
 _SPECIAL = flags.DEFINE_bool("special", False, "Recognise control tokens in the text.")
 flags.adopt_module_key_flags(launching)
@@ -55,9 +58,9 @@ BUCKET_TOKENS = 64
 def main() -> None:
     """Checks the flags, loads the model, scores, prints."""
     text = _read_text()
-    spec, dtype = _choose_model()
+    spec, dtype, quantize = _choose_model()
     launching.use_compilation_cache()
-    policy = load_policy(spec, dtype)
+    policy = load_policy(spec, dtype, quantize)
     ids = encode(policy, text)
     scores, values = score(policy, ids, _TOPK.value)
     print(json.dumps(describe(policy, ids, scores, values), allow_nan=False))
@@ -170,8 +173,8 @@ def _read_file(path: pathlib.Path) -> bytes:
     return path.read_bytes()
 
 
-def _choose_model() -> tuple[str, str]:
-    """The model and the dtype that the flags name.
+def _choose_model() -> tuple[str, str, str | None]:
+    """The model, the dtype and the quantization that the flags name.
 
     Raises:
       ValueError: both a config and a model are given, or none.
@@ -179,11 +182,12 @@ def _choose_model() -> tuple[str, str]:
     if _CONFIG.value is not None and _MODEL.value is not None:
         raise ValueError("--config and --model are given: accepted is one of them")
     if _MODEL.value is not None:
-        return _MODEL.value, _DTYPE.value or "float32"
+        return _MODEL.value, _DTYPE.value or "float32", _QUANTIZE.value
     if _CONFIG.value is None:
         raise ValueError("no model given: accepted is --model=SPEC or --config=FILE")
     config = launching.read_config(_CONFIG)
-    return config["model"], _DTYPE.value or config["dtype"]
+    quantize = config["quantize"] if _QUANTIZE.value is None else _QUANTIZE.value
+    return config["model"], _DTYPE.value or config["dtype"], quantize
 
 
 if __name__ == "__main__":

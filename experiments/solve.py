@@ -76,7 +76,7 @@ def main() -> None:
         else:
             launching.use_compilation_cache()
             started = time.monotonic()
-            policy = build.load_policy(config["model"], config["dtype"])
+            policy = build.load_policy(config["model"], config["dtype"], config["quantize"])
             _say(
                 console,
                 f"loaded {policy.version} in {time.monotonic() - started:.1f} s "

@@ -8,7 +8,7 @@ F feed-forward width, R rows of a decoding batch (B*W*K).
 from typing import Any
 
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int, Int32, Key, Shaped, UInt32
+from jaxtyping import Bool, Float, Float32, Int, Int8, Int32, Key, Shaped, UInt32
 
 PyTree = Any
 
@@ -18,6 +18,7 @@ __all__ = [
     "Float",
     "Float32",
     "Int",
+    "Int8",
     "Int32",
     "Key",
     "PyTree",

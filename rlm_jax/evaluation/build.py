@@ -19,6 +19,7 @@ from rlm_jax.models.heads import apply_value_head
 from rlm_jax.models.load import load_model
 from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.presets import preset
+from rlm_jax.models.quantize import check_quantization, quantize_params
 from rlm_jax.reasoning.language import EVALUATORS, LanguageConfig, LanguageModel
 from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
 from rlm_jax.reasoning.protocol import Strategy
@@ -35,7 +36,9 @@ TASKS: dict[str, Task] = {
 }
 _RANDOM = "random:"
 _NOT_SETTINGS = ("sampling",)
-_FIELDS = (*SIZES, "model", "dtype", "task", "step", "evaluator", "aggregate", "max_depth")
+_FIELDS = (
+    *SIZES, "model", "dtype", "quantize", "task", "step", "evaluator", "aggregate", "max_depth",
+)  # fmt: skip
 
 
 class Policy(NamedTuple):
@@ -57,13 +60,25 @@ class Plan(NamedTuple):
     settings: dict[str, Any]
 
 
-def load_policy(spec: str, dtype: str = "float32") -> Policy:
+def load_policy(spec: str, dtype: str = "float32", quantize: str | None = None) -> Policy:
     """Loads a model and its tokenizer; "random:PRESET" is a byte-level model without training.
 
+    Args:
+      quantize: "int8" rounds the weights once they are loaded (`rlm_jax.models.quantize`); `dtype`
+        is then the type of everything else.
+
     Raises:
-      FileNotFoundError, ValueError: as `rlm_jax.models.load.load_model`.
+      FileNotFoundError, ValueError: as `rlm_jax.models.load.load_model`; an unknown `quantize`.
     """
-    weights = float_dtype(dtype)
+    check_quantization(quantize)
+    policy = _load_floats(spec, float_dtype(dtype))
+    if quantize is None:
+        return policy
+    params = quantize_params(policy.params, policy.cfg)
+    return policy._replace(params=params, version=f"{policy.version} ({quantize})")
+
+
+def _load_floats(spec: str, weights: Any) -> Policy:
     if spec.startswith(_RANDOM):
         tokenizer = cast(Tokenizer, ByteTokenizer())
         cfg = dataclasses.replace(
@@ -96,6 +111,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
     float_dtype(config["dtype"])
+    check_quantization(config["quantize"])
     check_sizes({size: config[size] for size in SIZES})
     if config["task"] not in TASKS:
         raise ValueError(f"task {config['task']!r}: accepted are {', '.join(TASKS)}")
@@ -112,6 +128,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     shared = (
         "model",
         "dtype",
+        "quantize",
         "task",
         "evaluator",
         "aggregate",

@@ -58,7 +58,10 @@ class Layer:
 
 @struct
 class Params:
-    """A language model's parameters; `lm_head` is None when it is tied to `embed`."""
+    """A language model's parameters; `lm_head` is None when it is tied to `embed`.
+
+    For inference, `quantize.QuantizedMatrix` may stand in for every matrix.
+    """
 
     embed: Float[Array, "V D"]
     layers: tuple[Layer, ...]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from rlm_jax.core.types import Array, Float, Float32, Int32
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Layer, Params
+from rlm_jax.models.quantize import QuantizedMatrix, look_up, multiply_quantized
 from rlm_jax.models.rope import RopeTable, apply_rope, rope_tables
 
 # Where XLA on CPU gains from another form of a product: rows, and weights of one row's.
@@ -45,7 +46,7 @@ def forward(
       The hidden states after the final norm (`unembed` makes logits of them), and the state that
       the last call of `attend` returned.
     """
-    x = params.embed[tokens]
+    x = look_up(params.embed, tokens, params.final_norm.dtype)
     if cfg.embed_scale != 1.0:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     tables = rope_tables(cfg, positions)
@@ -64,7 +65,7 @@ def unembed(
     return softcap(linear(hidden, head, out_dtype=jnp.float32), cfg.logit_softcap)
 
 
-def linear(x: Array, w: Array, *, out_dtype: Any = None) -> Array:
+def linear(x: Array, w: Array | QuantizedMatrix, *, out_dtype: Any = None) -> Array:
     """x [..., in] times w [out, in], in the dtype of `x` unless told otherwise.
 
     Hardware accumulates in float32 either way; a narrower result keeps the all-reduce of a split
@@ -73,6 +74,8 @@ def linear(x: Array, w: Array, *, out_dtype: Any = None) -> Array:
     (docs/design/002-decode-speed.md); elsewhere the product is left to the compiler.
     """
     dtype = out_dtype or x.dtype
+    if isinstance(w, QuantizedMatrix):
+        return multiply_quantized(x, w, out_dtype=dtype)
     num_rows = math.prod(x.shape[:-1])
     plain = functools.partial(_multiply_rows, out_dtype=dtype)
     if num_rows == 1 and w.size < _SMALL_WEIGHTS and w.shape[0] % 2 == 0:
@@ -143,7 +146,9 @@ def _attention_block(
     return x + out, state
 
 
-def _project_heads(x: Array, w: Array, bias: Array | None, num_heads: int) -> Array:
+def _project_heads(
+    x: Array, w: Array | QuantizedMatrix, bias: Array | None, num_heads: int
+) -> Array:
     out = linear(x, w)
     if bias is not None:
         out = out + bias

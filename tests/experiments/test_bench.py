@@ -12,7 +12,7 @@ SMALL = (
     "--context=12",
     "--new_tokens=4",
     "--repeats=2",
-    "--dtypes=float32",
+    "--dtypes=float32,int8",
 )
 
 
@@ -29,13 +29,14 @@ def lines(tmp_path_factory):
 def test_every_case_has_its_fields(lines):
     names = [line["case"] for line in lines]
     assert names[:2] == ["decode_float32_1", "decode_float32_3"]
-    assert len(names) == 8
+    assert names[2:4] == ["decode_int8_1", "decode_int8_3"]
+    assert len(names) == 10
     for line in lines:
         assert {"case", "ours", "other", "ratio", "unit"} <= line.keys()
 
 
 def test_decode_cases_report_roofs_and_a_missing_side_as_null(lines):
-    for line in lines[:2]:
+    for line in lines[:4]:
         assert line["ours"] > 0
         assert line["other"] is None
         assert line["ratio"] is None
@@ -45,7 +46,7 @@ def test_decode_cases_report_roofs_and_a_missing_side_as_null(lines):
 
 
 def test_no_token_is_forwarded_twice_and_pages_are_full_enough(lines):
-    counts = {(line["case"], line["strategy"]): line for line in lines[2:]}
+    counts = {(line["case"], line["strategy"]): line for line in lines[4:]}
     for strategy in ("best_of_n", "puct"):
         forwarded = counts["forwarded_ratio", strategy]
         assert forwarded["ours"] == forwarded["other"] > 0

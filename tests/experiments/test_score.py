@@ -114,6 +114,16 @@ def test_a_config_names_the_model_too(score):
     np.testing.assert_allclose(half, whole, atol=0.2)
 
 
+def test_rounded_weights_score_nearly_the_same_and_are_named(score):
+    flags = ("--config=configs/smollm2.py:smoke", "--text=a text")
+    whole = parse(score(*flags))
+    rounded = parse(score(*flags, "--quantize=int8"))
+    assert rounded == parse(score(*flags, "--config.quantize=int8"))
+    assert rounded["model"] == f"{whole['model']} (int8)"
+    assert rounded["logprobs"] != whole["logprobs"]
+    np.testing.assert_allclose(rounded["logprobs"][1:], whole["logprobs"][1:], atol=0.2)
+
+
 def test_control_tokens_are_text_unless_asked_for(score):
     assert parse(score(TINY, "--text=a<eos>"))["token_ids"] == list(b"a<eos>")
     assert parse(score(TINY, "--text=a<eos>", "--special"))["token_ids"] == [97, 257]
@@ -258,6 +268,7 @@ def test_a_file_that_is_no_text_is_one_line(score, no_model, tmp_path, content, 
         (["--model=README.md"], "README.md: not a model"),
         (["--model=random:huge"], "'huge': accepted"),
         ([TINY, "--dtype=int8"], "dtype 'int8' is not supported"),
+        ([TINY, "--quantize=int4"], "quantize 'int4': accepted are 'int8' or None"),
         ([TINY, "--topk=260"], "--topk=260: the vocabulary has 259 tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

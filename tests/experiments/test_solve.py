@@ -397,6 +397,7 @@ def assert_refused(done, message):
         ([*SMOKE, "--question=x", "--config.task=poetry"], "'poetry': accepted are free, gsm8k"),
         ([*SMOKE, "--question=x", "--config.evaluator=me"], "'me': accepted are confidence"),
         ([*SMOKE, "--question=x", "--config.dtype=int8"], "dtype 'int8' is not supported"),
+        ([*SMOKE, "--question=x", "--config.quantize=int4"], "'int4': accepted are 'int8' or None"),
         ([*SMOKE, "--question=x", "--config.step.kind=word"], "step kind 'word'"),
         ([*SMOKE, "--question=x", "--config.max_depth=0"], "max_depth must be >= 1, got 0"),
         ([*SMOKE, "--question=x", "--config.batch_size=0"], "batch_size must be >= 1, got 0"),
