@@ -20,17 +20,24 @@ from rlm_jax.models.load import load_model
 from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.presets import preset
 from rlm_jax.models.quantize import check_quantization, quantize_params
-from rlm_jax.reasoning.language import EVALUATORS, LanguageConfig, LanguageModel
+from rlm_jax.reasoning.language import LanguageConfig, LanguageModel
+from rlm_jax.reasoning.language_values import EVALUATORS
 from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
 from rlm_jax.reasoning.protocol import Strategy
-from rlm_jax.reasoning.strategies import best_of_n, greedy, puct
+from rlm_jax.reasoning.strategies import best_of_n, greedy, gumbel, puct, td_mcts, uct
 from rlm_jax.tasks import arithmetic, free, game24, gsm8k
 from rlm_jax.tasks.base import Task
 from rlm_jax.text.answers import make_answer_rule
 from rlm_jax.text.steps import StepSpec, make_step_rule
 from rlm_jax.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
-STRATEGIES = ("greedy", "best_of_n", "puct")
+TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
+    "gumbel": gumbel.make_gumbel,
+    "puct": puct.make_puct,
+    "uct": uct.make_uct,
+    "td_mcts": td_mcts.make_td_mcts,
+}
+STRATEGIES = ("greedy", "best_of_n", *TREE_SEARCHES)
 TASKS: dict[str, Task] = {
     module.TASK.name: module.TASK for module in (free, gsm8k, arithmetic, game24)
 }
@@ -106,7 +113,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
         raise ValueError(f"strategy {name!r}: accepted are {', '.join(STRATEGIES)}")
     missing = [field for field in (*_FIELDS, name) if field not in config]
     if name in config:
-        own_fields = ("sampling", "num_nodes") if name == "puct" else ("sampling",)
+        own_fields = ("sampling", "num_nodes") if name in TREE_SEARCHES else ("sampling",)
         missing += [f"{name}.{field}" for field in own_fields if field not in config[name]]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
@@ -168,6 +175,7 @@ def build_solver(
         evaluator=config["evaluator"],
         aggregate=config["aggregate"],
         num_nodes=plan.num_nodes,
+        judge=plan.settings.get("judge", "expansion"),
         max_depth=config["max_depth"],
         max_new_tokens=config["budget_tokens"],
         page_tokens=config["page_tokens"],
@@ -207,11 +215,11 @@ def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tu
         return strategy, 1 + settings["num_chains"] * max_depth
     own = {"max_depth": max_depth, **settings}
     num_nodes = own.pop("num_nodes")
-    cfg = _make(name, puct.Config, own)
-    least = 1 + cfg.num_lanes * cfg.num_children
+    strategy = _make(name, TREE_SEARCHES[name], own)
+    least = 1 + strategy.num_lanes * strategy.num_children
     if num_nodes < least:
-        raise ValueError(f"puct: num_nodes={num_nodes}: accepted is >= {least}, one round")
-    return puct.make_puct(cfg), num_nodes
+        raise ValueError(f"{name}: num_nodes={num_nodes}: accepted is >= {least}, one round")
+    return strategy, num_nodes
 
 
 def _make(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Any:

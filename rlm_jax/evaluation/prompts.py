@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from rlm_jax.reasoning.language import Judge
+from rlm_jax.reasoning.language_values import Judge
 from rlm_jax.tasks.base import Problem, Task
 from rlm_jax.text.chat import encode_chat, render_chat
 from rlm_jax.text.tokenizer import Tokenizer

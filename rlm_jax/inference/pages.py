@@ -33,9 +33,10 @@ class KVPages:
 
     keys, values: one array per layer; a page is [G, page, E], stored as rows of 128 numbers (as one
     row where they do not fill rows). fill: tokens in a page. start: position of a page's first
-    token. prompt_table: the pages of each structure's prompt. table: the pages of
-    a node's path below the root, its own last, -1 behind them; table_length: how many. owner:
-    the node whose tokens a page holds, 0 for the prompt's, -1 for a free page. page_tokens: tokens a page holds. num_kv_heads: G.
+    token. prompt_table: the pages of each structure's prompt. table: the pages of a node's path
+    below the root, its own last, -1 behind them; table_length: how many. owner: the node whose
+    tokens a page holds, 0 for the prompt's, -1 for a free page. page_tokens: tokens a page holds.
+    num_kv_heads: G.
     """
 
     keys: tuple[Float[Array, "P rows lanes"], ...]
@@ -190,9 +191,7 @@ def release_pages(pages: KVPages, alive: Bool[Array, "B N"]) -> KVPages:
     return dataclasses.replace(pages, owner=owner.reshape(-1))
 
 
-def keep_pages(
-    pages: KVPages, nodes: Int32[Array, "B"], order: Int32[Array, "B N"]
-) -> KVPages:
+def keep_pages(pages: KVPages, nodes: Int32[Array, "B"], order: Int32[Array, "B N"]) -> KVPages:
     """Follows `keep_subtree`: each structure's node of `nodes` becomes its root.
 
     The pages of the path to it now belong to the root; those of nodes let go are free.
@@ -216,9 +215,7 @@ def keep_pages(
     return dataclasses.replace(pages, owner=owner, table=table, table_length=length)
 
 
-def restart_pages(
-    pages: KVPages, fresh: KVPages, rows: Int32[Array, "F"]
-) -> KVPages:
+def restart_pages(pages: KVPages, fresh: KVPages, rows: Int32[Array, "F"]) -> KVPages:
     """Gives rows of a pool to the F structures of another, which hold their prompts alone.
 
     Args:

@@ -8,7 +8,6 @@ token once and nothing else.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,8 @@ from rlm_jax.inference.pages import (
     gather_prompts,
     make_pages,
     pages_for_search,
-    release_pages,
     path_buckets,
+    release_pages,
     write_prompts,
     write_steps,
 )
@@ -422,9 +421,7 @@ def _store(world, structure, rows, slots, steps, keep) -> World:
         pages=pages,
         tokens=put(world.tokens, steps.tokens),
         hidden=put(world.hidden, steps.hidden),
-        path_logprob=put(
-            world.path_logprob, rows.of_parent(world.path_logprob) + steps.logprob
-        ),
+        path_logprob=put(world.path_logprob, rows.of_parent(world.path_logprob) + steps.logprob),
         path_confidence=put(
             world.path_confidence, rows.of_parent(world.path_confidence) + steps.confidence
         ),

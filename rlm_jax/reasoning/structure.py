@@ -97,7 +97,7 @@ class Structure:
         return self.depth.shape[-1]
 
     @property
-    def parents(self) -> Int32[jax.Array, "B N P"]:
+    def parents(self) -> Int32[jax.Array, "B N P"] | Int32[np.ndarray, "B N P"]:
         """All parents, -1 where there are fewer than P."""
         if self.more_parents.shape[-1] == 0:
             return self.parent[..., None]
@@ -260,7 +260,9 @@ def check(structure: Structure) -> None:
         "nothing grows below a terminal node": (~(inner & s.alive) | ~parent_terminal).all(-1),
         "a dead node has no living child": (~(inner & s.alive) | parent_alive).all(-1),
         "an owner is an earlier node": ((s.owner < index) & (s.owner >= NO_NODE) | ~used).all(-1),
-        "a child belongs where its parent does": (~tree_edge | (s.owner == owner_of_parent)).all(-1),
+        "a child belongs where its parent does": (~tree_edge | (s.owner == owner_of_parent)).all(
+            -1
+        ),
         "visits are counts": ((s.visits >= 0) & (s.visits == np.round(s.visits))).all(-1),
         "values are finite": np.isfinite(s.value).all(-1) & np.isfinite(s.model_value).all(-1),
         "the budget holds": s.budget.generated_tokens <= s.token_limit,

@@ -79,7 +79,7 @@ def make_expand(
         )
         outcome = Outcome(
             valid=valid,
-            duplicate=made["duplicate"] & valid,
+            duplicate=made["duplicate"] & valid & request.distinct,
             length=length,
             logprob=-length.astype(jnp.float32) * (1.1 + made["value"]),
             value=made["value"],

@@ -18,12 +18,12 @@ from rlm_jax.models.presets import preset
 from rlm_jax.models.transformer import forward, unembed
 from rlm_jax.reasoning.drive import run_compiled, run_host
 from rlm_jax.reasoning.language import (
-    Judge,
     LanguageConfig,
     LanguageModel,
     begin,
     make_expand,
 )
+from rlm_jax.reasoning.language_values import Judge
 from rlm_jax.reasoning.strategies import best_of_n, greedy, puct
 from rlm_jax.reasoning.structure import check, path_to_root
 from rlm_jax.text.answers import make_answer_rule
@@ -35,7 +35,7 @@ WIDTH, DEPTH, NODES, LIMIT = 24, 4, 24, 60
 STRATEGIES = {
     "greedy": greedy.make_greedy(DEPTH),
     "best_of_n": best_of_n.make_best_of_n(3, DEPTH),
-    "puct": puct.make_puct(puct.Config(num_children=3, num_lanes=2, max_depth=DEPTH)),
+    "puct": puct.make_puct(num_children=3, num_lanes=2, max_depth=DEPTH),
 }
 
 

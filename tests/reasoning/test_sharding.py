@@ -35,7 +35,7 @@ from rlm_jax.text.tokenizer import ByteTokenizer
 BATCH, WIDTH, LIMIT = 8, 24, 48
 MESHES = {"data": (1, 8, 1), "replicas": (2, 4, 1), "model": (1, 4, 2)}
 STRATEGIES = {
-    "puct": puct.make_puct(puct.Config(num_children=3, num_lanes=2, max_depth=3)),
+    "puct": puct.make_puct(num_children=3, num_lanes=2, max_depth=3),
     "best_of_n": best_of_n.make_best_of_n(3, 3),
 }
 # Trees on the meshes that split the batch, chains where the model is split too.

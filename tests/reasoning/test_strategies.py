@@ -13,19 +13,30 @@ from procedural import make_expand, make_world
 from rlm_jax.core.mesh import BATCH_AXES, make_mesh
 from rlm_jax.reasoning import strategies
 from rlm_jax.reasoning.drive import next_request, run_compiled, run_host
-from rlm_jax.reasoning.strategies import best_of_n, greedy, puct
+from rlm_jax.reasoning.strategies import best_of_n, greedy, gumbel, puct, td_mcts, uct
 from rlm_jax.reasoning.structure import check, make_structure
 
 VARIANTS = {
     "greedy": [greedy.make_greedy(12)],
     "best_of_n": [best_of_n.make_best_of_n(5, 12, rule) for rule in ("majority", "best")],
     "puct": [
-        puct.make_puct(puct.Config(num_children=3, num_lanes=lanes, max_depth=5, base=base))
+        puct.make_puct(num_children=3, num_lanes=lanes, max_depth=5, base=base)
         for lanes, base in ((1, None), (3, 19652.0))
     ],
+    "uct": [
+        uct.make_uct(num_children=3, num_lanes=lanes, max_depth=5, judge=judge)
+        for lanes, judge in ((1, "expansion"), (4, "visit"))
+    ],
+    "gumbel": [
+        gumbel.make_gumbel(
+            num_simulations=12, num_children=3, num_lanes=4, max_depth=5, root_lanes=2, judge=judge
+        )
+        for judge in ("expansion", "visit")
+    ],
+    "td_mcts": [td_mcts.make_td_mcts(max_depth=5), td_mcts.make_td_mcts(max_depth=5, num_lanes=2)],
 }
 ALL = [strategy for variants in VARIANTS.values() for strategy in variants]
-IDS = [f"{strategy.name}-{strategy.num_lanes}" for strategy in ALL]
+IDS = [f"{strategy.name}-{i}" for i, strategy in enumerate(ALL)]
 CAPACITY = 64
 
 
@@ -110,7 +121,7 @@ def test_the_budget_is_never_exceeded(strategy, token_limit):
 def test_the_end_of_a_budget_goes_into_whole_steps(left, served):
     strategy = VARIANTS["best_of_n"][0]
     keys, _, structure = start(range(2), token_limit=left)
-    request = next_request(strategy, strategy.init(structure), structure, keys, step_tokens=6)
+    request = next_request(strategy, strategy.init(structure, keys), structure, keys, step_tokens=6)
     assert request.active.tolist() == [[lane < served for lane in range(5)]] * 2
 
 
@@ -143,7 +154,7 @@ def test_puct_visits_are_sums_and_values_are_means_of_what_was_evaluated():
 def test_puct_fills_its_capacity_and_never_asks_for_a_closed_node():
     strategy = VARIANTS["puct"][1]
     keys, world, structure = start(range(4), token_limit=100_000)
-    state = strategy.init(structure)
+    state = strategy.init(structure, keys)
     ask, tell, expand = jax.jit(strategy.ask), jax.jit(strategy.tell), jax.jit(make_expand())
     for _ in range(7):
         request = ask(state, structure, keys)
@@ -161,7 +172,7 @@ def test_puct_fills_its_capacity_and_never_asks_for_a_closed_node():
 
 
 def test_puct_ends_when_everything_is_closed():
-    strategy = puct.make_puct(puct.Config(num_children=2, num_lanes=2, max_depth=2))
+    strategy = puct.make_puct(num_children=2, num_lanes=2, max_depth=2, resample=False)
     structure = search(strategy, range(5), token_limit=100_000)
     depth, alive = np.asarray(structure.depth), np.asarray(structure.alive)
     assert depth.max() == 2
@@ -173,14 +184,14 @@ def test_puct_ends_when_everything_is_closed():
 
 def test_equal_values_spread_visits_evenly():
     expand = make_expand(terminal_rate=0.0, duplicate_rate=0.0, value_fn=lambda bits: 0.5)
-    cfg = puct.Config(num_children=3, max_depth=9, exploration=2.0, length_power=0.0)
+    strategy = puct.make_puct(num_children=3, max_depth=9, exploration=2.0, length_power=0.0)
     keys, world, structure = start(range(2), token_limit=100_000)
 
     def flat(params, keys, world, structure, request):
         outcome, world = expand(params, keys, world, structure, request)
         return outcome.replace(logprob=jnp.zeros_like(outcome.logprob)), world
 
-    structure, _ = jax.jit(lambda k, w, s: run_compiled(puct.make_puct(cfg), flat, None, k, w, s))(
+    structure, _ = jax.jit(lambda k, w, s: run_compiled(strategy, flat, None, k, w, s))(
         keys, world, structure
     )
     children = np.asarray(structure.parent) == 0
@@ -195,9 +206,9 @@ def test_equal_values_spread_visits_evenly():
         (lambda: greedy.make_greedy(0), "max_depth must be >= 1"),
         (lambda: best_of_n.make_best_of_n(0, 3), "num_chains"),
         (lambda: best_of_n.make_best_of_n(2, 3, "median"), "median"),
-        (lambda: puct.Config(num_children=0), "num_children must be >= 1, got 0"),
-        (lambda: puct.Config(exploration=-1.0), "exploration"),
-        (lambda: puct.Config(answer_rule="loudest"), "loudest"),
+        (lambda: puct.make_puct(num_children=0), "num_children must be >= 1, got 0"),
+        (lambda: puct.make_puct(exploration=-1.0), "exploration"),
+        (lambda: puct.make_puct(answer_rule="loudest"), "loudest"),
     ],
 )
 def test_bad_settings_name_the_value(make, message):

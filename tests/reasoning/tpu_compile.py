@@ -97,7 +97,7 @@ def compile_search(case: Case, dump_folder: str) -> tuple[jax.stages.Compiled, P
         max_new_tokens=case.max_new_tokens,
         page_tokens=case.page_tokens,
     )
-    strategy = puct.make_puct(puct.Config(num_children=case.num_children, max_depth=case.max_depth))
+    strategy = puct.make_puct(num_children=case.num_children, max_depth=case.max_depth)
     expand = make_expand(config)
 
     def search(lm, keys, world, structure):

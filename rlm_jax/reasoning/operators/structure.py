@@ -103,9 +103,7 @@ def generate(
     ), slots
 
 
-def put_children(
-    array: Array, slots: Int32[jax.Array, "B W K"], values: Array
-) -> Array:
+def put_children(array: Array, slots: Int32[jax.Array, "B W K"], values: Array) -> Array:
     """Writes values [B, W, K] at the slots of `child_slots` of an array [B, N].
 
     The K slots of a lane are one window: a write of W windows and not of W * K numbers.
@@ -229,7 +227,9 @@ def keep_subtree(
         return jnp.where(links >= 0, new_index[rows, jnp.maximum(links, 0)], NO_NODE)
 
     lost = jnp.where(inner & ~kept, structure.span_length, 0).sum(-1)
-    lost += jnp.where(nodes > 0, jnp.take_along_axis(structure.span_length, nodes[:, None], 1)[:, 0], 0)
+    lost += jnp.where(
+        nodes > 0, jnp.take_along_axis(structure.span_length, nodes[:, None], 1)[:, 0], 0
+    )
     moved = dataclasses.replace(
         structure,
         parent=rename(structure.parent[..., None])[..., 0].astype(jnp.int32),
@@ -254,8 +254,7 @@ _LINKS = ("parent", "more_parents", "owner")
 _PER_NODE = tuple(
     field.name
     for field in dataclasses.fields(Structure)
-    if field.name
-    not in ("num_nodes", "num_created", "dropped_tokens", "budget", "token_limit")
+    if field.name not in ("num_nodes", "num_created", "dropped_tokens", "budget", "token_limit")
 )
 
 

@@ -72,7 +72,7 @@ def td_score(
     c1: float,
     c2: float,
 ) -> Float32[jax.Array, "*R K"]:
-    """x1's Q + sqrt(N_p - 1) / (1 + N_c) (c1 + log((N_p + c2) / c2)): PUCT without a prior (G01)."""
+    """x1's Q + sqrt(N_p - 1) / (1 + N_c) (c1 + log((N_p + c2) / c2)), without a prior (G01)."""
     factor = c1 + jnp.log((parent_visits + c2) / c2)
     bonus = factor * jnp.sqrt(jnp.maximum(parent_visits - 1.0, 0.0))
     return value + bonus[..., None] / (1.0 + visits)
@@ -94,7 +94,7 @@ def rescale_by_siblings(
     alive: Bool[jax.Array, "*R K"],
     node_value: Float32[jax.Array, "*R"],
 ) -> Float32[jax.Array, "*R K"]:
-    """Q mapped to [0, 1] over the visited siblings and the node itself; 0 where unvisited (MuZero)."""
+    """MuZero's Q in [0, 1], scaled over the visited siblings and the node; 0 where unvisited."""
     seen = alive & (visits > 0)
     known = jnp.where(seen, q, node_value[..., None])
     low = jnp.minimum(node_value, known.min(-1))[..., None]

@@ -8,7 +8,7 @@ never visited. Unlike PUCT it does not lose accuracy as the budget grows (ReSCAL
 The visits of one halving round fall on different children of the root, hence on disjoint subtrees:
 they are one batched call of the networks. 32 simulations over 16 children take 4 calls, 800 over 32
 take 155. With values that play no part in the choice (value_scale 0) visit counts are exactly those
-of `mctx.gumbel_muzero_policy`; otherwise a round's leaves are chosen by the values before the round.
+of `mctx.gumbel_muzero_policy`; otherwise a round's leaves are chosen by the values before it.
 
 Deviations: an exhausted child of the root gives its turn to the next best; the root's children are
 K * root_lanes sampled steps and their logits the log of the prior over them.
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Bool, Float32, Int32
+from rlm_jax.core.types import Array, Float32, Int32
 from rlm_jax.reasoning.operators.traversal import (
     complete_q,
     scale_completed_q,
@@ -136,7 +136,7 @@ def ask(
     score, best = jax.lax.top_k(jnp.where(turn, score, -jnp.inf), lanes)
     chosen = jnp.take_along_axis(kids[:, 0], best, 1)
     serve = (jnp.arange(lanes)[None] < width[:, None]) & jnp.isfinite(score)
-    serve &= (state.first_child[:, :1] >= 0)
+    serve &= state.first_child[:, :1] >= 0
     nodes = descend(
         state, structure, jnp.where(serve, chosen, NO_NODE), keys, cfg=cfg, score_fn=score_fn
     )
