@@ -29,9 +29,14 @@ RANKS = {
 }
 PROGRAMS = {"configs", "experiments"}
 PROGRAMS_ONLY = {"absl", "ml_collections"}
-NEVER = {"torch", "transformers", "tensorflow", "pickle"}
-# The other side of a benchmark: a process of its own that imports nothing of ours.
-OTHER_SIDES = {"experiments/bench_transformers.py": {"torch", "transformers"}}
+NEVER = {"torch", "transformers", "llama_cpp", "tensorflow", "pickle"}
+# The other sides of benchmarks: processes of their own that import nothing of ours.
+OTHER_SIDES = {
+    "experiments/bench_transformers.py": {"torch", "transformers"},
+    "experiments/bench_host_search.py": {"torch"},
+    "experiments/host_model.py": {"torch", "transformers"},
+    "experiments/bench_llama.py": {"llama_cpp"},
+}
 EXTRAS = {"tokenizers", "gguf", "sentencepiece", "huggingface_hub"}
 DEPRECATED = {"pjit", "pmap"}
 KNOWS_LANGUAGE = "rlm_jax/reasoning/language.py"
