@@ -132,7 +132,14 @@ class KeptSampler:
     """Keeps the keys and values of every node, and expands any number of trees at once."""
 
     def __init__(self, model: Any, rules: Rules, num_trees: int, room: int):
-        """num_trees: how many at most are expanded at once. room: tokens of the longest path."""
+        """num_trees: how many at most are expanded at once. room: tokens of the longest path.
+
+        Raises:
+          ValueError: the model attends by other rules than causally to all that came before.
+        """
+        kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            raise ValueError(f"layers of {', '.join(sorted(kinds))}: accepted is full_attention")
         transformers.AttentionInterface.register("packed", _attend_packed)
         model.set_attn_implementation("packed")
         self.model, self.rules, self.work = model, rules, Work()
