@@ -22,6 +22,15 @@ HOW_TO_GET_LLAMA = (
 )
 
 
+def find_enders(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that end a step (they hold a newline) and those that end a solution.
+
+    Unlike our own step rule, the other side ends a step at a newline with nothing before it, too.
+    """
+    newlines = [t for t in range(tokenizer.vocab_size) if b"\n" in tokenizer.token_bytes(t)]
+    return newlines, sorted(tokenizer.eos_ids)
+
+
 @contextlib.contextmanager
 def open_host(python: str, model: str | pathlib.Path, dtype: str = "float32") -> Iterator[Any]:
     """A process that holds `model` (a GGUF file or a checkpoint's folder) and searches over it.

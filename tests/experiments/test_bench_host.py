@@ -23,6 +23,7 @@ from rlm_jax.inference.extend import score_tokens
 from rlm_jax.models.hf import load_hf, save_hf
 from rlm_jax.models.params import init_params
 from rlm_jax.models.presets import TINY_GEMMA3, TINY_LLAMA
+from rlm_jax.text.tokenizer import ByteTokenizer
 
 OTHER = os.environ.get("RLM_JAX_OTHER_PYTHON", sys.executable)
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17]]
@@ -208,6 +209,10 @@ def test_a_side_without_its_packages_says_how_to_get_them(program, tmp_path):
         bench_host.open_llama(sys.executable),
     ):
         pass
+
+
+def test_steps_end_at_newlines_and_solutions_at_end_tokens(program):
+    assert program("bench_host").find_enders(ByteTokenizer()) == ([10], [257])
 
 
 # Torch: three ways to the same trees.
