@@ -78,7 +78,9 @@ class Side:
         for kind in ("dynamic", "static"):
             self.kind = kind
             self.decode(num_tokens=2)  # First calls allocate and choose kernels.
-            seconds[kind] = min(self.decode(num_tokens=8)["seconds"] for _ in range(2))
+            seconds[kind] = min(
+                self.decode(num_tokens=min(8, new_tokens))["seconds"] for _ in range(2)
+            )
         self.kind = min(seconds, key=lambda kind: seconds[kind])
         return {"cache": self.kind, "trial_seconds": seconds}
 
