@@ -28,8 +28,14 @@ from side_process import serve
 
 FORMATS = {"f32": "LLAMA_FTYPE_ALL_F32", "f16": "LLAMA_FTYPE_MOSTLY_F16",
            "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}  # fmt: skip
-# One buffer that all rows attend to with a mask, or one each, the prompt copied.
-LAYOUTS = {"unified": True, "per_row": False}
+# One buffer that all rows attend to with a mask, or one each, the prompt copied; and whether
+# attention is fused. None is the fastest for all numbers of rows.
+LAYOUTS = {
+    "unified": (True, 0),
+    "unified_flash": (True, 1),
+    "per_row": (False, 0),
+    "per_row_flash": (False, 1),
+}
 
 
 def describe() -> dict[str, Any]:
@@ -76,17 +82,15 @@ def convert(gguf: str, folder: str) -> dict[str, Any]:
 def decode(
     gguf: str, prompt: Sequence[int], rows: int, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Times `repeats` decodings of the same prompt, in the layout that a short trial favours."""
+    """Times `repeats` decodings of the same prompt, in the layout that a trial favours."""
     if min(rows, new_tokens, repeats, len(prompt)) < 1:
         raise ValueError("decode: accepted are a prompt, rows, new_tokens and repeats of 1 or more")
     with _load(gguf) as model:
         shape = (prompt, rows, new_tokens)
-        trial = {
-            layout: min(_time_layout(model, layout, shape, min(16, new_tokens), 2)[0])
-            for layout in LAYOUTS
-        }
+        # The whole length each: a buffer that rows share grows with all of them.
+        trial = {layout: min(_time_layout(model, layout, *shape, 1)[0]) for layout in LAYOUTS}
         best = min(trial, key=lambda layout: trial[layout])
-        seconds, cpu, tokens = _time_layout(model, best, shape, new_tokens, repeats)
+        seconds, cpu, tokens = _time_layout(model, best, *shape, repeats)
     return {
         "seconds": seconds, "cpu_seconds": cpu, "tokens": tokens,
         "tokens_per_second": rows * new_tokens / min(seconds), "layout": best,
@@ -94,13 +98,12 @@ def decode(
     }  # fmt: skip
 
 
-def _time_layout(model, layout: str, shape, new_tokens: int, repeats: int):
+def _time_layout(model, layout: str, prompt, rows: int, new_tokens: int, repeats: int):
     """Seconds of each repeat, mean processor seconds, and the last repeat's tokens."""
-    prompt, rows, most = shape
-    with _open_context(model, LAYOUTS[layout], len(prompt), rows, most) as context:
+    with _open_context(model, layout, len(prompt), rows, new_tokens) as context:
         first = _prefill(model, context, prompt, rows)
         args = (model, context, first, len(prompt), rows)
-        _decode_once(*args, min(4, most))  # First calls allocate.
+        _decode_once(*args, min(4, new_tokens))  # First calls allocate.
         start = time.process_time()
         runs = [_decode_once(*args, new_tokens) for _ in range(repeats)]
         cpu = (time.process_time() - start) / repeats
@@ -125,10 +128,11 @@ def _load(gguf: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _open_context(model, unified: bool, num_prompt: int, rows: int, new_tokens: int):
+def _open_context(model, layout: str, num_prompt: int, rows: int, new_tokens: int):
     import llama_cpp
 
     params = llama_cpp.llama_context_default_params()
+    unified, params.flash_attn_type = LAYOUTS[layout]
     each = num_prompt + new_tokens
     params.n_ctx = num_prompt + rows * new_tokens if unified else rows * _round_up(each, 256)
     params.n_batch = params.n_ubatch = max(num_prompt, rows)

@@ -392,7 +392,8 @@ def test_llama_rows_continue_one_prompt_alike(program, smollm2_gguf):
         answer = bench_host.llama_decode(llama, smollm2_gguf, 3, prompt, 4, 2)
         assert answer["tokens"] == one["tokens"] * 3
         assert len(answer["seconds"]) == 2
-        assert set(answer["trial_seconds"]) == {"unified", "per_row"}
+        assert answer["layout"] in answer["trial_seconds"]
+        assert len(answer["trial_seconds"]) == 4
         with pytest.raises(RuntimeError, match="FileNotFoundError: no GGUF file"):
             bench_host.llama_decode(llama, "nowhere.gguf", 1, prompt, 4, 1)
         with pytest.raises(RuntimeError, match="of 1 or more"):
