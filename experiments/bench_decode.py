@@ -6,12 +6,9 @@ two alternate (A/B/A/B) in one run. Both forward the same prompt once outside of
 the same number of tokens per row.
 """
 
-import contextlib
 import dataclasses
-import json
 import pathlib
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from side_process import SideProcess
 
 from rlm_jax.evaluation import build, solver
 from rlm_jax.evaluation.build import Policy
@@ -41,6 +39,7 @@ from rlm_jax.text.answers import init_answer_state, make_answer_rule
 from rlm_jax.text.steps import StepSpec, make_step_rule
 
 PAGE_TOKENS = 4
+OTHER_SCRIPT = "bench_transformers.py"
 HOW_TO_GET_OTHER = "pip install torch transformers, or --other_python=PATH of a Python with both"
 QUESTIONS = (
     "Ben has 3 boxes of 12 pens and gives 7 pens away. How many pens are left?",
@@ -62,39 +61,6 @@ class Roofs(NamedTuple):
     bytes_per_second: float
 
 
-class Other:
-    """The other side: a process with torch that answers one JSON object per line."""
-
-    def __init__(self, python: str):
-        script = pathlib.Path(__file__).with_name("bench_transformers.py")
-        self._process = subprocess.Popen(
-            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Sends one command; raises RuntimeError with the other side's own words."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-            answer = json.loads(self._process.stdout.readline() or '{"error": "it has died"}')
-        except BrokenPipeError:
-            answer = {"error": "it has died"}
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
-
-
 def run_decode(
     config: Mapping[str, Any],
     *,
@@ -112,7 +78,7 @@ def run_decode(
         side out.
     """
     model = config["model"]
-    other = None if other_python is None else Other(other_python)
+    other = None if other_python is None else SideProcess(other_python, OTHER_SCRIPT)
     try:
         for dtype in dtypes:
             wide, quantize = ("float32", dtype) if dtype in QUANTIZATIONS else (dtype, None)
@@ -301,7 +267,7 @@ def _token_bytes(policy: Policy, dtype: str) -> int:
     return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
 
 
-def load_other(other: Other | None, model: str, dtype: str) -> str | None:
+def load_other(other: SideProcess | None, model: str, dtype: str) -> str | None:
     """Loads the other side; says what is missing where it cannot."""
     if other is None:
         return "left out (--only_ours)"

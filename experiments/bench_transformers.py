@@ -2,9 +2,8 @@
 
     python experiments/bench_transformers.py   (started by bench.py, under any Python with torch)
 
-One JSON object a line on stdin, one answer a line on stdout; it ends with its stdin. A process of
-its own, so that neither side's threads or memory are in the other's way; between commands it
-sleeps in a read. It is the only program here that imports torch, and it imports nothing of ours.
+A process of its own, spoken to as `side_process.py` says. The other sides of the benchmarks are the
+only programs here that import torch, and they import nothing of the package.
 
     {"do": "load", "model": FILE_OR_FOLDER, "dtype": "float32"}      -> versions, threads
     {"do": "prefill", "prompt": [ids], "rows": R, "new_tokens": S}   -> the cache that is faster
@@ -15,37 +14,55 @@ default attention (sdpa), and whichever of DynamicCache and StaticCache is faste
 forwarded once; its keys and values are copied to all rows outside of the timed part.
 """
 
-import json
 import os
-import sys
 import time
 from typing import Any
+
+from side_process import serve
+
+
+def load_model(path: str, dtype: str) -> Any:
+    """A causal language model from a GGUF file or a folder of a checkpoint, ready to run."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder, file = (path, None) if os.path.isdir(path) else os.path.split(path)
+    kind = getattr(torch, dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=kind, local_files_only=True
+    )
+    return model.to(kind).eval()
+
+
+def describe_versions() -> dict[str, Any]:
+    """What runs a model on this side."""
+    import torch
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 class Side:
     """A loaded model and what it is to continue."""
 
-    def __init__(self, path: str, dtype: str):
+    def __init__(self):
+        self.model: Any = None
+
+    def load(self, model: str, dtype: str) -> dict[str, Any]:
+        """Loads a checkpoint; what runs it."""
         import torch
         import transformers
 
-        self.torch = torch
-        self.transformers = transformers
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        folder, file = (path, None) if os.path.isdir(path) else os.path.split(path)
-        kind = getattr(torch, dtype)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=kind, local_files_only=True
-        )
-        self.model = model.to(kind).eval()
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "torch": self.torch.__version__,
-            "transformers": self.transformers.__version__,
-            "threads": self.torch.get_num_threads(),
-        }
+        self.torch, self.transformers = torch, transformers
+        self.model = None  # The old weights make room first.
+        self.model = load_model(model, dtype)
+        return describe_versions()
 
     def prefill(self, prompt: list[int], rows: int, new_tokens: int) -> dict[str, Any]:
         """Forwards the prompt once and finds out which cache decodes faster."""
@@ -61,7 +78,9 @@ class Side:
         for kind in ("dynamic", "static"):
             self.kind = kind
             self.decode(num_tokens=2)  # First calls allocate and choose kernels.
-            seconds[kind] = min(self.decode(num_tokens=8)["seconds"] for _ in range(2))
+            seconds[kind] = min(
+                self.decode(num_tokens=min(8, new_tokens))["seconds"] for _ in range(2)
+            )
         self.kind = min(seconds, key=lambda kind: seconds[kind])
         return {"cache": self.kind, "trial_seconds": seconds}
 
@@ -95,24 +114,9 @@ class Side:
 
 
 def main() -> None:
-    """Answers commands until stdin ends; a mistake is answered, not raised."""
-    # Libraries that print must not break the protocol.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    side: Any = None
-    for line in sys.stdin:
-        command = json.loads(line)
-        do = command.pop("do")
-        try:
-            if do == "load":
-                side = None  # The old weights make room first.
-                side = Side(command["model"], command["dtype"])
-                answer = side.describe()
-            else:
-                answer = {"prefill": side.prefill, "decode": side.decode}[do](**command)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+    """Answers commands until stdin ends."""
+    side = Side()
+    serve({"load": side.load, "prefill": side.prefill, "decode": side.decode})
 
 
 if __name__ == "__main__":

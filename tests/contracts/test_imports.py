@@ -29,9 +29,17 @@ RANKS = {
 }
 PROGRAMS = {"configs", "experiments"}
 PROGRAMS_ONLY = {"absl", "ml_collections"}
-NEVER = {"torch", "transformers", "tensorflow", "pickle"}
-# The other side of a benchmark: a process of its own that imports nothing of ours.
-OTHER_SIDES = {"experiments/bench_transformers.py": {"torch", "transformers"}}
+NEVER = {"torch", "transformers", "llama_cpp", "tensorflow", "pickle"}
+# The other sides of benchmarks: processes of their own, for a Python that has none of ours.
+OURS = {"rlm_jax", "jax", "configs"}
+OTHER_SIDES = {
+    "experiments/side_process.py": set(),
+    "experiments/host_tree.py": set(),
+    "experiments/bench_transformers.py": {"torch", "transformers"},
+    "experiments/bench_host_search.py": {"torch"},
+    "experiments/host_model.py": {"torch", "transformers"},
+    "experiments/bench_llama.py": {"llama_cpp"},
+}
 EXTRAS = {"tokenizers", "gguf", "sentencepiece", "huggingface_hub"}
 DEPRECATED = {"pjit", "pmap"}
 KNOWS_LANGUAGE = "rlm_jax/reasoning/language"  # and what its name begins with
@@ -57,6 +65,8 @@ def _judge_import(path: str, room: str, module: str) -> Iterator[str]:
     package = module.split(".")[0]
     if package in NEVER - OTHER_SIDES.get(path, set()):
         yield f"imports {package}, which nothing here may"
+    if package in OURS and path in OTHER_SIDES:
+        yield f"imports {package}, which the other sides have not"
     if package in PROGRAMS_ONLY and room not in PROGRAMS:
         yield f"imports {package}, which is for experiments and configs"
     other = _room_of(module.replace(".", "/"))
@@ -152,6 +162,10 @@ def test_the_house_rules_hold(root):
         ("rlm_jax/models/a.py", "from ml_collections import config_dict", "imports ml_coll"),
         ("experiments/a.py", "import torch.nn", "imports torch"),
         ("configs/a.py", "from transformers import x", "imports transformers"),
+        ("experiments/bench_host.py", "import llama_cpp", "imports llama_cpp"),
+        ("experiments/bench_llama.py", "import torch", "imports torch"),
+        ("experiments/host_tree.py", "import jax.numpy", "other sides have not"),
+        ("experiments/host_model.py", "from rlm_jax.text import x", "other sides have not"),
         ("rlm_jax/data/a.py", "import tensorflow as tf", "imports tensorflow"),
         ("rlm_jax/data/a.py", "import pickle", "imports pickle"),
         ("rlm_jax/data/a.py", "importlib.import_module('torch')", "imports torch"),
@@ -182,6 +196,7 @@ def test_the_checker_finds(path, source, offence):
         ("rlm_jax/core/a.py", '"""pjit is jax.jit today; never `with mesh:`."""\nimport jax'),
         ("rlm_jax/core/a.py", "with jax.set_mesh(mesh):\n  jax.vmap(f)"),
         ("rlm_jax/core/a.py", "x = 1\n" * 499),
+        ("experiments/bench_llama.py", "import llama_cpp\nfrom side_process import serve"),
         ("rlm_jax/__init__.py", "__version__ = '0'"),
         ("experiments/a.py", "import rlm_jax\nfrom rlm_jax import __version__"),
     ],

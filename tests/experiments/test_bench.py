@@ -60,11 +60,8 @@ def test_a_python_without_torch_is_told_of_and_costs_nothing_else(smollm2_gguf, 
     del lines
     import bench_decode
 
-    other = bench_decode.Other(sys.executable)
-    try:
+    with bench_decode.SideProcess(sys.executable, bench_decode.OTHER_SCRIPT) as other:
         note = bench_decode.load_other(other, str(smollm2_gguf), "float32")
-    finally:
-        other.close()
     assert note is not None
     assert "--other_python" in note
 
