@@ -34,15 +34,35 @@ def get_config(variant: str = "") -> ConfigDict:
     sampling = {"method": "sample", "temperature": 0.7, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
     config.greedy = ConfigDict({"sampling": {"method": "greedy"}})
     config.best_of_n = ConfigDict({"num_chains": 8, "rule": "majority", "sampling": sampling})
+    tree = {"num_children": 4, "answer_rule": "weighted", "sampling": sampling}
+    config.gumbel = ConfigDict(
+        {
+            **tree,
+            "num_nodes": 145,
+            "num_simulations": 32,
+            "num_lanes": 8,
+            "root_lanes": 4,
+            "max_considered": 16,
+            "gumbel_scale": 0.0,  # The root's children are samples already.
+        }
+    )
     config.puct = ConfigDict(
         {
+            **tree,
             "num_nodes": 129,
-            "num_children": 4,
             "num_lanes": 2,
             "exploration": 1.25,
             "normalise_prior": True,
-            "answer_rule": "weighted",
-            "sampling": sampling,
+        }
+    )
+    config.uct = ConfigDict({**tree, "num_nodes": 129, "num_lanes": 2, "exploration": 1.0})
+    config.td_mcts = ConfigDict(
+        {
+            **tree,
+            "num_nodes": 129,
+            "num_children": 2,
+            "value_low": 0.0,
+            "terminal": "exclude",
         }
     )
     if variant == "smoke":
@@ -52,6 +72,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.batch_size = 2
         config.max_depth = 4
         config.best_of_n.num_chains = 2
-        config.puct.num_nodes = 17
-        config.puct.num_children = 2
+        for tree in (config.gumbel, config.puct, config.uct, config.td_mcts):
+            tree.num_nodes = 17
+            tree.num_children = 2
+        config.gumbel.update({"num_simulations": 6, "num_lanes": 2, "root_lanes": 2})
     return config

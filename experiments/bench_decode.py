@@ -142,7 +142,7 @@ def make_decoder(
             page_tokens=PAGE_TOKENS,
             dtype=done.hidden.dtype,
         )
-        return write_prompts(pages, done.keys, done.values, lengths), last_hidden(
+        return write_prompts(pages, lengths * 0, done.keys, done.values, lengths), last_hidden(
             done.hidden, lengths
         )
 

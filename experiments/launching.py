@@ -6,6 +6,7 @@ interruption is status 130, and a bug keeps its traceback.
 """
 
 import hashlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -47,6 +48,7 @@ def run(program: Callable[[], None], stopped: str = "stopped") -> int:
     """
     name = pathlib.Path(sys.argv[0]).name
     logging.getLogger("jax").setLevel(logging.WARNING)  # It tells of every backend not there.
+    _pass_over_absent_tpu()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -136,6 +138,16 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _pass_over_absent_tpu() -> None:
+    """Keeps libtpu, which may be there for compiling alone, from complaining of a missing TPU."""
+    devices = pathlib.Path("/dev")
+    chips = [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    others = [name for name in plugins if importlib.util.find_spec(name)]
+    if not (chips or others or os.environ.get("JAX_PLATFORMS")):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _processor() -> str:

@@ -1,6 +1,6 @@
 """Answers questions by search: a chain, best-of-N, a tree, or all of them side by side.
 
-    python experiments/solve.py --config=configs/smollm2.py --question="..." --strategy=puct
+    python experiments/solve.py --config=configs/smollm2.py --question="..."
     python experiments/solve.py --config=configs/smollm2.py --problems=FILE.jsonl --out=DIR
 
 One question prints its reasoning tree; a file of problems (one JSON object a line: `question`,
@@ -9,6 +9,8 @@ written as they are finished; the same command started again goes on where it st
 """
 
 import contextlib
+import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +18,11 @@ from typing import Any
 
 import jax
 import launching
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,6 +36,7 @@ from rlm_jax.data.problems import read_problems
 from rlm_jax.data.records import Record, RecordWriter, read_records
 from rlm_jax.evaluation import build, solver
 from rlm_jax.tasks.base import Example, Gold, Problem
+from rlm_jax.viz import progress
 from rlm_jax.viz.text import render_summary, render_tree
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -39,7 +44,7 @@ _QUESTION = flags.DEFINE_string("question", None, "A question to answer.")
 _ANSWER = flags.DEFINE_string("answer", None, "Its answer, for grading after the search only.")
 _PROBLEMS = flags.DEFINE_string("problems", None, "A JSONL file of problems.")
 _STRATEGY = flags.DEFINE_list(
-    "strategy", ["puct"], f"One or more of {', '.join(build.STRATEGIES)}, separated by commas."
+    "strategy", ["gumbel"], f"One or more of {', '.join(build.STRATEGIES)}, separated by commas."
 )
 _BUDGET_TOKENS = flags.DEFINE_integer(
     "budget_tokens", None, "Tokens each strategy may generate per problem (default: the config's)."
@@ -54,7 +59,14 @@ _OUT = flags.DEFINE_string("out", None, "Folder for records.jsonl.")
 _LIMIT = flags.DEFINE_integer(
     "limit", None, "Take only the first problems of the file.", lower_bound=1
 )
+_WATCH = flags.DEFINE_bool("watch", False, "Show each round of the running searches.")
+_MAX_LINES = flags.DEFINE_integer(
+    "max_lines", 40, "Lines a drawn tree may take; the rest is folded.", lower_bound=4
+)
 flags.adopt_module_key_flags(launching)
+
+# Rounds between two looks at a running search.
+CHUNK_ROUNDS = 16
 
 Job = tuple[str, build.Plan, list[Example]]
 
@@ -203,6 +215,7 @@ def _solve_all(
             seed=_SEED.value,
             batch_size=batch_size,
             driver=_DRIVER.value,
+            chunk_rounds=1 if _WATCH.value else CHUNK_ROUNDS,
         )
         for record in _solve_examples(console, name, one, examples):
             if writer is not None:
@@ -210,7 +223,7 @@ def _solve_all(
             if _QUESTION.value is not None:
                 shown.append(record)
                 console.rule(f"[bold]{name}", align="left")
-                console.print(render_tree(record))
+                console.print(render_tree(record, max_lines=_MAX_LINES.value))
     if shown:
         console.rule("[bold]compared", align="left")
         console.print(render_summary(shown))
@@ -229,41 +242,76 @@ def _solve_examples(
                 raise
             _say(console, f"problem {problem.id!r:.80} skipped: {error}")
     encoded.sort(key=lambda pair: solver.bucket_width(one, pair[0]))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
-        bar = progress.add_task(name, total=len(encoded), status="")
-        for batch in _batches(one, encoded):
-            progress.update(bar, status="compiling")
-            solver.prepare(one, solver.bucket_width(one, batch[0][0]))
-            progress.update(bar, status="searching")
-            for record in solver.solve_batch(
-                one, [item for item, _ in batch], [gold for _, gold in batch], launching.wait
-            ):
+    watch = _Watch(console, name, len(encoded))
+    with watch.live:
+        for _, group in itertools.groupby(encoded, lambda pair: solver.bucket_width(one, pair[0])):
+            items, golds = zip(*group, strict=True)
+            watch.say("compiling")
+            solver.prepare(one, solver.bucket_width(one, items[0]))
+            watch.start()
+            stream = solver.solve_stream(
+                one, items, golds, launching.wait, functools.partial(watch.look, items)
+            )
+            for _, record in stream:
+                watch.count(record)
                 yield record
-                progress.advance(bar)
 
 
-def _batches(one: solver.Solver, encoded: list) -> Iterator[list]:
-    """Runs of at most batch_size problems that share a bucket."""
-    batch = []
-    for pair in encoded:
-        width = solver.bucket_width(one, pair[0])
-        if batch and (
-            len(batch) == one.batch_size or solver.bucket_width(one, batch[0][0]) != width
-        ):
-            yield batch
-            batch = []
-        batch.append(pair)
-    if batch:
-        yield batch
+class _Watch:
+    """Shows how a search is getting on: a bar, or with --watch a table of what is running."""
+
+    def __init__(self, console: Console, name: str, num_problems: int):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.console = console
+        self.bar = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self.task = self.bar.add_task(name, total=num_problems, status="")
+        self.table = Live(console=console, transient=True)
+        self.in_table = _WATCH.value and console.is_terminal
+        self.live = self.table if self.in_table else self.bar
+        self.num_problems, self.num_done, self.tokens = num_problems, 0, 0
+        self.started = 0.0
+
+    def start(self) -> None:
+        """The clock runs from here: compilation is not the search's pace."""
+        self.say("searching")
+        self.started = self.started or time.monotonic()
+
+    def say(self, status: str) -> None:
+        self.bar.update(self.task, status=status)
+
+    def count(self, record: Record) -> None:
+        self.num_done += 1
+        self.tokens += record["budget"]["generated_tokens"]
+        self.bar.advance(self.task)
+
+    def look(self, items: Sequence[solver.Encoded], search: Any, places: Sequence[int]) -> None:
+        """Called after each chunk of rounds."""
+        rows = [row for row, place in enumerate(places) if place >= 0]
+        now = progress.measure_progress(
+            jax.tree.map(lambda array: np.asarray(array)[rows], search.structure),
+            [items[places[row]].problem.id for row in rows],
+            rounds=np.asarray(search.rounds)[rows],
+            running=np.asarray(search.running)[rows],
+            problems_done=self.num_done,
+            num_problems=self.num_problems,
+            earlier_tokens=self.tokens,
+            seconds=time.monotonic() - self.started,
+        )
+        if self.in_table:
+            self.table.update(progress.render_progress(now))
+        elif _WATCH.value:
+            _say(self.console, progress.format_progress(now))
+        else:
+            self.say(f"round {now.rounds.max()}, {now.total_tokens} tokens")
 
 
 def _print_file_summary(console: Console, writer: RecordWriter, names: Iterable[str]) -> None:

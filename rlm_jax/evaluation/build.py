@@ -158,6 +158,7 @@ def build_solver(
     seed: int,
     batch_size: int,
     driver: str = "compiled",
+    chunk_rounds: int = 16,
 ) -> Solver:
     """A solver for one strategy over a loaded model.
 
@@ -202,6 +203,7 @@ def build_solver(
         settings=plan.settings,
         policy_version=policy.version,
         driver=driver,
+        chunk_rounds=chunk_rounds,
     )
 
 

@@ -8,8 +8,8 @@ then compared with a gold answer, if there is one.
 import dataclasses
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,22 @@ import numpy as np
 
 from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, Record, make_record
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
-from rlm_jax.reasoning.drive import Limits, run_compiled, run_host
-from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, World, begin, make_expand
+from rlm_jax.reasoning.drive import Limits, Search, advance, replace_rows, run_host, start
+from rlm_jax.reasoning.language import (
+    LanguageConfig,
+    LanguageModel,
+    World,
+    admit,
+    make_expand,
+    make_world,
+)
 from rlm_jax.reasoning.protocol import Strategy
-from rlm_jax.reasoning.structure import Operator, Structure, path_to_root
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, path_to_root
 from rlm_jax.tasks.base import Gold, Problem, Task
 from rlm_jax.text.tokenizer import Tokenizer
 
 WaitFn = Callable[[Any], Any]
+OnChunk = Callable[[Search, Sequence[int]], None]
 SIZES = ("budget_tokens", "batch_size", "bucket_tokens", "page_tokens")
 
 
@@ -33,7 +41,8 @@ class Solver:
     """What a search over problems needs, fixed for all of them.
 
     settings: flat scalars that describe the run, for the records. bucket_tokens: prompts are
-    padded to a multiple of it. driver: "compiled" or "host".
+    padded to a multiple of it. driver: "compiled" or "host". limits: when a search stops early.
+    chunk_rounds: rounds between two looks at a running search.
     """
 
     task: Task
@@ -48,9 +57,9 @@ class Solver:
     settings: Mapping[str, Any]
     policy_version: str
     driver: str = "compiled"
-    programs: dict[tuple[int, int], tuple[Callable, Callable]] = dataclasses.field(
-        default_factory=dict
-    )
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    chunk_rounds: int = 16
+    programs: dict[tuple[int, int], "Programs"] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.driver not in ("compiled", "host"):
@@ -105,51 +114,80 @@ def bucket_width(solver: Solver, encoded: Encoded) -> int:
     return -(-len(encoded.prompt) // solver.bucket_tokens) * solver.bucket_tokens
 
 
+class Slot(NamedTuple):
+    """A row of a running batch: whose it is, and the seconds it has taken."""
+
+    place: int
+    seconds: float
+
+
+def solve_stream(
+    solver: Solver,
+    batch: Sequence[Encoded],
+    golds: Sequence[Gold],
+    wait_fn: WaitFn = jax.block_until_ready,
+    on_chunk: OnChunk | None = None,
+) -> Iterator[tuple[int, Record]]:
+    """Solves problems of one bucket, any number of them; yields each as it is finished.
+
+    The search runs in chunks of rounds. Between chunks, rows whose problem is finished are handed
+    to the next ones, so that a long list keeps all rows busy.
+
+    Args:
+      golds: read after the search, to grade.
+      wait_fn: waits for a tree of arrays (one that polls lets Ctrl-C through).
+      on_chunk: called after each chunk with the search and the place in `batch` of each row's
+        problem (-1: none), for progress.
+
+    Yields:
+      Place in `batch`, and the record; its `seconds` is the problem's share of the wall clock.
+    """
+    if not batch:
+        return
+    programs = prepare(solver, max(bucket_width(solver, one) for one in batch))
+    waiting = list(range(len(batch)))
+    search = programs.open()
+    slots: list[Slot | None] = [None] * solver.batch_size
+    while True:
+        search, waiting, slots = _fill(solver, programs, batch, search, waiting, slots)
+        started = time.monotonic()
+        search = programs.advance(solver.lm, search, bool(waiting))
+        wait_fn(search.structure)
+        running = np.asarray(search.running)
+        taken = [slot for slot in slots if slot is not None]
+        share = (time.monotonic() - started) / max(len(taken), 1)
+        slots = [slot and Slot(slot.place, slot.seconds + share) for slot in slots]
+        if on_chunk is not None:
+            on_chunk(search, [-1 if slot is None else slot.place for slot in slots])
+        done = [row for row, slot in enumerate(slots) if slot is not None and not running[row]]
+        if done:
+            for row, record in _read_rows(solver, batch, golds, search, slots, done):
+                yield slots[row].place, record
+                slots[row] = None
+        if not waiting and not any(slots):
+            return
+
+
 def solve_batch(
     solver: Solver,
     batch: Sequence[Encoded],
     golds: Sequence[Gold],
     wait_fn: WaitFn = jax.block_until_ready,
 ) -> list[Record]:
-    """Solves up to batch_size problems of one bucket.
-
-    Args:
-      golds: read after the search, to grade.
-      wait_fn: waits for a tree of arrays (one that polls lets Ctrl-C through).
-
-    Returns:
-      A record per problem; `seconds` is the batch's wall clock over the number of its problems.
-    """
-    prepare(solver, max(bucket_width(solver, one) for one in batch))
-    started = time.monotonic()
-    structure, world = search_batch(solver, batch)
-    tokens = world.tokens
-    del world  # Its pages are free again before the next batch begins.
-    wait_fn((structure, tokens))
-    seconds = (time.monotonic() - started) / len(batch)
-    structure, tokens = jax.device_get((structure, tokens))
-    texts = [_node_texts(solver, structure, tokens, row) for row in range(len(batch))]
-    ids, names = _answer_ids(solver, structure, tokens, len(batch))
-    chosen = jax.device_get(jax.jit(solver.strategy.answer)(structure, ids)).node
-    return [
-        _make_record(
-            solver, one, gold, structure, tokens, row, texts[row], int(chosen[row]), names, seconds
-        )
-        for row, (one, gold) in enumerate(zip(batch, golds, strict=True))
-    ]
+    """The records of `solve_stream`, in the order of the problems."""
+    done = dict(solve_stream(solver, batch, golds, wait_fn))
+    return [done[place] for place in range(len(batch))]
 
 
 def search_batch(solver: Solver, batch: Sequence[Encoded]) -> tuple[Structure, World]:
     """The search alone: finished structures of up to batch_size problems, and their world."""
-    width = max(bucket_width(solver, one) for one in batch)
-    begin_fn, search_fn = prepare(solver, width)
-    spare = solver.batch_size - len(batch)
-    # Spare rows hold a one-token prompt and no budget: they never ask for anything.
-    prompts, lengths = pad_prompts([one.prompt for one in batch] + [(0,)] * spare, width)
-    limits = np.asarray([solver.budget_tokens] * len(batch) + [0] * spare, np.int32)
-    keys = problem_keys(solver.seed, [one.problem.id for one in batch] + [""] * spare)
-    structure, world = begin_fn(solver.lm, prompts, lengths, limits)
-    return search_fn(solver.lm, keys, world, structure)
+    programs = prepare(solver, max(bucket_width(solver, one) for one in batch))
+    slots: list[Slot | None] = [None] * solver.batch_size
+    waiting = list(range(len(batch)))
+    search, waiting, _ = _fill(solver, programs, batch, programs.open(), waiting, slots)
+    while np.asarray(search.running).any():
+        search = programs.advance(solver.lm, search, False)
+    return search.structure, search.world
 
 
 def problem_keys(seed: int, problem_ids: Sequence[str]) -> jax.Array:
@@ -166,52 +204,144 @@ def path_tokens(structure: Structure, tokens: np.ndarray, row: int, node: int) -
     return ids
 
 
-def prepare(solver: Solver, width: int) -> tuple[Callable, Callable]:
-    """The jitted prefill and search for one bucket, made once and compiled ahead of the clock."""
+class Programs(NamedTuple):
+    """What a bucket compiles to.
+
+    open() -> a search without problems. admit(lm, search, rows, keys, prompts, lengths, limits) ->
+    the search with new problems in these rows, `num_admitted` at a time. advance(lm, search,
+    problems_wait) -> the search one chunk on.
+    """
+
+    open: Callable[..., Search]
+    admit: Callable[..., Search]
+    advance: Callable[..., Search]
+    num_admitted: int
+
+
+def prepare(solver: Solver, width: int) -> Programs:
+    """The programs of one bucket, made once and compiled ahead of the clock."""
     shape = (solver.batch_size, width)
     if shape in solver.programs:
         return solver.programs[shape]
-    expand = make_expand(solver.language)
-    step_tokens = solver.lm.step_rule.max_tokens
+    cfg, strategy, expand = solver.language, solver.strategy, make_expand(solver.language)
+    limits = dataclasses.replace(solver.limits, step_tokens=solver.lm.step_rule.max_tokens)
+    num_admitted = -(-solver.batch_size // _REFILLS)
 
-    def begin_batch(lm, prompts, lengths, limits):
-        return begin(lm, prompts, lengths, limits, cfg=solver.language)
+    def open_batch(lm, keys):
+        structure, world = make_world(lm, jnp.zeros(keys.shape, jnp.int32), width, cfg=cfg)
+        return start(strategy, keys, world, structure, limits=limits)
 
-    def search(lm, keys, world, structure):
-        return run_compiled(
-            solver.strategy,
+    def admit_rows(lm, search, rows, keys, prompts, lengths, budgets):
+        structure, world = admit(
+            lm, search.structure, search.world, rows, prompts, lengths, budgets, cfg=cfg
+        )
+        return replace_rows(strategy, search, rows, keys, structure, world, limits=limits)
+
+    def advance_chunk(lm, search, max_rounds, min_finished):
+        return advance(
+            strategy,
             expand,
             lm,
-            keys,
-            world,
-            structure,
-            limits=Limits(step_tokens=step_tokens),
+            search,
+            limits=limits,
+            max_rounds=max_rounds,
+            min_finished=min_finished,
         )
 
-    rows = jax.ShapeDtypeStruct((solver.batch_size,), jnp.int32)
-    prompts = jax.ShapeDtypeStruct(shape, jnp.int32)
     keys = problem_keys(solver.seed, [""] * solver.batch_size)
-    begin_fn = jax.jit(begin_batch).lower(solver.lm, prompts, rows, rows).compile()
+    empty = jax.eval_shape(open_batch, solver.lm, keys)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    some = jax.ShapeDtypeStruct((num_admitted,), jnp.int32)
+    prompts = jax.ShapeDtypeStruct((num_admitted, width), jnp.int32)
+    opened = jax.jit(open_batch).lower(solver.lm, keys).compile()
+    admitted = jax.jit(admit_rows, donate_argnums=1)
+    admitted = admitted.lower(solver.lm, empty, some, keys[:num_admitted], prompts, some, some)
     if solver.driver == "compiled":
-        structure, world = jax.eval_shape(begin_batch, solver.lm, prompts, rows, rows)
-        jitted = jax.jit(search, donate_argnums=2)
-        search_fn = jitted.lower(solver.lm, keys, world, structure).compile()
+        chunk = jax.jit(advance_chunk, donate_argnums=1)
+        chunk = chunk.lower(solver.lm, empty, number, number).compile()
+
+        def advance_fn(lm, search, problems_wait):
+            enough = num_admitted if problems_wait else solver.batch_size
+            return chunk(lm, search, np.int32(solver.chunk_rounds), np.int32(enough))
+
     else:
         step = jax.jit(expand, donate_argnums=2)
 
-        def search_fn(lm, keys, world, structure):
-            return run_host(
-                solver.strategy,
-                step,
-                lm,
-                keys,
-                world,
-                structure,
-                limits=Limits(step_tokens=step_tokens),
+        def advance_fn(lm, search, problems_wait):
+            del problems_wait
+            structure, world = run_host(
+                strategy, step, lm, search.keys, search.world, search.structure, limits=limits
             )
+            request = dataclasses.replace(
+                search.request, nodes=jnp.full_like(search.request.nodes, NO_NODE)
+            )
+            return search.replace(structure=structure, world=world, request=request)
 
-    solver.programs[shape] = begin_fn, search_fn
-    return begin_fn, search_fn
+    programs = Programs(
+        lambda: opened(solver.lm, keys), admitted.compile(), advance_fn, num_admitted
+    )
+    solver.programs[shape] = programs
+    return programs
+
+
+_REFILLS = 4  # Finished rows are handed on when a quarter of the batch is.
+
+
+def _fill(solver, programs, batch, search, waiting, slots):
+    """Hands free rows to waiting problems, a group at a time."""
+    count = programs.num_admitted
+    free = [row for row, slot in enumerate(slots) if slot is None]
+    slots = list(slots)
+    width = max(bucket_width(solver, one) for one in batch)
+    while free and waiting:
+        group = min(count, len(free), len(waiting))
+        rows, places = free[:group], waiting[:group]
+        free, waiting = free[group:], waiting[group:]
+        spare = count - group
+        # A spare place holds a one-token prompt and goes to no row.
+        ids = [batch[place].problem.id for place in places] + [""] * spare
+        prompts, lengths = pad_prompts(
+            [batch[place].prompt for place in places] + [(0,)] * spare, width
+        )
+        search = programs.admit(
+            solver.lm,
+            search,
+            np.asarray(rows + [solver.batch_size] * spare, np.int32),
+            problem_keys(solver.seed, ids),
+            prompts,
+            lengths,
+            np.full(count, solver.budget_tokens, np.int32),
+        )
+        for row, place in zip(rows, places, strict=True):
+            slots[row] = Slot(place, 0.0)
+    return search, waiting, slots
+
+
+def _read_rows(solver, batch, golds, search, slots, rows) -> Iterator[tuple[int, Record]]:
+    """Records of finished rows."""
+    structure, tokens = jax.device_get((search.structure, search.world.tokens))
+    ids, names = np.full(structure.depth.shape, -1, np.int32), {}
+    for row in rows:
+        _name_answers(solver, structure, tokens, row, ids, names)
+    chosen = jax.device_get(jax.jit(solver.strategy.answer)(structure, ids)).node
+    for row in rows:
+        place, seconds = slots[row]
+        texts = _node_texts(solver, structure, tokens, row)
+        yield (
+            row,
+            _make_record(
+                solver,
+                batch[place],
+                golds[place],
+                structure,
+                tokens,
+                row,
+                texts,
+                int(chosen[row]),
+                names,
+                seconds,
+            ),
+        )
 
 
 def _node_texts(solver: Solver, structure: Structure, tokens: np.ndarray, row: int) -> list[str]:
@@ -220,25 +350,26 @@ def _node_texts(solver: Solver, structure: Structure, tokens: np.ndarray, row: i
     return [solver.tokenizer.decode([int(t) for t in step], skip_special=True) for step in steps]
 
 
-def _answer_ids(
-    solver: Solver, structure: Structure, tokens: np.ndarray, num_problems: int
-) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-    """Equal ids for equal answers among a structure's leaves, and the answers by row and node."""
-    ids = np.full(structure.depth.shape, -1, np.int32)
-    names: dict[tuple[int, int], str] = {}
-    for row in range(num_problems):
-        known: dict[str, int] = {}
-        alive = np.flatnonzero(structure.alive[row])
-        inner = set(structure.parent[row, alive].tolist())
-        for node in alive:
-            if node == 0 or node in inner:
-                continue
-            path = path_tokens(structure, tokens, row, int(node))
-            answer = solver.task.extract(solver.tokenizer.decode(path, skip_special=True))
-            if answer is not None:
-                ids[row, node] = known.setdefault(answer, len(known))
-                names[row, int(node)] = answer
-    return ids, names
+def _name_answers(
+    solver: Solver,
+    structure: Structure,
+    tokens: np.ndarray,
+    row: int,
+    ids: np.ndarray,
+    names: dict[tuple[int, int], str],
+) -> None:
+    """Gives equal ids to equal answers among a structure's leaves, and keeps their wording."""
+    known: dict[str, int] = {}
+    alive = np.flatnonzero(structure.alive[row])
+    inner = set(structure.parent[row, alive].tolist())
+    for node in alive:
+        if node == 0 or node in inner:
+            continue
+        path = path_tokens(structure, tokens, row, int(node))
+        answer = solver.task.extract(solver.tokenizer.decode(path, skip_special=True))
+        if answer is not None:
+            ids[row, node] = known.setdefault(answer, len(known))
+            names[row, int(node)] = answer
 
 
 def _make_record(

@@ -123,15 +123,35 @@ def make_pages(
 
 def write_prompts(
     pages: KVPages,
-    keys: tuple[Float[Array, "B G T E"], ...],
-    values: tuple[Float[Array, "B G T E"], ...],
-    lengths: Int32[Array, "B"],
+    rows: Int32[Array, "F"],
+    keys: tuple[Float[Array, "F G T E"], ...],
+    values: tuple[Float[Array, "F G T E"], ...],
+    lengths: Int32[Array, "F"],
 ) -> KVPages:
-    """Stores prefilled prompts in the pages set aside for them; T is a whole number of pages."""
-    ids = pages.prompt_table
-    begin = jnp.arange(ids.shape[1], dtype=jnp.int32)[None] * pages.page_tokens
+    """Gives F rows of the pool to new prompts: all else they held is free again.
+
+    Args:
+      rows: which structures, B to leave one out. keys, values: of the prefilled prompts;
+        T is a whole number of pages.
+    """
+    batch, per_row, num_prompt = (
+        pages.table.shape[0],
+        pages.pages_per_structure,
+        pages.prompt_table.shape[1],
+    )
+    ids = pages.prompt_table[jnp.minimum(rows, batch - 1)]
+    ids = jnp.where((rows < batch)[:, None], ids, NO_PAGE)
+    begin = jnp.arange(num_prompt, dtype=jnp.int32)[None] * pages.page_tokens
     fill = jnp.clip(lengths[:, None] - begin, 0, pages.page_tokens)
-    return _write(pages, keys, values, ids, fill, jnp.broadcast_to(begin, ids.shape))
+    pages = _write(pages, keys, values, ids, fill, jnp.broadcast_to(begin, ids.shape))
+    empty = jnp.where(jnp.arange(per_row) < num_prompt, 0, NO_PAGE).astype(jnp.int32)
+    owner = pages.owner.reshape(batch, per_row).at[rows].set(empty, mode="drop")
+    return dataclasses.replace(
+        pages,
+        owner=owner.reshape(-1),
+        table=pages.table.at[rows].set(NO_PAGE, mode="drop"),
+        table_length=pages.table_length.at[rows].set(0, mode="drop"),
+    )
 
 
 def write_steps(
@@ -213,38 +233,6 @@ def keep_pages(pages: KVPages, nodes: Int32[Array, "B"], order: Int32[Array, "B 
     table = jnp.where((order >= 0)[..., None], pages.table[rows, taken], NO_PAGE)
     length = jnp.where(order >= 0, pages.table_length[rows, taken], 0)
     return dataclasses.replace(pages, owner=owner, table=table, table_length=length)
-
-
-def restart_pages(pages: KVPages, fresh: KVPages, rows: Int32[Array, "F"]) -> KVPages:
-    """Gives rows of a pool to the F structures of another, which hold their prompts alone.
-
-    Args:
-      fresh: pages of F structures made with the same sizes, prompts written, no steps.
-      rows: the structure each of them replaces; out of range to leave one out.
-    """
-    per_row, prompt = pages.pages_per_structure, pages.prompt_table.shape[1]
-    num_fresh = rows.shape[0]
-    taken = (rows >= 0) & (rows < pages.table.shape[0])
-    to = rows[:, None] * per_row + jnp.arange(prompt)
-    to = jnp.where(taken[:, None], to, pages.fill.shape[0]).reshape(-1)
-
-    def move(pool: Array, new: Array) -> Array:
-        some = new.reshape(num_fresh, per_row, *new.shape[1:])[:, :prompt]
-        return pool.at[to].set(some.reshape(-1, *new.shape[1:]), mode="drop")
-
-    at = jnp.where(taken, rows, pages.table.shape[0])
-    owner = pages.owner.reshape(-1, per_row)
-    owner = owner.at[at].set(fresh.owner.reshape(-1, per_row), mode="drop")
-    return dataclasses.replace(
-        pages,
-        keys=tuple(move(*pair) for pair in zip(pages.keys, fresh.keys, strict=True)),
-        values=tuple(move(*pair) for pair in zip(pages.values, fresh.values, strict=True)),
-        fill=move(pages.fill, fresh.fill),
-        start=move(pages.start, fresh.start),
-        table=pages.table.at[at].set(fresh.table, mode="drop"),
-        table_length=pages.table_length.at[at].set(fresh.table_length, mode="drop"),
-        owner=owner.reshape(-1),
-    )
 
 
 def gather_prompts(pages: KVPages) -> Context:

@@ -119,8 +119,8 @@ def advance(
     search: Search,
     *,
     limits: Limits = Limits(),
-    max_rounds: int | None = None,
-    min_finished: int | None = None,
+    max_rounds: int | Array | None = None,
+    min_finished: int | Array | None = None,
 ) -> Search:
     """Grows every structure until all are done, or for a chunk of the way.
 
@@ -166,6 +166,51 @@ def advance(
     if len(widths) == 1:
         return jax.lax.while_loop(goes_on, functools.partial(body, widths[0]), carry)[1]
     return jax.lax.while_loop(goes_on, all_widths, carry)[1]
+
+
+def replace_rows(
+    strategy: Strategy,
+    search: Search,
+    rows: Int32[Array, "F"],
+    keys: Keys,
+    structure: Structure,
+    world: World,
+    *,
+    limits: Limits = Limits(),
+) -> Search:
+    """Lets F new problems take rows of a running search; the others go on as they were.
+
+    Args:
+      rows: B leaves one out. keys: [F], of the new problems. structure, world: of the
+        whole batch, the new problems in their rows already.
+    """
+
+    def put(array: Array, new: Array) -> Array:
+        return array.at[rows].set(new, mode="drop")
+
+    keys = put(search.keys, keys)
+    # Made for all rows, kept for the new ones: a strategy's start is cheap.
+    made = strategy.init(structure, keys)
+    is_new = put(search.rounds < 0, jnp.ones_like(rows, bool))
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    state = jax.tree.map(choose, made, search.state)
+    trace = search.trace
+    if trace is not None:
+        trace = jax.tree.map(lambda log: put(log, jnp.full_like(log[:1], NO_NODE)), trace)
+    proven = structure.proven.any(-1)
+    return Search(
+        keys=keys,
+        structure=structure,
+        state=state,
+        world=world,
+        request=_ask(strategy, state, structure, keys, proven, limits),
+        proven=proven,
+        rounds=choose(search.rounds * 0, search.rounds),
+        trace=trace,
+    )
 
 
 def run_compiled(
@@ -319,7 +364,8 @@ def _round(strategy, expand, params, search, width, limits) -> Search:
         )
     outcome, world = expand(params, search.keys, search.world, search.structure, request)
     state, structure = strategy.tell(search.state, search.structure, request, outcome)
-    proven = search.proven | (outcome.proven & outcome.terminal).any((1, 2))
+    solved = outcome.proven & outcome.terminal & outcome.valid & ~outcome.duplicate
+    proven = search.proven | solved.any((1, 2))
     trace = search.trace
     if trace is not None:
         rows = jnp.arange(asked.nodes.shape[0])

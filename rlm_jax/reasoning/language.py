@@ -23,6 +23,7 @@ from rlm_jax.inference.pages import (
     count_pages,
     gather_paths,
     gather_prompts,
+    keep_pages,
     make_pages,
     pages_for_search,
     path_buckets,
@@ -35,7 +36,7 @@ from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.reasoning.language_values import EVALUATORS, Judge, Paths, ValueFn, evaluate_paths
 from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
-from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
+from rlm_jax.reasoning.operators.structure import child_numbers, child_slots, take_nodes
 from rlm_jax.reasoning.protocol import Expand, Outcome, Request
 from rlm_jax.reasoning.structure import NO_NODE, UNLIMITED, Structure, make_structure, tokens_left
 from rlm_jax.text.answers import AnswerRule, AnswerState, answer_key, init_answer_state
@@ -131,20 +132,31 @@ def begin(
     Raises:
       ValueError: T is not a whole number of pages.
     """
-    batch, width = prompts.shape
+    structure, world = make_world(lm, lengths, prompts.shape[1], cfg=cfg)
+    rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+    return admit(lm, structure, world, rows, prompts, lengths, token_limits, cfg=cfg)
+
+
+def make_world(
+    lm: LanguageModel, like: Int32[Array, "B"], width: int, *, cfg: LanguageConfig
+) -> tuple[Structure, World]:
+    """B structures without a problem, and room for prompts of up to `width` tokens.
+
+    Args:
+      like: arrays derive from it, to vary over a mesh as it does; its values play no part.
+
+    Raises:
+      ValueError: width is not a whole number of pages.
+    """
     if width % cfg.page_tokens:
         raise ValueError(f"prompt width {width} is no multiple of page_tokens={cfg.page_tokens}")
     slots = step_slots(lm.step_rule, cfg.page_tokens)
-    limits = jnp.minimum(token_limits, cfg.max_new_tokens) + lengths * 0
-    structure = make_structure(lengths, cfg.num_nodes, token_limit=limits)
-    cost = dataclasses.replace(
-        zero_budget(lengths), prefilled_tokens=lengths, model_calls=jnp.ones_like(lengths)
-    )
-    structure = dataclasses.replace(structure, budget=cost)
-    prefilled = extend(lm.policy, prompts, lengths, cfg=cfg.model)
+    none = like * 0
+    structure = make_structure(none, cfg.num_nodes, token_limit=0)
+    dtype = lm.policy.final_norm.dtype
     pages = make_pages(
         cfg.model,
-        lengths,
+        none,
         num_nodes=cfg.num_nodes,
         num_pages=pages_for_search(
             width, cfg.num_nodes, slots, cfg.max_new_tokens, cfg.page_tokens
@@ -152,24 +164,80 @@ def begin(
         num_prompt_pages=width // cfg.page_tokens,
         num_path_pages=_path_pages(slots, cfg),
         page_tokens=cfg.page_tokens,
-        dtype=prefilled.hidden.dtype,
+        dtype=dtype,
     )
-    pages = write_prompts(pages, prefilled.keys, prefilled.values, lengths)
-    last = last_hidden(prefilled.hidden, lengths)
-    zero = jnp.zeros_like(structure.value)
+    zero = structure.value * 0
+    size = cfg.model.model_dim
     answers = init_answer_state(structure.depth.reshape(-1))
-    world = World(
+    return structure, World(
         pages=pages,
-        tokens=jnp.broadcast_to(structure.depth[..., None] * 0, (batch, cfg.num_nodes, slots)),
-        hidden=jnp.broadcast_to(last[:, None] * 0, (batch, cfg.num_nodes, last.shape[-1]))
-        .at[:, 0]
-        .set(last),
+        tokens=jnp.broadcast_to(structure.depth[..., None] * 0, (*zero.shape, slots)),
+        hidden=jnp.broadcast_to(zero[..., None], (*zero.shape, size)).astype(dtype),
         path_logprob=zero,
-        path_confidence=zero,
+        path_confidence=zero + 0,
         answers=jax.tree.map(lambda a: a.reshape(*zero.shape, *a.shape[1:]), answers),
-        prompt_length=lengths + 0,
+        prompt_length=none,
     )
-    return structure, world
+
+
+def admit(
+    lm: LanguageModel,
+    structure: Structure,
+    world: World,
+    rows: Int32[Array, "F"],
+    prompts: Int32[Array, "F T"],
+    lengths: Int32[Array, "F"],
+    token_limits: Int32[Array, "F"] | int = UNLIMITED,
+    *,
+    cfg: LanguageConfig,
+) -> tuple[Structure, World]:
+    """Prefills F right-padded prompts and gives them rows of the batch; what stood there is gone.
+
+    Args:
+      rows: B leaves a prompt out. T: the `width` of `make_world`.
+    """
+    limits = jnp.minimum(token_limits, cfg.max_new_tokens) + lengths * 0
+    fresh = make_structure(
+        lengths,
+        cfg.num_nodes,
+        num_parents=structure.more_parents.shape[-1] + 1,
+        token_limit=limits,
+    )
+    cost = dataclasses.replace(
+        zero_budget(lengths), prefilled_tokens=lengths, model_calls=jnp.ones_like(lengths)
+    )
+    fresh = dataclasses.replace(fresh, budget=cost)
+    done = extend(lm.policy, prompts, lengths, cfg=cfg.model)
+    last = last_hidden(done.hidden, lengths)
+
+    def put(array: Array, new: Array) -> Array:
+        return array.at[rows].set(new, mode="drop")
+
+    answers = init_answer_state(fresh.depth.reshape(-1))
+    answers = jax.tree.map(lambda a: a.reshape(*fresh.depth.shape, *a.shape[1:]), answers)
+    world = World(
+        pages=write_prompts(world.pages, rows, done.keys, done.values, lengths),
+        tokens=world.tokens,
+        hidden=world.hidden.at[rows, 0].set(last, mode="drop"),
+        path_logprob=put(world.path_logprob, fresh.value),
+        path_confidence=put(world.path_confidence, fresh.value),
+        answers=jax.tree.map(put, world.answers, answers),
+        prompt_length=put(world.prompt_length, lengths),
+    )
+    return jax.tree.map(put, structure, fresh), world
+
+
+def keep_world(world: World, nodes: Int32[Array, "B"], order: Int32[Array, "B N"]) -> World:
+    """Follows `operators.structure.keep_subtree`: pages, tokens and all move with their nodes."""
+    return World(
+        pages=keep_pages(world.pages, nodes, order),
+        tokens=take_nodes(world.tokens, order),
+        hidden=take_nodes(world.hidden, order),
+        path_logprob=take_nodes(world.path_logprob, order),
+        path_confidence=take_nodes(world.path_confidence, order),
+        answers=jax.tree.map(lambda array: take_nodes(array, order), world.answers),
+        prompt_length=world.prompt_length,
+    )
 
 
 def make_expand(cfg: LanguageConfig) -> Expand:

@@ -92,8 +92,8 @@ class Strategy(NamedTuple):
     num_lanes, num_children: W and K, fixed at compile time.
     widths: numbers of lanes that rounds come in, W first and falling; () for W alone. Lanes in use
       are the first ones then, and `tell` takes a request of any of these widths.
-    count_lanes(state, structure) -> [B]: lanes the next `ask` will use at most; with it, `ask` takes
-      `num_lanes`, one of `widths`.
+    count_lanes(state, structure) -> [B]: lanes the next `ask` will use at most; with it, `ask`
+      takes `num_lanes`, one of `widths`.
     """
 
     name: str

@@ -192,13 +192,13 @@ def test_a_restart_keeps_what_is_finished_and_does_the_rest(
     kept = b"".join(lines[:2])
     (tmp_path / "records.jsonl").write_bytes(kept + lines[2][:100])
     searched = []
-    solve_batch = solver.solve_batch
+    solve_stream = solver.solve_stream
 
     def count(one, batch, *args):
         searched.extend(item.problem.id for item in batch)
-        return solve_batch(one, batch, *args)
+        return solve_stream(one, batch, *args)
 
-    monkeypatch.setattr(solver, "solve_batch", count)
+    monkeypatch.setattr(solver, "solve_stream", count)
     flags = (*SMOKE, f"--problems={undisturbed}/p.jsonl", f"--out={tmp_path}")
     done = solve(*flags)
     assert done.status == 0

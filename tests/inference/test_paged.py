@@ -75,7 +75,7 @@ def grown(tiny, rules):
         page_tokens=PAGE,
         dtype=jnp.float32,
     )
-    pages = write_prompts(pages, done.keys, done.values, lengths)
+    pages = write_prompts(pages, jnp.arange(2), done.keys, done.values, lengths)
     hidden = np.zeros((2, CAPACITY, cfg.model_dim), np.float32)
     hidden[:, 0] = last_hidden(done.hidden, jnp.asarray(lengths))
     paths = {(b, 0): [int(t) for t in tokens[b, : lengths[b]]] for b in range(2)}

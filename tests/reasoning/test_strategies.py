@@ -121,7 +121,9 @@ def test_the_budget_is_never_exceeded(strategy, token_limit):
 def test_the_end_of_a_budget_goes_into_whole_steps(left, served):
     strategy = VARIANTS["best_of_n"][0]
     keys, _, structure = start(range(2), token_limit=left)
-    request = next_request(strategy, strategy.init(structure, keys), structure, keys, limits=Limits(step_tokens=6))
+    request = next_request(
+        strategy, strategy.init(structure, keys), structure, keys, limits=Limits(step_tokens=6)
+    )
     assert request.active.tolist() == [[lane < served for lane in range(5)]] * 2
 
 
@@ -129,7 +131,11 @@ def test_a_chain_that_must_wait_goes_on_later():
     strategy = VARIANTS["best_of_n"][0]
     keys, world, structure = start(range(4), token_limit=40)
     expand = make_expand(terminal_rate=1.0)
-    run = jax.jit(lambda k, w, s: run_compiled(strategy, expand, None, k, w, s, limits=Limits(step_tokens=20))[0])
+    run = jax.jit(
+        lambda k, w, s: run_compiled(
+            strategy, expand, None, k, w, s, limits=Limits(step_tokens=20)
+        )[0]
+    )
     structure = run(keys, world, structure)
     check(structure)
     # Every chain ends with its first step, of six tokens at most: all five fit, two at a time.

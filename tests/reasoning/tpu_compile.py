@@ -101,7 +101,9 @@ def compile_search(case: Case, dump_folder: str) -> tuple[jax.stages.Compiled, P
     expand = make_expand(config)
 
     def search(lm, keys, world, structure):
-        return run_compiled(strategy, expand, lm, keys, world, structure, limits=Limits(step_tokens=32))
+        return run_compiled(
+            strategy, expand, lm, keys, world, structure, limits=Limits(step_tokens=32)
+        )
 
     lm = _abstract_model(mesh, case.model)
     rows = NamedSharding(mesh, BATCH_SPEC)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.budget import add_budgets
-from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree, UInt32
+from rlm_jax.core.types import Array, Bool, Float32, Int32, UInt32
 from rlm_jax.reasoning.protocol import Outcome, Request
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, subtree
 
@@ -263,8 +263,3 @@ def take_nodes(array: Array, order: Int32[jax.Array, "B N"], empty: float | int 
     shape = order.shape + (1,) * (array.ndim - 2)
     moved = jnp.take_along_axis(array, jnp.maximum(order, 0).reshape(shape), 1)
     return jnp.where((order >= 0).reshape(shape), moved, jnp.asarray(empty, array.dtype))
-
-
-def take_tree(tree: PyTree, order: Int32[jax.Array, "B N"]) -> PyTree:
-    """`take_nodes` for every array of a tree."""
-    return jax.tree.map(lambda array: take_nodes(array, order), tree)

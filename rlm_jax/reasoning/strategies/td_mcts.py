@@ -6,8 +6,8 @@ up to and including the root, N <- N + 1. Where Algorithm 1, x1's code and sense
 
 - D1 the root is backed up too (code); at its first selection exploration is exactly 0.
 - D2 iterations end at the limit *and* at a terminal selection. D3 a child's q is its own.
-- D4 q' is q scaled from `value_range` to [0, 1] (code); `value_range=None` takes q raw (paper,
-  where exploration is twice as strong against q).
+- D4 q' is q scaled from [value_low, value_high] to [0, 1] (code, from [-1, 1]); 0 and 1 take q as
+  it is (paper, where exploration is twice as strong against q).
 - D5, D6 the answer is the terminal node of highest value (paper), not a walk by the exploring
   score; the walks are other `answer_rule`s.
 - D7 `terminal`: "stop" ends the search when a terminal is selected (code, and the default here);
@@ -39,7 +39,8 @@ def make_td_mcts(
     *,
     c1: float = 1.25,
     c2: float = 19652.0,
-    value_range: tuple[float, float] | None = (-1.0, 1.0),
+    value_low: float = -1.0,
+    value_high: float = 1.0,
     **tree: Any,
 ) -> Strategy:
     """The strategy with these settings; `tree` holds fields of `TreeConfig` over `DEFAULTS`.
@@ -49,11 +50,11 @@ def make_td_mcts(
     """
     if c1 < 0 or c2 <= 0:
         raise ValueError(f"c1 must be >= 0 and c2 > 0, got {c1}, {c2}")
-    if value_range is not None and not value_range[0] < value_range[1]:
-        raise ValueError(f"value_range must be (low, high) or None, got {value_range}")
-    low, high = value_range or (0.0, 1.0)
+    if not value_low < value_high:
+        raise ValueError(f"value_low must be < value_high, got {value_low}, {value_high}")
+    width = value_high - value_low
 
     def score(s: Siblings) -> Array:
-        return td_score((s.q - low) / (high - low), s.visits, s.node_visits, c1=c1, c2=c2)
+        return td_score((s.q - value_low) / width, s.visits, s.node_visits, c1=c1, c2=c2)
 
     return make_tree_search("td_mcts", TreeConfig(**{**DEFAULTS, **tree}), score)
