@@ -9,7 +9,7 @@ from rlm_jax.core.budget import zero_budget
 from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency, step_prior
 from rlm_jax.reasoning.operators.structure import child_slots, generate
 from rlm_jax.reasoning.operators.traversal import puct_score, select_answer
-from rlm_jax.reasoning.operators.update import backpropagate
+from rlm_jax.reasoning.operators.update import Backup, backpropagate
 from rlm_jax.reasoning.protocol import Outcome, Request
 from rlm_jax.reasoning.structure import Operator, check, make_structure, path_to_root
 
@@ -35,6 +35,9 @@ def grow(structure, nodes, num_children, values, terminal=None, lengths=None, du
         reward=jnp.zeros(shape),
         terminal=false if terminal is None else jnp.asarray(terminal).reshape(shape),
         answer_key=jnp.zeros(shape, jnp.uint32),
+        state_key=jnp.zeros(shape, jnp.uint32),
+        proven=false,
+        node_value=jnp.zeros(shape[:2]),
         cost=cost,
     )
     structure, slots = generate(structure, request, outcome, jnp.ones(shape))
@@ -175,32 +178,67 @@ def test_generate_keeps_a_duplicate_dead_but_on_record():
     assert structure.span_start[0, 1:3].tolist() == [4, 4]
 
 
+FIRST_CHILD = jnp.full((1, 10), -1).at[0, :3].set(jnp.asarray([1, 3, 5]))
+
+
+def back_up(tree, nodes, totals, counts, **settings):
+    """`backpropagate` of `tree`, with no change of its open leaves."""
+    counts, totals = jnp.asarray([counts], jnp.float32), jnp.asarray([totals], jnp.float32)
+    backup = Backup(counts, totals, jnp.zeros(counts.shape, jnp.int32))
+    leaves = jnp.zeros((1, 10), jnp.int32)
+    return backpropagate(
+        tree, FIRST_CHILD, leaves, jnp.asarray([nodes]), backup, num_children=2, **settings
+    )[0]
+
+
 def test_backpropagation_keeps_means_whatever_the_order(tree):
-    totals, counts = jnp.asarray([[1.5, -0.5]]), jnp.asarray([[2.0, 1.0]])
-    together = backpropagate(tree, jnp.asarray([[1, 2]]), totals, counts)
-    apart = backpropagate(tree, jnp.asarray([[2]]), totals[:, 1:], counts[:, 1:])
-    apart = backpropagate(apart, jnp.asarray([[1]]), totals[:, :1], counts[:, :1])
+    together = back_up(tree, [1, 2], [1.5, -0.5], [2, 1])
+    apart = back_up(back_up(tree, [2], [-0.5], [1]), [1], [1.5], [2])
     np.testing.assert_allclose(together.value, apart.value, atol=1e-6)
     assert together.visits[0, :3].tolist() == [3.0, 3.0, 2.0]
     np.testing.assert_allclose(together.value[0, :3], [1 / 3, 2.0 / 3, 0.05], atol=1e-6)
     np.testing.assert_array_equal(together.value[0, 3:], tree.value[0, 3:])
 
 
+@pytest.mark.parametrize(("learning_rate", "value"), [(1.0, -0.024), (0.5, 0.038)])
+def test_td_backup_golden_g06(tree, learning_rate, value):
+    """Children (N, q) = (1, .5), (3, -.2), old q = .1."""
+    stats = tree.replace(
+        value=tree.value.at[0, :3].set(jnp.asarray([0.1, 0.5, -0.2])),
+        visits=tree.visits.at[0, :3].set(jnp.asarray([4.0, 1.0, 3.0])),
+    )
+    new = back_up(
+        stats, [0], [0.0], [1], rule="td", discount=0.96, learning_rate=learning_rate
+    )
+    assert float(new.value[0, 0]) == pytest.approx(value, abs=1e-6)
+    assert float(new.visits[0, 0]) == 5.0
+
+
+def test_backups_by_maximum_and_with_rewards_and_discount(tree):
+    stats = tree.replace(reward=tree.reward.at[0, 1:3].set(jnp.asarray([0.1, -0.2])))
+    new = back_up(stats, [0], [0.0], [1], rule="max", discount=0.5)
+    assert float(new.value[0, 0]) == pytest.approx(0.1 + 0.5 * 0.5)
+    new = back_up(stats, [1], [0.7], [1], discount=0.5)
+    # Node 1 held one visit of 0.5; its edge is worth 0.1 on the way up.
+    assert float(new.value[0, 1]) == pytest.approx((0.5 + 0.7) / 2)
+    assert float(new.value[0, 0]) == pytest.approx(0.1 + 0.5 * 0.7)
+
+
 def test_a_graph_node_may_have_several_parents():
     structure = make_structure(jnp.asarray([1]), 6, num_parents=2)
     structure, _ = grow(structure, [0], 3, [0.1, 0.2, 0.3])
     structure, _ = grow(structure, [1], 1, [0.4])
-    parents = structure.parents.at[0, 4, 1].set(2)
+    more = structure.more_parents.at[0, 4, 0].set(2)
     operator = structure.operator.at[0, 4].set(Operator.AGGREGATE)
-    check(structure.replace(parents=parents, operator=operator))
+    check(structure.replace(more_parents=more, operator=operator))
     with pytest.raises(AssertionError, match="parents come before"):
-        check(structure.replace(parents=structure.parents.at[0, 4, 1].set(4), operator=operator))
+        check(structure.replace(more_parents=more.at[0, 4, 0].set(4), operator=operator))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("parents", 8, "parents come before"),
+        ("parent", 8, "parents come before"),
         ("depth", 5, "depth is one more"),
         ("span_start", 77, "starts where its parent ends"),
         ("value", np.nan, "finite"),
@@ -211,8 +249,7 @@ def test_a_graph_node_may_have_several_parents():
 )
 def test_check_finds_what_is_broken(tree, field, value, rule):
     array = getattr(tree, field)
-    at = (0, 6, 0) if field == "parents" else (0, 6)
-    broken = tree.replace(**{field: array.at[at].set(value)})
+    broken = tree.replace(**{field: array.at[0, 6].set(value)})
     with pytest.raises(AssertionError, match=rule):
         check(broken)
 

@@ -142,6 +142,19 @@ def scale_completed_q(
     return jnp.where(alive, (visit_offset + most) * value_scale * q, 0.0)
 
 
+def was_grown(structure: Structure) -> Bool[jax.Array, "B N"]:
+    """Nodes that children were made of, living or dead."""
+    rows = jnp.arange(structure.depth.shape[0])[:, None]
+    at = jnp.where(structure.parent >= 0, structure.parent, structure.capacity)
+    return jnp.zeros_like(structure.alive).at[rows, at].set(True, mode="drop")
+
+
+def find_open(structure: Structure, max_depth: int) -> Bool[jax.Array, "B N"]:
+    """Living nodes that a search may still grow: never grown, not terminal, above max_depth."""
+    ended = structure.terminal | (structure.depth >= max_depth)
+    return structure.alive & ~ended & ~was_grown(structure)
+
+
 def backtracks(
     parents: Int32[jax.Array, "B N"], before: Int32[jax.Array, "B"], nodes: Int32[jax.Array, "B"]
 ) -> Bool[jax.Array, "B"]:

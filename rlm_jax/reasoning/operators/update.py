@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlm_jax.core.types import Array, Float32, Int32
+from rlm_jax.core.types import Array, Bool, Float32, Int32
 from rlm_jax.reasoning.structure import Structure
 
 BACKUPS = ("mean", "max", "weighted", "td")
@@ -92,6 +92,26 @@ def backpropagate(
     carry = jax.lax.while_loop(lambda carry: carry[0] >= 0, climb, (*carry, open_leaves))
     *_, visits, value, opened = carry
     return dataclasses.replace(structure, visits=visits, value=value), opened
+
+
+def add_to_paths(
+    structure: Structure,
+    counts: Int32[Array, "B N"],
+    nodes: Int32[Array, "B L"],
+    change: Int32[Array, "B L"] | Bool[Array, "B L"],
+) -> Int32[Array, "B N"]:
+    """Adds each node's change to it and to all above it, along first parents; -1 adds nothing."""
+    rows = jnp.arange(nodes.shape[0])[:, None]
+    change = change.astype(jnp.int32)
+
+    def climb(carry):
+        lanes, counts = carry
+        at = jnp.where(lanes >= 0, lanes, structure.capacity)
+        counts = counts.at[rows, at].add(change, mode="drop")
+        above = structure.parent[rows, jnp.maximum(lanes, 0)]
+        return jnp.where(lanes >= 0, above, -1), counts
+
+    return jax.lax.while_loop(lambda carry: (carry[0] >= 0).any(), climb, (nodes, counts))[1]
 
 
 def weighted_mean(
