@@ -115,9 +115,14 @@ def add_to_paths(
 
 
 def weighted_mean(
-    value: Float32[Array, "*R K"], visits: Float32[Array, "*R K"]
+    value: Float32[Array, "*R K"], visits: Float32[Array, "*R K"], *, min_visits: float = 0.0
 ) -> Float32[Array, "*R"]:
-    """sum N Q / sum N over children that were visited; 0 where none was."""
+    """sum N Q / sum N over children that were visited (CPL; golden G56); 0 where none was.
+
+    Args:
+      min_visits: what a child's N counts for at least; 1 is MCTS-DPO's max(1, N) (golden G55).
+    """
+    visits = jnp.maximum(visits, min_visits)
     return (visits * value).sum(-1) / jnp.maximum(visits.sum(-1), 1.0)
 
 
