@@ -130,11 +130,12 @@ class State:
 class Siblings(NamedTuple):
     """What a score sees: K children [B, L, K] of the nodes [B, L].
 
-    q: reward + discount * value. visits: virtual visits among them. node_*: of the parent.
-    available: children that may be selected; alive: children there are.
+    q: reward + discount * value; undiscounted: reward + value. visits: virtual visits among them.
+    node_*: of the parent. available: children that may be selected; alive: children there are.
     """
 
     q: Float32[Array, "B L K"]
+    undiscounted: Float32[Array, "B L K"]
     visits: Float32[Array, "B L K"]
     prior: Float32[Array, "B L K"]
     available: Bool[Array, "B L K"]
@@ -257,8 +258,10 @@ def look_below(
         # The window is the root's; other nodes have fewer children.
         kids = jnp.minimum(kids, structure.capacity - 1)
         available &= structure.parent[at, kids] == safe[..., None]
+    value, reward = structure.value[at, kids], structure.reward[at, kids]
     siblings = Siblings(
-        q=structure.reward[at, kids] + cfg.discount * structure.value[at, kids],
+        q=reward + cfg.discount * value,
+        undiscounted=reward + value,
         visits=structure.visits[at, kids],
         prior=structure.prior[at, kids],
         available=available,
