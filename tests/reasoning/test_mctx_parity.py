@@ -97,9 +97,7 @@ def run_mctx(kind, num_actions, num_simulations, gumbel_scale=0.0, value_scale=0
 
     def search():
         logits, value = predict(jnp.asarray(ROOTS), num_actions)
-        root = mctx.RootFnOutput(
-            prior_logits=logits, value=value, embedding=jnp.asarray(ROOTS)
-        )
+        root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=jnp.asarray(ROOTS))
         args = (None, jax.random.key(3), root, recurrent, num_simulations)
         mask = make_mask(num_actions)
         if kind == "puct":
@@ -179,9 +177,7 @@ def test_improved_policies_equal():
     num_actions, num_simulations = 8, 50
     output = run_mctx("gumbel", num_actions, num_simulations, value_scale=0.1)
     tree = settings(num_actions, num_simulations)
-    structure = run_ours(
-        make_ours("gumbel", value_scale=0.1, **tree), num_actions, num_simulations
-    )
+    structure = run_ours(make_ours("gumbel", value_scale=0.1, **tree), num_actions, num_simulations)
     assert_same_visits(structure, output)
 
     @jax.jit
@@ -195,6 +191,4 @@ def test_improved_policies_equal():
 
     policy = np.asarray(improve(structure))
     np.testing.assert_allclose(policy, output.action_weights, atol=1e-5)
-    np.testing.assert_allclose(
-        structure.value[:, 0], output.search_tree.summary().value, atol=1e-5
-    )
+    np.testing.assert_allclose(structure.value[:, 0], output.search_tree.summary().value, atol=1e-5)

@@ -262,9 +262,7 @@ def assert_equal_to_model(structure, model):
 
 def assert_views(structure, model, place):
     nodes = model.nodes
-    living_children = [
-        [n for n in nodes if n.alive and node in n.parents] for node in nodes
-    ]
+    living_children = [[n for n in nodes if n.alive and node in n.parents] for node in nodes]
     grown = [any(n.parents[0] is node for n in nodes if n.parents) for node in nodes]
     top = len(nodes) // 2
     inside = {nodes[top]}
@@ -332,7 +330,9 @@ def generate_both(structure, model, numbers):
     if model.nodes[leaves[0]].terminal:
         return structure  # A kept solution: nothing is left to grow.
     room = (CAPACITY - len(model.nodes)) // 2
-    lanes = list(dict.fromkeys([leaves[numbers[0] % len(leaves)], leaves[numbers[1] % len(leaves)]]))
+    lanes = list(
+        dict.fromkeys([leaves[numbers[0] % len(leaves)], leaves[numbers[1] % len(leaves)]])
+    )
     lanes = (lanes[: min(room, len(lanes))] + [-1, -1])[:2]
     codes = numbers[2:6]
     fields = {

@@ -72,7 +72,9 @@ def make_beam(
       ValueError: a setting out of range.
     """
     numbers = {"beam_width": beam_width, "num_children": num_children, "max_depth": max_depth}
-    for name, number in (numbers | {"num_solutions": num_solutions or 1}).items():
+    if num_solutions is not None:
+        numbers["num_solutions"] = num_solutions
+    for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be >= 1, got {number}")
     if dropped not in DROPPED:
@@ -141,7 +143,9 @@ def tell(
     structure, slots = generate(structure, request, outcome, prior)
     batch, num_beams = state.beams.shape
     rows = jnp.arange(batch)[:, None]
-    waits = (state.beams > 0) & ~request.active
+    # The root waits only where nothing was served at all.
+    waits = (state.beams >= 0) & ~request.active
+    waits &= (state.beams > 0) | ~request.active.any(-1, keepdims=True)
 
     def join(of_beams: Array, of_steps: Array) -> Array:
         return jnp.concatenate([of_beams, of_steps.reshape(batch, -1)], 1)

@@ -62,7 +62,9 @@ def make_best_first(
       ValueError: a setting out of range.
     """
     numbers = {"num_lanes": num_lanes, "num_children": num_children, "max_depth": max_depth}
-    numbers |= {"root_lanes": root_lanes, "num_solutions": num_solutions or 1}
+    numbers["root_lanes"] = root_lanes
+    if num_solutions is not None:
+        numbers["num_solutions"] = num_solutions
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be >= 1, got {number}")
