@@ -81,7 +81,8 @@ def make_scripted_expand(script):
             value=[value for _, value, _ in steps],
             terminal=[end for *_, end in steps],
         )
-        for slot, (name, *_) in zip(np.asarray(child_slots(structure, request)).ravel(), steps):
+        slots = np.asarray(child_slots(structure, request)).ravel()
+        for slot, (name, *_) in zip(slots, steps, strict=True):
             names = {**names, int(slot): name}
         return outcome, names
 

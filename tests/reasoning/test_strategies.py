@@ -280,7 +280,7 @@ def test_a_beam_goes_on_from_the_best(strategy, shrinks):
 
 def test_best_first_grows_the_best_open_leaves():
     strategy = VARIANTS["best_first"][1]
-    before = None
+    before, opened = None, np.zeros(0)
     for _, lanes, state, s in frames(film(strategy)):
         for b in np.flatnonzero(TOKEN_LIMITS == 300):
             grown = lanes[b][lanes[b] >= 0]
@@ -293,7 +293,7 @@ def test_best_first_grows_the_best_open_leaves():
         # What is valued below the threshold was pruned at once.
         inner = np.arange(CAPACITY)[None] > 0
         assert not (s.alive & inner & ~s.terminal & (s.value < -0.5)).any()
-        before, opened = s, state.open
+        before, opened = s, np.array(state.open)
 
 
 def test_best_first_ends_with_its_solutions():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -283,7 +284,7 @@ def assert_views(structure, model, place):
     for view, wanted in zip(views(structure, jnp.asarray([top])), expected, strict=True):
         assert view[0].tolist() == wanted + [False] * (CAPACITY - len(nodes))
     path, value = best_path(structure, 0), np.asarray(structure.value[0])
-    for above, below in zip(path, path[1:], strict=False):
+    for above, below in itertools.pairwise(path):
         best = max(value[place[n]] for n in living_children[above])
         assert nodes[above] in nodes[below].parents
         assert value[below] == best
@@ -333,7 +334,7 @@ def generate_both(structure, model, numbers):
     lanes = list(
         dict.fromkeys([leaves[numbers[0] % len(leaves)], leaves[numbers[1] % len(leaves)]])
     )
-    lanes = (lanes[: min(room, len(lanes))] + [-1, -1])[:2]
+    lanes = [*lanes[:room], -1, -1][:2]
     codes = numbers[2:6]
     fields = {
         "length": [1 + c % 3 for c in codes],
