@@ -17,7 +17,7 @@ import numpy as np
 
 from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, Record, make_record
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
-from rlm_jax.reasoning.drive import run_compiled, run_host
+from rlm_jax.reasoning.drive import Limits, run_compiled, run_host
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, World, begin, make_expand
 from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.structure import Operator, Structure, path_to_root
@@ -179,7 +179,13 @@ def prepare(solver: Solver, width: int) -> tuple[Callable, Callable]:
 
     def search(lm, keys, world, structure):
         return run_compiled(
-            solver.strategy, expand, lm, keys, world, structure, step_tokens=step_tokens
+            solver.strategy,
+            expand,
+            lm,
+            keys,
+            world,
+            structure,
+            limits=Limits(step_tokens=step_tokens),
         )
 
     rows = jax.ShapeDtypeStruct((solver.batch_size,), jnp.int32)
@@ -195,7 +201,13 @@ def prepare(solver: Solver, width: int) -> tuple[Callable, Callable]:
 
         def search_fn(lm, keys, world, structure):
             return run_host(
-                solver.strategy, step, lm, keys, world, structure, step_tokens=step_tokens
+                solver.strategy,
+                step,
+                lm,
+                keys,
+                world,
+                structure,
+                limits=Limits(step_tokens=step_tokens),
             )
 
     solver.programs[shape] = begin_fn, search_fn

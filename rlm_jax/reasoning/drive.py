@@ -1,20 +1,171 @@
-"""Two drivers for any strategy and any expander.
+"""Drivers for any strategy and any expander.
 
-The compiled driver is one `lax.while_loop` over expand, tell and ask: nothing leaves the device
-until every structure of the batch is done. The host driver is a Python loop over the same
-functions, for expanders that are not JAX programs (remote models, tools). Both give equal
-structures for equal keys: a node's randomness is its problem's key and its own index.
+The compiled driver is a `lax.while_loop` over expand, tell and ask: nothing leaves the device until
+every structure of the batch is done, or a chunk of rounds is (`advance`), after which the host may
+look, save, or hand finished slots to new problems. The host drivers are Python loops over the same
+functions, for expanders that are not JAX programs (remote models, tools): `run_host` in step,
+`run_apart` with every structure at its own pace and many requests in flight. All give equal
+structures for equal keys: a node's randomness is its problem's key and its own number.
 """
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rlm_jax.core.types import PyTree
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Int32, Key, PyTree
+from rlm_jax.reasoning.operators.traversal import share_votes
 from rlm_jax.reasoning.protocol import Expand, Keys, Request, State, Strategy, World
 from rlm_jax.reasoning.structure import NO_NODE, Structure, tokens_left
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When a structure gets no more requests, beside the strategy's own end.
+
+    step_tokens: the longest step, for the end of a budget (`serve_lanes`). proven: stop at the
+    first solution that a self-verifying task proves. min_value: stop when a solution is worth at
+    least that (ReST-MCTS*'s end gate: 0.9). min_share, min_solutions: stop when so large a share of
+    the votes, value-weighted, of at least so many solutions goes to one answer.
+    """
+
+    step_tokens: int = 1
+    proven: bool = True
+    min_value: float | None = None
+    min_share: float | None = None
+    min_solutions: int = 3
+
+    def __post_init__(self):
+        for name in ("step_tokens", "min_solutions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.min_share is not None and not 0 < self.min_share <= 1:
+            raise ValueError(f"min_share must be in (0, 1] or None, got {self.min_share}")
+
+
+@struct
+class Trace:
+    """What was requested, round by round: the operator log in its compact form.
+
+    nodes, operators: [B, R, W]; rounds beyond R are not kept.
+    """
+
+    nodes: Int32[Array, "B R W"]
+    operators: Int32[Array, "B R W"]
+
+
+@struct
+class Search:
+    """A running search: all that it needs to go on, here or after a restart.
+
+    request: what is to be expanded next; a structure without any is done. proven: structures with a
+    proven solution. rounds: rounds each structure took part in.
+    """
+
+    keys: Key[Array, "B"]
+    structure: Structure
+    state: PyTree
+    world: PyTree
+    request: Request
+    proven: Bool[Array, "B"]
+    rounds: Int32[Array, "B"]
+    trace: Trace | None = None
+
+    @property
+    def running(self) -> Bool[Array, "B"]:
+        """Structures that are not done."""
+        return self.request.active.any(-1)
+
+
+def start(
+    strategy: Strategy,
+    keys: Keys,
+    world: World,
+    structure: Structure,
+    *,
+    limits: Limits = Limits(),
+    trace_rounds: int = 0,
+) -> Search:
+    """A search that has asked for its first round.
+
+    Args:
+      keys: [B], one key per problem.
+      world: what the structure refers to (KV pages, tokens); the expander's own affair.
+      structure: B structures, freshly made or half grown.
+      trace_rounds: rounds of the operator log to keep, see `Trace`.
+    """
+    state = strategy.init(structure, keys)
+    proven = structure.proven.any(-1)
+    request = _ask(strategy, state, structure, keys, proven, limits)
+    trace = None
+    if trace_rounds:
+        empty = jnp.broadcast_to(
+            request.nodes[:, None] * 0, (keys.shape[0], trace_rounds, strategy.num_lanes)
+        )
+        trace = Trace(empty + NO_NODE, empty)
+    rounds = structure.num_nodes * 0
+    return Search(keys, structure, state, world, request, proven, rounds, trace)
+
+
+def advance(
+    strategy: Strategy,
+    expand: Expand,
+    params: PyTree,
+    search: Search,
+    *,
+    limits: Limits = Limits(),
+    max_rounds: int | None = None,
+    min_finished: int | None = None,
+) -> Search:
+    """Grows every structure until all are done, or for a chunk of the way.
+
+    Call it inside `jax.jit` with `search` donated: the loop carries its world and writes it in
+    place. Where a strategy has rounds of several widths, each width has a loop of its own, so that
+    a narrow round costs what its lanes need.
+
+    Args:
+      max_rounds: rounds after which to return. min_finished: structures that, once they finish
+        during this call, make it return.
+    """
+    still = search.running
+    widths = strategy.widths or (strategy.num_lanes,)
+
+    def goes_on(carry):
+        count, search = carry
+        goes = search.running.any()
+        if max_rounds is not None:
+            goes &= count < max_rounds
+        if min_finished is not None:
+            goes &= (still & ~search.running).sum() < min_finished
+        return goes
+
+    def body(width, carry):
+        count, search = carry
+        return count + 1, _round(strategy, expand, params, search, width, limits)
+
+    def fits(place, carry):
+        needed = _columns(carry[1].request)
+        fits = needed <= widths[place]
+        return fits if place + 1 == len(widths) else fits & (needed > widths[place + 1])
+
+    def all_widths(carry):
+        for place, width in enumerate(widths):
+            carry = jax.lax.while_loop(
+                lambda carry, place=place: goes_on(carry) & fits(place, carry),
+                functools.partial(body, width),
+                carry,
+            )
+        return carry
+
+    carry = (still.sum() * 0, search)
+    if len(widths) == 1:
+        return jax.lax.while_loop(goes_on, functools.partial(body, widths[0]), carry)[1]
+    return jax.lax.while_loop(goes_on, all_widths, carry)[1]
 
 
 def run_compiled(
@@ -25,31 +176,12 @@ def run_compiled(
     world: World,
     structure: Structure,
     *,
-    step_tokens: int = 1,
+    limits: Limits = Limits(),
 ) -> tuple[Structure, World]:
-    """Grows every structure until its strategy stops or its budget or capacity ends.
-
-    Call it inside `jax.jit` with `world` donated; the loop carries it and writes it in place.
-
-    Args:
-      keys: [B], one key per problem.
-      world: what the structure refers to (KV pages, tokens); the expander's own affair.
-      structure: B structures, freshly made or half grown.
-      step_tokens: the longest step, see `next_request`.
-    """
-
-    def body(carry):
-        state, structure, world, request = carry
-        outcome, world = expand(params, keys, world, structure, request)
-        state, structure = strategy.tell(state, structure, request, outcome)
-        request = next_request(strategy, state, structure, keys, step_tokens)
-        return state, structure, world, request
-
-    state = strategy.init(structure, keys)
-    request = next_request(strategy, state, structure, keys, step_tokens)
-    carry = (state, structure, world, request)
-    carry = jax.lax.while_loop(lambda carry: carry[-1].active.any(), body, carry)
-    return carry[1], carry[2]
+    """`start` and `advance` to the end. Call it inside `jax.jit` with `world` donated."""
+    search = start(strategy, keys, world, structure, limits=limits)
+    search = advance(strategy, expand, params, search, limits=limits)
+    return search.structure, search.world
 
 
 def run_host(
@@ -61,23 +193,18 @@ def run_host(
     structure: Structure,
     on_round: Callable[[int, Structure], None] | None = None,
     *,
-    step_tokens: int = 1,
+    limits: Limits = Limits(),
 ) -> tuple[Structure, World]:
     """The same search with the loop on the host; `expand` may be any Python function.
 
     Args:
       on_round: called after each round with its number and the structure so far.
     """
-
-    @jax.jit
-    def ask(state, structure):
-        return next_request(strategy, state, structure, keys, step_tokens)
-
-    tell = jax.jit(strategy.tell)
-    state = jax.jit(strategy.init)(structure, keys)
+    ask, tell, init = _host_functions(strategy, limits)
+    state = init(structure, keys)
     num_rounds = 0
     while True:
-        request = ask(state, structure)
+        request = ask(state, structure, keys)
         if not bool(request.active.any()):
             return structure, world
         outcome, world = expand(params, keys, world, structure, request)
@@ -87,16 +214,91 @@ def run_host(
             on_round(num_rounds, structure)
 
 
+def run_apart(
+    strategy: Strategy,
+    expand: Expand,
+    params: PyTree,
+    keys: Keys,
+    worlds: Sequence[Any],
+    structure: Structure,
+    on_round: Callable[[int, Structure], None] | None = None,
+    *,
+    in_flight: int,
+    limits: Limits = Limits(),
+) -> tuple[Structure, list[Any]]:
+    """The host driver with every structure at its own pace, `in_flight` of them at a time.
+
+    For expanders that wait (a remote model): a structure's next request goes out as soon as its
+    own last one is answered. `expand` is called from several threads, with batches of one.
+
+    Args:
+      worlds: a world per structure, of any type. on_round: called with the structure's place in
+        the batch and the structure, from its thread.
+
+    Raises:
+      ValueError: in_flight is below 1, or worlds are not as many as structures.
+    """
+    batch = structure.num_nodes.shape[0]
+    if in_flight < 1:
+        raise ValueError(f"in_flight must be >= 1, got {in_flight}")
+    if len(worlds) != batch:
+        raise ValueError(f"{len(worlds)} worlds for {batch} structures")
+
+    def search_one(row: int) -> tuple[Structure, Any]:
+        one = jax.tree.map(lambda array: array[row : row + 1], structure)
+        report = None if on_round is None else lambda _, grown: on_round(row, grown)
+        return run_host(
+            strategy,
+            expand,
+            params,
+            keys[row : row + 1],
+            worlds[row],
+            one,
+            report,
+            limits=limits,
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(in_flight) as pool:
+        done = list(pool.map(search_one, range(batch)))
+    structures = [one for one, _ in done]
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *structures)
+    return joined, [world for _, world in done]
+
+
 def next_request(
-    strategy: Strategy, state: State, structure: Structure, keys: Keys, step_tokens: int = 1
+    strategy: Strategy,
+    state: State,
+    structure: Structure,
+    keys: Keys,
+    *,
+    limits: Limits = Limits(),
+    num_lanes: int | None = None,
+    proven: Bool[Array, "B"] | None = None,
 ) -> Request:
-    """What the strategy asks for, less what a structure can no longer hold or pay for.
+    """What the strategy asks for, less what a structure has no use, room or budget for.
+
+    Args:
+      num_lanes: one of the strategy's widths. proven: structures with a proven solution, where that
+        is known already.
+    """
+    if num_lanes is None:
+        request = strategy.ask(state, structure, keys)
+    else:
+        request = strategy.ask(state, structure, keys, num_lanes=num_lanes)
+    request = serve_lanes(request, structure, limits.step_tokens)
+    proven = structure.proven.any(-1) if proven is None else proven
+    settled = _is_settled(structure, proven, limits)
+    nodes = jnp.where(settled[:, None], NO_NODE, request.nodes)
+    return dataclasses.replace(request, nodes=nodes)
+
+
+def serve_lanes(request: Request, structure: Structure, step_tokens: int) -> Request:
+    """Drops lanes that the capacity cannot hold or the budget cannot pay.
 
     Lanes are served in order as long as the budget pays for whole steps of `step_tokens` in all of
     them; the first is served while it pays for a token of each child. So the end of a budget goes
     into few whole steps and not into many torn ones.
     """
-    request = strategy.ask(state, structure, keys)
     place = jnp.cumsum(request.grows, -1)
     num_new = place * request.num_children
     left = tokens_left(structure)[:, None]
@@ -105,3 +307,84 @@ def next_request(
     funds |= (place == 1) & (request.num_children <= left)
     served = room & funds | ~request.grows
     return dataclasses.replace(request, nodes=jnp.where(served, request.nodes, NO_NODE))
+
+
+def _round(strategy, expand, params, search, width, limits) -> Search:
+    """One round of the first `width` lanes."""
+    asked = search.request
+    request = asked
+    if width < strategy.num_lanes:
+        request = dataclasses.replace(
+            asked, nodes=asked.nodes[:, :width], operator=asked.operator[:, :width]
+        )
+    outcome, world = expand(params, search.keys, search.world, search.structure, request)
+    state, structure = strategy.tell(search.state, search.structure, request, outcome)
+    proven = search.proven | (outcome.proven & outcome.terminal).any((1, 2))
+    trace = search.trace
+    if trace is not None:
+        rows = jnp.arange(asked.nodes.shape[0])
+        at = jnp.where(search.running, search.rounds, trace.nodes.shape[1])
+        trace = Trace(
+            trace.nodes.at[rows, at].set(asked.nodes, mode="drop"),
+            trace.operators.at[rows, at].set(asked.operator, mode="drop"),
+        )
+    return Search(
+        keys=search.keys,
+        structure=structure,
+        state=state,
+        world=world,
+        request=_ask(strategy, state, structure, search.keys, proven, limits),
+        proven=proven,
+        rounds=search.rounds + search.running,
+        trace=trace,
+    )
+
+
+def _ask(strategy, state, structure, keys, proven, limits) -> Request:
+    """`next_request` of as few lanes as the round has, padded to W."""
+    if strategy.count_lanes is None:
+        return next_request(strategy, state, structure, keys, limits=limits, proven=proven)
+    widths = strategy.widths
+
+    def ask(width):
+        request = next_request(
+            strategy, state, structure, keys, limits=limits, num_lanes=width, proven=proven
+        )
+        spare = ((0, 0), (0, strategy.num_lanes - width))
+        return dataclasses.replace(
+            request,
+            nodes=jnp.pad(request.nodes, spare, constant_values=NO_NODE),
+            operator=jnp.pad(request.operator, spare),
+        )
+
+    most = strategy.count_lanes(state, structure).max()
+    place = (most <= jnp.asarray(widths[1:])).sum()
+    return jax.lax.switch(place, [functools.partial(ask, width) for width in widths])
+
+
+def _columns(request: Request) -> Int32[Array, ""]:
+    """Lanes up to the last active one of any structure."""
+    index = jnp.arange(1, request.nodes.shape[1] + 1, dtype=jnp.int32)
+    return jnp.where(request.active, index, 0).max()
+
+
+def _is_settled(structure: Structure, proven: Bool[Array, "B"], limits: Limits) -> Bool[Array, "B"]:
+    """Structures whose answer needs no more search."""
+    settled = proven & limits.proven
+    if limits.min_value is None and limits.min_share is None:
+        return settled
+    solved = structure.terminal & structure.alive
+    if limits.min_value is not None:
+        settled |= (solved & (structure.value >= limits.min_value)).any(-1)
+    if limits.min_share is not None:
+        enough = solved.sum(-1) >= limits.min_solutions
+        share = share_votes(structure.answer_key, jnp.where(solved, structure.value, 0.0))
+        settled |= enough & (share >= limits.min_share)
+    return settled
+
+
+@functools.cache
+def _host_functions(strategy: Strategy, limits: Limits):
+    """Jitted ask, tell and init of a strategy: searches of one shape share their programs."""
+    ask = functools.partial(next_request, strategy, limits=limits)
+    return jax.jit(ask), jax.jit(strategy.tell), jax.jit(strategy.init)

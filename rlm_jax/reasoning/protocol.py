@@ -90,12 +90,18 @@ class Strategy(NamedTuple):
     tell(state, structure, request, outcome) -> (state, structure) with the steps in it.
     answer(structure, answer_ids) -> Answer: never sees a gold answer.
     num_lanes, num_children: W and K, fixed at compile time.
+    widths: numbers of lanes that rounds come in, W first and falling; () for W alone. Lanes in use
+      are the first ones then, and `tell` takes a request of any of these widths.
+    count_lanes(state, structure) -> [B]: lanes the next `ask` will use at most; with it, `ask` takes
+      `num_lanes`, one of `widths`.
     """
 
     name: str
     init: Callable[[Structure, Keys], State]
-    ask: Callable[[State, Structure, Keys], Request]
+    ask: Callable[..., Request]
     tell: Callable[[State, Structure, Request, Outcome], tuple[State, Structure]]
     answer: Callable[[Structure, jax.Array], Answer]
     num_lanes: int
     num_children: int
+    widths: tuple[int, ...] = ()
+    count_lanes: Callable[[State, Structure], Int32[jax.Array, "B"]] | None = None

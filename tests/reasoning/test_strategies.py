@@ -15,7 +15,7 @@ from procedural import make_expand
 
 from rlm_jax.core.mesh import BATCH_AXES, make_mesh
 from rlm_jax.reasoning import strategies
-from rlm_jax.reasoning.drive import next_request, run_compiled, run_host
+from rlm_jax.reasoning.drive import Limits, next_request, run_compiled, run_host
 from rlm_jax.reasoning.strategies.beam import make_beam
 from rlm_jax.reasoning.strategies.best_first import make_best_first
 from rlm_jax.reasoning.strategies.best_of_n import make_best_of_n
@@ -309,7 +309,7 @@ def test_best_first_ends_with_its_solutions():
 def test_the_end_of_a_budget_goes_into_whole_steps(left, served):
     strategy = VARIANTS["best_of_n"][0]
     keys, _, structure = start(np.full(2, left, np.int32))
-    ask = jax.jit(functools.partial(next_request, strategy, step_tokens=6))
+    ask = jax.jit(functools.partial(next_request, strategy, limits=Limits(step_tokens=6)))
     request = ask(strategy.init(structure, keys), structure, keys)
     assert request.active.tolist() == [[lane < served for lane in range(5)]] * 2
 
@@ -317,7 +317,11 @@ def test_the_end_of_a_budget_goes_into_whole_steps(left, served):
 def test_a_chain_that_must_wait_goes_on_later():
     strategy = VARIANTS["best_of_n"][0]
     expand = make_expand(terminal_rate=1.0)
-    run = jax.jit(lambda k, w, s: run_compiled(strategy, expand, None, k, w, s, step_tokens=20)[0])
+    run = jax.jit(
+        lambda k, w, s: run_compiled(
+            strategy, expand, None, k, w, s, limits=Limits(step_tokens=20)
+        )[0]
+    )
     structure = run(*start(np.full(4, 40, np.int32)))
     check(structure)
     # Every chain ends with its first step, of six tokens at most: all five fit, two at a time.

@@ -38,7 +38,7 @@ from rlm_jax.core.types import PyTree
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import abstract_params, param_axes
 from rlm_jax.models.presets import SMOLLM2_135M
-from rlm_jax.reasoning.drive import run_compiled
+from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, begin, make_expand
 from rlm_jax.reasoning.sharding import BATCH_SPEC, abstract_outputs, count_shards, shard_search
 from rlm_jax.reasoning.strategies import puct
@@ -101,7 +101,9 @@ def compile_search(case: Case, dump_folder: str) -> tuple[jax.stages.Compiled, P
     expand = make_expand(config)
 
     def search(lm, keys, world, structure):
-        return run_compiled(strategy, expand, lm, keys, world, structure, step_tokens=32)
+        return run_compiled(
+            strategy, expand, lm, keys, world, structure, limits=Limits(step_tokens=32)
+        )
 
     lm = _abstract_model(mesh, case.model)
     rows = NamedSharding(mesh, BATCH_SPEC)

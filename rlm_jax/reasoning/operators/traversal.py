@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.masked import masked_argmax
-from rlm_jax.core.types import Bool, Float32, Int32
+from rlm_jax.core.types import Bool, Float32, Int32, UInt32
 from rlm_jax.reasoning.protocol import Answer
 from rlm_jax.reasoning.structure import NO_NODE, Structure, has_child
 
@@ -241,6 +241,18 @@ def count_votes(
     at = jnp.where(answer_ids >= 0, answer_ids, answer_ids.shape[1])
     sums = jnp.zeros_like(weight).at[rows, at].add(weight, mode="drop")
     return jnp.where(answer_ids >= 0, sums[rows, jnp.maximum(answer_ids, 0)], 0.0)
+
+
+def share_votes(
+    answer_keys: UInt32[jax.Array, "B N"], weight: Float32[jax.Array, "B N"]
+) -> Float32[jax.Array, "B"]:
+    """The largest share of the positive weight that goes to one answer key; 0 names no answer."""
+    weight = jnp.maximum(weight, 0.0)
+    keys, weight = jax.lax.sort((answer_keys, weight), num_keys=1)
+    new = jnp.concatenate([keys[:, :1] == keys[:, :1], keys[:, 1:] != keys[:, :-1]], 1)
+    group = jnp.cumsum(new, -1) - 1
+    sums = count_votes(jnp.where(keys != 0, group, NO_NODE).astype(jnp.int32), weight)
+    return sums.max(-1) / jnp.maximum(weight.sum(-1), 1e-30)
 
 
 def _walk(structure: Structure, score: Float32[jax.Array, "B N"]) -> Int32[jax.Array, "B"]:

@@ -1,7 +1,7 @@
 """Best-of-N: N independent chains, then a vote.
 
-The chains grow side by side, one step a round, as N lanes of one structure: lane w asks for one
-child of its tip, and all lanes start at the root. Votes: majority is self-consistency
+The chains grow side by side, one step a round, as N lanes of one structure: a lane asks for one
+child of its chain's tip, and all start at the root. Votes: majority is self-consistency
 (arXiv 2203.11171), weighted sums the values behind an answer, best takes the solution of highest
 value (spec C3.2). One chain of this strategy is the greedy chain of `greedy.py`.
 """
@@ -18,6 +18,8 @@ from rlm_jax.reasoning.operators.traversal import ANSWER_RULES, AnswerRule, sele
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
 
+_FEW = 4
+
 
 @struct
 class State:
@@ -33,12 +35,13 @@ def init(structure: Structure, keys: Keys, *, num_chains: int) -> State:
     return State(jnp.broadcast_to(root, (root.shape[0], num_chains)))
 
 
-def ask(state: State, structure: Structure, keys: Keys) -> Request:
+def ask(state: State, structure: Structure, keys: Keys, *, num_lanes: int | None = None) -> Request:
     """One step for every chain that has not ended."""
     del structure, keys
-    operator = jnp.full_like(state.tips, Operator.GENERATE)
+    tips = state.tips[:, :num_lanes]
+    operator = jnp.full_like(tips, Operator.GENERATE)
     # Equal steps of two chains stay two nodes: merging them would bias the vote.
-    return Request(state.tips, operator, num_children=1, distinct=False)
+    return Request(tips, operator, num_children=1, distinct=False)
 
 
 def tell(
@@ -52,7 +55,12 @@ def tell(
     goes_on = outcome.valid[..., 0] & ~outcome.terminal[..., 0] & (depth < max_depth)
     moved = jnp.where(goes_on, child, NO_NODE)
     # A chain that was not served this round waits where it is.
-    return State(jnp.where(request.active, moved, state.tips)), structure
+    served = request.nodes.shape[1]
+    tips = jnp.where(request.active, moved, state.tips[:, :served])
+    tips = jnp.concatenate([tips, state.tips[:, served:]], 1)
+    # Chains that go on keep to the first lanes.
+    order = jnp.argsort(tips < 0, axis=1, stable=True)
+    return State(jnp.take_along_axis(tips, order, 1)), structure
 
 
 def make_best_of_n(num_chains: int, max_depth: int, rule: AnswerRule = "majority") -> Strategy:
@@ -73,4 +81,13 @@ def make_best_of_n(num_chains: int, max_depth: int, rule: AnswerRule = "majority
         answer=functools.partial(select_answer, rule=rule),
         num_lanes=num_chains,
         num_children=1,
+        # Chains end at different lengths: the last few do not pay for all.
+        widths=(num_chains, -(-num_chains // _FEW)) if num_chains >= 2 * _FEW else (),
+        count_lanes=count_lanes if num_chains >= 2 * _FEW else None,
     )
+
+
+def count_lanes(state: State, structure: Structure) -> Int32[jax.Array, "B"]:
+    """Chains that have not ended."""
+    del structure
+    return (state.tips >= 0).sum(-1).astype(jnp.int32)

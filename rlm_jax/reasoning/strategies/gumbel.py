@@ -99,6 +99,8 @@ def make_gumbel(
         answer=functools.partial(select_answer, rule=cfg.answer_rule),
         num_lanes=cfg.num_lanes,
         num_children=cfg.num_children,
+        widths=plan_widths(rounds, cfg),
+        count_lanes=functools.partial(count_lanes, cfg=cfg, rounds=rounds),
     )
 
 
@@ -122,25 +124,26 @@ def ask(
     rounds: Int32[np.ndarray, "2 M R"],
     scale,
     score_fn,
+    num_lanes: int | None = None,
 ) -> Request:
     """One halving round: a leaf below each of the best children of the root."""
     root = structure.num_nodes[:, None] * 0
     kids, siblings = look_below(state, structure, root, cfg)
     siblings = jax.tree.map(lambda array: array[:, 0], siblings)
     extra = state.extra
-    width, visits = _this_round(rounds, siblings.alive.sum(-1), extra.round)
+    width, visits = _this_round(rounds, siblings.alive, extra.round)
     score = extra.gumbel + _logits(siblings) + scale(siblings)
     turn = siblings.available & (extra.served == visits[:, None])
     turn = jnp.where(turn.any(-1, keepdims=True), turn, siblings.available)
-    lanes = min(cfg.num_lanes, score.shape[-1])
-    score, best = jax.lax.top_k(jnp.where(turn, score, -jnp.inf), lanes)
-    chosen = jnp.take_along_axis(kids[:, 0], best, 1)
-    serve = (jnp.arange(lanes)[None] < width[:, None]) & jnp.isfinite(score)
+    num_lanes = cfg.num_lanes if num_lanes is None else num_lanes
+    lanes = min(num_lanes, score.shape[-1])
+    chosen = _take_best(kids[:, 0], jnp.where(turn, score, -jnp.inf), lanes)
+    serve = jnp.arange(lanes)[None] < jnp.minimum(width, turn.sum(-1))[:, None]
     serve &= state.first_child[:, :1] >= 0
     nodes = descend(
         state, structure, jnp.where(serve, chosen, NO_NODE), keys, cfg=cfg, score_fn=score_fn
     )
-    nodes = jnp.pad(nodes, ((0, 0), (0, cfg.num_lanes - lanes)), constant_values=NO_NODE)
+    nodes = jnp.pad(nodes, ((0, 0), (0, num_lanes - lanes)), constant_values=NO_NODE)
     return make_request(state, structure, nodes, cfg=cfg)
 
 
@@ -201,6 +204,12 @@ def plan_rounds(
     return table
 
 
+def plan_widths(rounds: Int32[np.ndarray, "2 M R"], cfg: TreeConfig) -> tuple[int, ...]:
+    """Widths worth a loop of their own: those of the full schedule, and the root's."""
+    planned = {int(width) for width in rounds[0, -1] if width > 0} | {cfg.root_lanes}
+    return tuple(sorted(planned | {cfg.num_lanes}, reverse=True))
+
+
 def _plan(considered: int, num_simulations: int, num_lanes: int) -> list[tuple[int, int]]:
     """(children, visits before) for each round, with `considered` children at first."""
     if considered == 0:
@@ -221,11 +230,37 @@ def _plan(considered: int, num_simulations: int, num_lanes: int) -> list[tuple[i
     return plan
 
 
-def _this_round(rounds, num_children, round_index):
-    considered = jnp.minimum(num_children, rounds.shape[1] - 1)
+def count_lanes(
+    state: State, structure: Structure, *, cfg: TreeConfig, rounds: Int32[np.ndarray, "2 M R"]
+) -> Int32[Array, "B"]:
+    """Lanes of the coming round."""
+    root = structure.num_nodes[:, None] * 0
+    _, siblings = look_below(state, structure, root, cfg)
+    width, _ = _this_round(rounds, siblings.alive[:, 0], state.extra.round)
+    fresh = (state.first_child[:, 0] < 0) | (state.open_leaves[:, 0] <= 0)
+    return jnp.where(fresh, cfg.root_lanes, width)
+
+
+def _this_round(rounds, alive, round_index):
+    considered = jnp.minimum(alive.sum(-1), rounds.shape[1] - 1)
     at = jnp.minimum(round_index, rounds.shape[2] - 1)
     table = jnp.asarray(rounds)
     return table[0, considered, at], table[1, considered, at]
+
+
+def _take_best(
+    nodes: Int32[Array, "B R"], score: Float32[Array, "B R"], count: int
+) -> Int32[Array, "B count"]:
+    """The nodes of the highest scores, best first; of equal scores the first node.
+
+    By counting who is better than whom: R is small, and a sort costs more than the whole round.
+    """
+    before = jnp.tril(jnp.ones((score.shape[1],) * 2, bool), -1)
+    better = score[:, None, :] > score[:, :, None]
+    better |= (score[:, None, :] == score[:, :, None]) & before
+    place = better.sum(-1)
+    taken = place[:, None, :] == jnp.arange(count)[None, :, None]
+    return jnp.where(taken, nodes[:, None, :], 0).sum(-1).astype(jnp.int32)
 
 
 def _logits(siblings):
