@@ -81,6 +81,7 @@ SEARCHES = {
 @pytest.mark.parametrize("name", SEARCHES)
 def test_with_an_exact_value_the_best_leaf_is_found(name):
     strategy, size = SEARCHES[name]
+    strategy = strategy._replace(widths=(), count_lanes=None)
     keys, world, structure = start(np.full(BATCH, 9, np.int32), size, seed=3)
 
     @jax.jit
@@ -158,7 +159,7 @@ def test_rounds_of_gumbel_search(num_simulations, considered, calls):
         num_lanes=considered,
         root_lanes=root_lanes,
         max_depth=30,
-    )
+    )._replace(widths=(), count_lanes=None)  # One loop for all rounds: it compiles much faster.
     size = 1 + considered + num_children * num_simulations
     run = jax.jit(lambda k, w, s: run_compiled(strategy, flat_expand(), None, k, w, s)[0])
     keys = jax.random.split(jax.random.key(0), 1)
