@@ -28,7 +28,9 @@ TRAIN = ["orbax-checkpoint>=0.11", "tensorflow-datasets>=4.9.10"]
 DEMO = TEXT + GGUF
 # Compiles for TPU on any such machine, for the tests that read what the compiler made.
 AOT = ['libtpu; platform_system == "Linux" and platform_machine == "x86_64"']
-TEST = DEMO + HUB + AOT + ["beartype>=0.20", "hypothesis>=6", "pytest>=8", "pytest-xdist>=3"]
+# mctx: what the searches are held against.
+TEST = [*DEMO, *HUB, *AOT, "beartype>=0.20", "hypothesis>=6", "mctx>=0.0.6", "pytest>=8"]
+TEST += ["pytest-xdist>=3"]
 DEV = [*TEST, "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.11"]
 
 setup(

@@ -130,11 +130,12 @@ class State:
 class Siblings(NamedTuple):
     """What a score sees: K children [B, L, K] of the nodes [B, L].
 
-    q: reward + discount * value. visits: virtual visits among them. node_*: of the parent.
-    available: children that may be selected; alive: children there are.
+    q: reward + discount * value; undiscounted: reward + value. visits: virtual visits among them.
+    node_*: of the parent. available: children that may be selected; alive: children there are.
     """
 
     q: Float32[Array, "B L K"]
+    undiscounted: Float32[Array, "B L K"]
     visits: Float32[Array, "B L K"]
     prior: Float32[Array, "B L K"]
     available: Bool[Array, "B L K"]
@@ -176,7 +177,11 @@ def init_state(structure: Structure, keys: Keys, *, cfg: TreeConfig) -> State:
     at = jnp.where(inner, parents, structure.capacity)
     first = jnp.full_like(structure.depth, NO_NODE)
     first = first.at[rows, at].max(block.astype(jnp.int32), mode="drop")
-    newest = jnp.maximum(first[:, 0] - cfg.num_root_children + cfg.num_children, 1)
+    # It may have fewer lanes than it asked for; what was made together tells.
+    oldest = first[:, :1] - cfg.num_root_children + cfg.num_children
+    of_root = inner & (parents == 0) & (index >= oldest)
+    made = jnp.where(of_root, structure.created_at, NO_NODE)
+    newest = jnp.argmax(of_root & (made == made.max(-1, keepdims=True)), -1).astype(jnp.int32)
     first = first.at[:, 0].set(jnp.where(first[:, 0] >= 0, newest, NO_NODE))
     leaf = structure.alive & (first < 0) & ((parents != 0) | (index >= first[:, :1]))
     ended = _has_ended(structure.terminal, structure.depth, cfg)
@@ -257,8 +262,10 @@ def look_below(
         # The window is the root's; other nodes have fewer children.
         kids = jnp.minimum(kids, structure.capacity - 1)
         available &= structure.parent[at, kids] == safe[..., None]
+    value, reward = structure.value[at, kids], structure.reward[at, kids]
     siblings = Siblings(
-        q=structure.reward[at, kids] + cfg.discount * structure.value[at, kids],
+        q=reward + cfg.discount * value,
+        undiscounted=reward + value,
         visits=structure.visits[at, kids],
         prior=structure.prior[at, kids],
         available=available,

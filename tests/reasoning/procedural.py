@@ -1,15 +1,15 @@
-"""An environment without a language model: a node's state is an RNG key.
+"""An environment without a language model: a node's state is a random number.
 
-The key of a child is its parent's folded with its rank, so the whole tree is a function of the
-root key, whatever order a search grows it in. Values, lengths, ends and duplicates follow from
-the key.
+The number of a child is its parent's hashed with its rank, so the whole tree is a function of the
+root's number, whatever order a search grows it in. Values, lengths, ends and duplicates follow from
+it by more hashing (integer arithmetic, which compiles in no time, unlike JAX's generators).
 """
 
 import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.budget import zero_budget
-from rlm_jax.reasoning.operators.structure import child_slots
+from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
 from rlm_jax.reasoning.protocol import Outcome
 from rlm_jax.reasoning.structure import tokens_left
 
@@ -36,36 +36,32 @@ def make_expand(
     def value_of(bits):
         if value_fn is not None:
             return jnp.broadcast_to(value_fn(bits), bits.shape).astype(jnp.float32)
-        return jax.vmap(_uniform)(bits.reshape(-1)).reshape(bits.shape)
+        return 2.0 * uniform(bits, 1) - 1.0
 
-    def child(bits, slot, rank):
-        del slot
-        key = jax.random.fold_in(jax.random.key(bits), rank)
-        names = ("bits", "length", "end", "copy", "answer", "state")
-        k = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        new = jax.random.bits(k["bits"], dtype=jnp.uint32)
+    def make_children(parent, ranks):
+        new = fold(parent, ranks + 17)
         return {
             "bits": new,
-            "length": jax.random.randint(k["length"], (), 1, max_length + 1),
+            "length": 1 + (fold(new, 2) % max_length).astype(jnp.int32),
             "value": value_of(new),
-            "terminal": jax.random.bernoulli(k["end"], terminal_rate),
-            "duplicate": (rank > 0) & jax.random.bernoulli(k["copy"], duplicate_rate),
-            "answer": jax.random.randint(k["answer"], (), 1, 4).astype(jnp.uint32),
-            "state": jax.random.randint(k["state"], (), 0, num_states).astype(jnp.uint32),
+            "terminal": uniform(new, 3) < terminal_rate,
+            "duplicate": (ranks > 1) & (uniform(new, 4) < duplicate_rate),
+            "answer": 1 + fold(new, 5) % 3,
+            "state": fold(new, 6) % num_states,
         }
 
     def expand(params, keys, world, structure, request):
         del params, keys
         slots = child_slots(structure, request)
-        # Chains ask for one child of the root several times: rank by slot keeps them apart.
-        lanes = jnp.arange(request.nodes.shape[1])[None, :, None] * 1000
-        ranks = jnp.arange(request.num_children)[None, None] + (
-            lanes if request.num_children == 1 else 0 * lanes
+        # The root may be sampled several times, by several lanes or anew.
+        ranks = jnp.where(
+            (request.nodes == 0)[..., None],
+            child_numbers(structure, request),
+            jnp.arange(1, request.num_children + 1),
         )
-        ranks = jnp.broadcast_to(ranks, slots.shape)
         parent = jnp.take_along_axis(world, jnp.maximum(request.nodes, 0), 1)
         parent = jnp.broadcast_to(parent[..., None], slots.shape)
-        made = jax.vmap(jax.vmap(jax.vmap(child)))(parent, slots, ranks)
+        made = make_children(parent, ranks)
         valid = jnp.broadcast_to(request.grows[..., None], slots.shape)
         num_rows = jnp.maximum(valid.sum((1, 2)), 1)
         cap = (tokens_left(structure) // num_rows)[:, None, None]
@@ -96,5 +92,14 @@ def make_expand(
     return expand
 
 
-def _uniform(bits):
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(bits), 1_000_003), minval=-1.0)
+def fold(bits, number):
+    """A new number out of a number and another: the finaliser of MurmurHash3."""
+    bits = bits + jnp.asarray(number).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return bits ^ (bits >> 16)
+
+
+def uniform(bits, number):
+    """A number in [0, 1) out of two."""
+    return (fold(bits, number) >> 8).astype(jnp.float32) / 2.0**24

@@ -1,45 +1,37 @@
-"""Operators one by one: golden numbers of the spec, and invariants of the structure."""
+"""Operators one by one: the golden numbers of the spec, and small cases done by hand."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripted import grow, make_request
 
-from rlm_jax.core.budget import zero_budget
-from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency, step_prior
-from rlm_jax.reasoning.operators.structure import child_slots, generate
-from rlm_jax.reasoning.operators.traversal import puct_score, select_answer
-from rlm_jax.reasoning.operators.update import backpropagate
-from rlm_jax.reasoning.protocol import Outcome, Request
-from rlm_jax.reasoning.structure import Operator, check, make_structure, path_to_root
+from rlm_jax.reasoning.operators.evaluate import (
+    accumulate_score,
+    self_consistency,
+    sibling_prior,
+    step_prior,
+)
+from rlm_jax.reasoning.operators.structure import child_slots
+from rlm_jax.reasoning.operators.traversal import (
+    backtracks,
+    puct_score,
+    select_answer,
+    td_score,
+    uct_score,
+    visit_policy,
+)
+from rlm_jax.reasoning.operators.update import (
+    Backup,
+    add_to_paths,
+    backpropagate,
+    weighted_mean,
+)
+from rlm_jax.reasoning.structure import make_structure
 
-
-def grow(structure, nodes, num_children, values, terminal=None, lengths=None, duplicate=None):
-    """Appends children with these values under `nodes` of a batch of one."""
-    shape = (1, len(nodes), num_children)
-    values = jnp.asarray(values, jnp.float32).reshape(shape)
-    lengths = jnp.ones(shape, jnp.int32) if lengths is None else jnp.asarray(lengths).reshape(shape)
-    false = jnp.zeros(shape, bool)
-    request = Request(
-        jnp.asarray([nodes]), jnp.full((1, len(nodes)), Operator.GENERATE), num_children
-    )
-    active = jnp.broadcast_to(request.active[..., None], shape)
-    lengths = jnp.where(active, lengths, 0)
-    cost = zero_budget(structure.num_nodes).replace(generated_tokens=lengths.sum((1, 2)))
-    outcome = Outcome(
-        valid=active,
-        duplicate=false if duplicate is None else jnp.asarray(duplicate).reshape(shape),
-        length=lengths,
-        logprob=-values,
-        value=values,
-        reward=jnp.zeros(shape),
-        terminal=false if terminal is None else jnp.asarray(terminal).reshape(shape),
-        answer_key=jnp.zeros(shape, jnp.uint32),
-        cost=cost,
-    )
-    structure, slots = generate(structure, request, outcome, jnp.ones(shape))
-    check(structure)
-    return structure, slots
+choose = jax.jit(select_answer, static_argnames="rule")
 
 
 @pytest.fixture
@@ -51,6 +43,68 @@ def tree():
         structure, [1, 2], 2, [0.2, 0.3, 0.6, 0.9], terminal=[True, True, True, False]
     )
     return structure
+
+
+def test_x1_scores_equal_golden_g01():
+    q, visits = jnp.asarray([0.2, -0.1, 0.6]), jnp.asarray([1.0, 2.0, 2.0])
+    score = functools.partial(td_score, c1=1.25, c2=19652.0)
+    raw = score(q, visits, jnp.asarray(5.0))
+    np.testing.assert_allclose(raw, [1.450254, 0.733503, 1.433503], atol=1e-6)
+    normalised = score((q + 1.0) / 2.0, visits, jnp.asarray(5.0))
+    np.testing.assert_allclose(normalised, [1.850254, 1.283503, 1.633503], atol=1e-6)
+    np.testing.assert_array_equal(score(q, visits, jnp.asarray(1.0)), q)
+
+
+@pytest.mark.parametrize(
+    ("settings", "score"),
+    [
+        ({"exploration": 2**0.5}, 1.572983),
+        ({"exploration": 1.0}, 1.258714),
+        ({"exploration": 2.0}, 2.017427),
+        ({"exploration": 0.7 * 2**0.5}, 1.251088),
+        ({"exploration": 1.4}, 1.562199),
+    ],
+    ids=["ucb1", "lats", "rstar", "rest_mcts", "berry"],
+)
+def test_uct_scores_equal_golden_g04(settings, score):
+    value, visits = jnp.asarray([0.5]), jnp.asarray([4.0])
+    np.testing.assert_allclose(
+        uct_score(value, visits, jnp.asarray(10.0), **settings), [score], atol=1e-6
+    )
+
+
+def test_an_unvisited_child_comes_first_or_as_its_setting_says():
+    value, visits = jnp.asarray([0.9, 0.2]), jnp.asarray([3.0, 0.0])
+    score = functools.partial(uct_score, value, visits, jnp.asarray(3.0), exploration=1.0)
+    assert jnp.isposinf(score()[1])
+    np.testing.assert_allclose(score(unvisited=1.0)[1], 1.2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "policy"),
+    [(1.0, [0.5, 0.3, 0.2]), (0.5, [0.657895, 0.236842, 0.105263]), (0.0, [1.0, 0.0, 0.0])],
+)
+def test_visit_policy_equals_golden_g54(temperature, policy):
+    visits = jnp.asarray([5.0, 3.0, 2.0])
+    np.testing.assert_allclose(visit_policy(visits, temperature), policy, atol=1e-6)
+
+
+def test_visit_policy_shares_a_tie_and_refuses_a_negative_temperature():
+    np.testing.assert_allclose(visit_policy(jnp.asarray([4.0, 0.0, 4.0]), 0.0), [0.5, 0.0, 0.5])
+    np.testing.assert_allclose(visit_policy(jnp.zeros(2), 1.0), [0.0, 0.0])
+    with pytest.raises(ValueError, match="-1"):
+        visit_policy(jnp.ones(2), -1.0)
+
+
+def test_weighted_means_equal_goldens_g55_and_g56():
+    """MCTS-DPO: V = sum max(1, N) Q / sum max(1, N); CPL: the same without the floor."""
+    value = weighted_mean(jnp.asarray([0.6, 0.2]), jnp.asarray([2.0, 1.0]), min_visits=1.0)
+    assert float(value) == pytest.approx(0.466667, abs=1e-6)
+    assert float(0.1 + 1.0 * value) == pytest.approx(0.566667, abs=1e-6)
+    unvisited = weighted_mean(jnp.asarray([0.6, 0.2]), jnp.asarray([3.0, 0.0]), min_visits=1.0)
+    assert float(unvisited) == pytest.approx((3 * 0.6 + 0.2) / 4)
+    value = weighted_mean(jnp.asarray([0.5, -0.5]), jnp.asarray([3.0, 1.0]))
+    assert float(value) == pytest.approx(0.25, abs=1e-6)
 
 
 def test_puct_scores_equal_goldens_g02_and_g03():
@@ -119,36 +173,36 @@ def test_votes_golden_g48():
     structure = make_structure(jnp.asarray([1]), 4)
     structure, _ = grow(structure, [0], 3, [0.2, 0.3, 0.6], terminal=[True] * 3)
     ids = jnp.asarray([[-1, 0, 0, 1]])
-    majority = select_answer(structure, ids, "majority")
+    majority = choose(structure, ids, "majority")
     assert (int(majority.node[0]), float(majority.score[0])) == (2, 2.0)
     assert float(majority.share[0]) == pytest.approx(2 / 3)
-    weighted = select_answer(structure, ids, "weighted")
+    weighted = choose(structure, ids, "weighted")
     assert int(weighted.node[0]) == 3
     assert float(weighted.score[0]) == pytest.approx(0.6)
-    assert int(select_answer(structure, ids, "best").node[0]) == 3
+    assert int(choose(structure, ids, "best").node[0]) == 3
 
 
 def test_votes_weigh_equal_answers_together(tree):
     ids = jnp.full((1, 10), -1).at[0, jnp.asarray([3, 4, 5])].set(jnp.asarray([0, 0, 1]))
-    assert int(select_answer(tree, ids, "weighted").node[0]) == 5
+    assert int(choose(tree, ids, "weighted").node[0]) == 5
     raised = tree.replace(value=tree.value.at[0, 4].set(0.45))
-    answer = select_answer(raised, ids, "weighted")
+    answer = choose(raised, ids, "weighted")
     assert int(answer.node[0]) == 4
     assert float(answer.score[0]) == pytest.approx(0.65)
 
 
 def test_unfinished_leaves_answer_only_when_nothing_finished(tree):
     ids = jnp.full((1, 10), -1).at[0, 6].set(0)
-    assert int(select_answer(tree, ids, "majority").node[0]) == 6
+    assert int(choose(tree, ids, "majority").node[0]) == 6
     ids = ids.at[0, 3].set(1)
-    assert int(select_answer(tree, ids, "majority").node[0]) == 3
+    assert int(choose(tree, ids, "majority").node[0]) == 3
     nothing = jnp.full((1, 10), -1)
-    assert int(select_answer(tree, nothing, "majority").node[0]) == 5
+    assert int(choose(tree, nothing, "majority").node[0]) == 5
 
 
 def test_a_bare_root_answers_with_itself():
     structure = make_structure(jnp.asarray([2]), 3)
-    answer = select_answer(structure, jnp.full((1, 3), -1), "majority")
+    answer = choose(structure, jnp.full((1, 3), -1), "majority")
     assert int(answer.node[0]) == 0
 
 
@@ -162,78 +216,96 @@ def test_self_consistency_is_the_share_of_finished_solutions():
 
 
 def test_slots_follow_each_other_and_idle_lanes_get_none(tree):
-    request = Request(jnp.asarray([[6, -1, 2]]), jnp.full((1, 3), Operator.GENERATE), 1)
-    assert child_slots(tree, request).tolist() == [[[7], [10], [8]]]
+    assert child_slots(tree, make_request([6, -1, 2], 1)).tolist() == [[[7], [10], [8]]]
 
 
 def test_generate_keeps_a_duplicate_dead_but_on_record():
     structure = make_structure(jnp.asarray([4]), 5)
-    structure, _ = grow(structure, [0], 2, [0.5, 0.7], lengths=[3, 3], duplicate=[False, True])
+    structure, _ = grow(structure, [0], 2, [0.5, 0.7], length=[3, 3], duplicate=[False, True])
     assert structure.alive[0, :3].tolist() == [True, True, False]
     assert structure.visits[0, :3].tolist() == [0.0, 1.0, 0.0]
     assert int(structure.budget.generated_tokens[0]) == 6
     assert structure.span_start[0, 1:3].tolist() == [4, 4]
 
 
+def test_steps_of_several_lanes_from_the_root_share_one_prior():
+    nodes = jnp.asarray([[0, 0, -1], [3, 5, -1]])
+    logprob = jnp.log(
+        jnp.asarray([[[0.1, 0.2], [0.3, 0.9], [1, 1]], [[0.1, 0.3], [0.2, 0.2], [1, 1]]])
+    )
+    valid = jnp.asarray([[[1, 1], [1, 0], [0, 0]], [[1, 1], [1, 1], [0, 0]]], bool)
+    prior = sibling_prior(nodes, logprob, jnp.ones(logprob.shape, jnp.int32), valid)
+    expected = [
+        [[1 / 6, 2 / 6], [3 / 6, 0], [0, 0]],
+        [[0.25, 0.75], [0.5, 0.5], [0, 0]],
+    ]
+    np.testing.assert_allclose(prior, expected, atol=1e-6)
+
+
+def test_changes_add_up_along_the_paths(tree):
+    counts = add_to_paths(
+        tree,
+        jnp.zeros((1, 10), jnp.int32),
+        jnp.asarray([[3, 5, -1, 1]]),
+        jnp.asarray([[1, 2, 9, -1]]),
+    )
+    assert counts[0].tolist() == [2, 0, 2, 1, 0, 2, 0, 0, 0, 0]
+
+
+def test_backtracks_are_steps_that_leave_the_path(tree):
+    def leaves(before, node):
+        args = (tree.parent, jnp.asarray([before]), jnp.asarray([node]))
+        return bool(backtracks(*args)[0])
+
+    assert not leaves(2, 6)
+    assert not leaves(0, 6)
+    assert leaves(1, 2)
+    assert leaves(1, 6)
+    assert leaves(6, 2)  # Back to its own parent.
+    assert leaves(6, 0)
+    assert not leaves(-1, 6)  # Nothing was grown before.
+    assert not leaves(6, -1)  # Nothing is grown now.
+
+
+FIRST_CHILD = jnp.full((1, 10), -1).at[0, :3].set(jnp.asarray([1, 3, 5]))
+
+
+def back_up(tree, nodes, totals, counts, **settings):
+    """`backpropagate` of `tree`, with no change of its open leaves."""
+    counts, totals = jnp.asarray([counts], jnp.float32), jnp.asarray([totals], jnp.float32)
+    backup = Backup(counts, totals, jnp.zeros(counts.shape, jnp.int32))
+    leaves = jnp.zeros((1, 10), jnp.int32)
+    return backpropagate(
+        tree, FIRST_CHILD, leaves, jnp.asarray([nodes]), backup, num_children=2, **settings
+    )[0]
+
+
 def test_backpropagation_keeps_means_whatever_the_order(tree):
-    totals, counts = jnp.asarray([[1.5, -0.5]]), jnp.asarray([[2.0, 1.0]])
-    together = backpropagate(tree, jnp.asarray([[1, 2]]), totals, counts)
-    apart = backpropagate(tree, jnp.asarray([[2]]), totals[:, 1:], counts[:, 1:])
-    apart = backpropagate(apart, jnp.asarray([[1]]), totals[:, :1], counts[:, :1])
+    together = back_up(tree, [1, 2], [1.5, -0.5], [2, 1])
+    apart = back_up(back_up(tree, [2], [-0.5], [1]), [1], [1.5], [2])
     np.testing.assert_allclose(together.value, apart.value, atol=1e-6)
     assert together.visits[0, :3].tolist() == [3.0, 3.0, 2.0]
     np.testing.assert_allclose(together.value[0, :3], [1 / 3, 2.0 / 3, 0.05], atol=1e-6)
     np.testing.assert_array_equal(together.value[0, 3:], tree.value[0, 3:])
 
 
-def test_a_graph_node_may_have_several_parents():
-    structure = make_structure(jnp.asarray([1]), 6, num_parents=2)
-    structure, _ = grow(structure, [0], 3, [0.1, 0.2, 0.3])
-    structure, _ = grow(structure, [1], 1, [0.4])
-    parents = structure.parents.at[0, 4, 1].set(2)
-    operator = structure.operator.at[0, 4].set(Operator.AGGREGATE)
-    check(structure.replace(parents=parents, operator=operator))
-    with pytest.raises(AssertionError, match="parents come before"):
-        check(structure.replace(parents=structure.parents.at[0, 4, 1].set(4), operator=operator))
+@pytest.mark.parametrize(("learning_rate", "value"), [(1.0, -0.024), (0.5, 0.038)])
+def test_td_backup_golden_g06(tree, learning_rate, value):
+    """Children (N, q) = (1, .5), (3, -.2), old q = .1."""
+    stats = tree.replace(
+        value=tree.value.at[0, :3].set(jnp.asarray([0.1, 0.5, -0.2])),
+        visits=tree.visits.at[0, :3].set(jnp.asarray([4.0, 1.0, 3.0])),
+    )
+    new = back_up(stats, [0], [0.0], [1], rule="td", discount=0.96, learning_rate=learning_rate)
+    assert float(new.value[0, 0]) == pytest.approx(value, abs=1e-6)
+    assert float(new.visits[0, 0]) == 5.0
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "rule"),
-    [
-        ("parents", 8, "parents come before"),
-        ("depth", 5, "depth is one more"),
-        ("span_start", 77, "starts where its parent ends"),
-        ("value", np.nan, "finite"),
-        ("visits", 0.5, "counts"),
-        ("owner", 99, "owner"),
-        ("span_length", 9, "generated tokens"),
-    ],
-)
-def test_check_finds_what_is_broken(tree, field, value, rule):
-    array = getattr(tree, field)
-    at = (0, 6, 0) if field == "parents" else (0, 6)
-    broken = tree.replace(**{field: array.at[at].set(value)})
-    with pytest.raises(AssertionError, match=rule):
-        check(broken)
-
-
-def test_check_finds_growth_below_a_terminal_node(tree):
-    grown, _ = grow(tree, [6], 1, [0.0])
-    with pytest.raises(AssertionError, match="below a terminal"):
-        check(grown.replace(terminal=grown.terminal.at[0, 6].set(True)))
-
-
-def test_paths_run_from_the_root(tree):
-    assert path_to_root(tree, 0, 5) == [0, 2, 5]
-    assert path_to_root(tree, 0, 0) == [0]
-
-
-@pytest.mark.parametrize("bad", [{"capacity": 0}, {"capacity": 3, "num_parents": 0}])
-def test_a_structure_needs_room(bad):
-    with pytest.raises(ValueError, match="must be >= 1"):
-        make_structure(jnp.asarray([1]), **bad)
-
-
-def test_a_structure_passes_through_transformations(tree):
-    doubled = jax.vmap(lambda s: s.replace(value=s.value * 2))(tree)
-    np.testing.assert_array_equal(doubled.value, tree.value * 2)
+def test_backups_by_maximum_and_with_rewards_and_discount(tree):
+    stats = tree.replace(reward=tree.reward.at[0, 1:3].set(jnp.asarray([0.1, -0.2])))
+    new = back_up(stats, [0], [0.0], [1], rule="max", discount=0.5)
+    assert float(new.value[0, 0]) == pytest.approx(0.1 + 0.5 * 0.5)
+    new = back_up(stats, [1], [0.7], [1], discount=0.5)
+    # Node 1 held one visit of 0.5; its edge is worth 0.1 on the way up.
+    assert float(new.value[0, 1]) == pytest.approx((0.5 + 0.7) / 2)
+    assert float(new.value[0, 0]) == pytest.approx(0.1 + 0.5 * 0.7)

@@ -35,6 +35,25 @@ def step_prior(
     return jnp.where(valid, jnp.exp(score), 0.0)
 
 
+def sibling_prior(
+    nodes: Int32[jax.Array, "B W"],
+    logprob: Float32[jax.Array, "B W K"],
+    length: Int32[jax.Array, "B W K"],
+    valid: Bool[jax.Array, "B W K"],
+    **settings: float | bool,
+) -> Float32[jax.Array, "B W K"]:
+    """`step_prior` of the steps from each node; those from the root are siblings in any lane."""
+    shape = logprob.shape
+    at_root = (nodes == 0)[..., None]
+
+    def flat(array: jax.Array) -> jax.Array:
+        return array.reshape(shape[0], -1)
+
+    own = step_prior(logprob, length, valid, **settings)
+    wide = step_prior(flat(logprob), flat(length), flat(valid & at_root), **settings)
+    return jnp.where(at_root, wide.reshape(shape), own)
+
+
 def accumulate_score(
     above: Float32[jax.Array, "*R"],
     score: Float32[jax.Array, "*R"],

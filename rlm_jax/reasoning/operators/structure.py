@@ -121,19 +121,18 @@ def put_children(array: Array, slots: Int32[jax.Array, "B W K"], values: Array) 
 
 
 def prune(structure: Structure, nodes: Bool[jax.Array, "B N"]) -> Structure:
-    """Kills the marked nodes and what is reachable through them alone; the root stays.
+    """Kills the marked nodes and what was generated below them; the root stays.
 
-    Dead nodes stay in the record. A node with another living parent lives on (graphs).
+    Dead nodes stay in the record. In a graph a node goes with the node it was generated from,
+    whatever other parents it has: its context, hence its pages, hang on that one.
     """
-    rows = jnp.arange(structure.depth.shape[0])[:, None, None]
-    at = jnp.maximum(structure.parents, 0)
+    rows = jnp.arange(structure.depth.shape[0])[:, None]
+    at = jnp.maximum(structure.parent, 0)
     root = jnp.arange(structure.capacity)[None] == 0
-    real = structure.parents >= 0
 
     def spread(carry):
         alive, _ = carry
-        held = root | (alive[rows, at] & real).any(-1)
-        below = alive & held
+        below = alive & (root | alive[rows, at])
         return below, (below != alive).any()
 
     alive = structure.alive & ~(nodes & ~root)
@@ -206,6 +205,7 @@ def keep_subtree(
 ) -> tuple[Structure, Int32[jax.Array, "B N"]]:
     """Makes each structure's node of `nodes` the root and lets everything else go.
 
+    Kept is what was generated below it; what only another parent joins to it goes (see `prune`).
     The kept nodes move to the first slots in their old order, siblings still side by side; what
     was spent stays spent. Give `take_nodes` the returned order to move what else goes by node.
 
@@ -215,7 +215,8 @@ def keep_subtree(
     Returns:
       The structures, and for each new slot the old index (-1: free).
     """
-    kept = subtree(structure, nodes)
+    tree = dataclasses.replace(structure, more_parents=structure.more_parents[..., :0])
+    kept = subtree(tree, nodes)
     order = jnp.argsort(~kept, axis=-1, stable=True).astype(jnp.int32)
     count = kept.sum(-1).astype(jnp.int32)
     order = jnp.where(jnp.arange(structure.capacity)[None] < count[:, None], order, NO_NODE)

@@ -142,6 +142,38 @@ def scale_completed_q(
     return jnp.where(alive, (visit_offset + most) * value_scale * q, 0.0)
 
 
+def visit_policy(
+    visits: Float32[jax.Array, "*R K"], temperature: float
+) -> Float32[jax.Array, "*R K"]:
+    """N^(1/t) / sum N^(1/t) (AlphaZero, TS-LLM's MCTS-alpha; golden G54); all 0 without a visit.
+
+    Args:
+      temperature: t; 0 takes the most visited, shared by equals.
+
+    Raises:
+      ValueError: the temperature is negative.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    # Relative to the most visited, so that a small temperature does not overflow.
+    share = visits / jnp.maximum(visits.max(-1, keepdims=True), 1.0)
+    weight = (share == 1.0).astype(visits.dtype) if temperature == 0 else share ** (1 / temperature)
+    return weight / jnp.maximum(weight.sum(-1, keepdims=True), _TINY)
+
+
+def was_grown(structure: Structure) -> Bool[jax.Array, "B N"]:
+    """Nodes that children were made of, living or dead."""
+    rows = jnp.arange(structure.depth.shape[0])[:, None]
+    at = jnp.where(structure.parent >= 0, structure.parent, structure.capacity)
+    return jnp.zeros_like(structure.alive).at[rows, at].set(True, mode="drop")
+
+
+def find_open(structure: Structure, max_depth: int) -> Bool[jax.Array, "B N"]:
+    """Living nodes that a search may still grow: never grown, not terminal, above max_depth."""
+    ended = structure.terminal | (structure.depth >= max_depth)
+    return structure.alive & ~ended & ~was_grown(structure)
+
+
 def backtracks(
     parents: Int32[jax.Array, "B N"], before: Int32[jax.Array, "B"], nodes: Int32[jax.Array, "B"]
 ) -> Bool[jax.Array, "B"]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlm_jax.core.types import Array, Float32, Int32
+from rlm_jax.core.types import Array, Bool, Float32, Int32
 from rlm_jax.reasoning.structure import Structure
 
 BACKUPS = ("mean", "max", "weighted", "td")
@@ -94,10 +94,35 @@ def backpropagate(
     return dataclasses.replace(structure, visits=visits, value=value), opened
 
 
+def add_to_paths(
+    structure: Structure,
+    counts: Int32[Array, "B N"],
+    nodes: Int32[Array, "B L"],
+    change: Int32[Array, "B L"] | Bool[Array, "B L"],
+) -> Int32[Array, "B N"]:
+    """Adds each node's change to it and to all above it, along first parents; -1 adds nothing."""
+    rows = jnp.arange(nodes.shape[0])[:, None]
+    change = change.astype(jnp.int32)
+
+    def climb(carry):
+        lanes, counts = carry
+        at = jnp.where(lanes >= 0, lanes, structure.capacity)
+        counts = counts.at[rows, at].add(change, mode="drop")
+        above = structure.parent[rows, jnp.maximum(lanes, 0)]
+        return jnp.where(lanes >= 0, above, -1), counts
+
+    return jax.lax.while_loop(lambda carry: (carry[0] >= 0).any(), climb, (nodes, counts))[1]
+
+
 def weighted_mean(
-    value: Float32[Array, "*R K"], visits: Float32[Array, "*R K"]
+    value: Float32[Array, "*R K"], visits: Float32[Array, "*R K"], *, min_visits: float = 0.0
 ) -> Float32[Array, "*R"]:
-    """sum N Q / sum N over children that were visited; 0 where none was."""
+    """sum N Q / sum N over children that were visited (CPL; golden G56); 0 where none was.
+
+    Args:
+      min_visits: what a child's N counts for at least; 1 is MCTS-DPO's max(1, N) (golden G55).
+    """
+    visits = jnp.maximum(visits, min_visits)
     return (visits * value).sum(-1) / jnp.maximum(visits.sum(-1), 1.0)
 
 

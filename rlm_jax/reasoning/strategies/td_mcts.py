@@ -12,7 +12,8 @@ up to and including the root, N <- N + 1. Where Algorithm 1, x1's code and sense
   score; the walks are other `answer_rule`s.
 - D7 `terminal`: "stop" ends the search when a terminal is selected (code, and the default here);
   "exclude" and "revisit" go on.
-- D8, D9 are about training, not about the search. D10 rewards enter as r + g q.
+- D8, D9 are about training, not about the search. D10 rewards enter as r + g q; selection, in which
+  x1 does not discount, sees r + q.
 
 Alone among the tree searches its defaults are x1's: two children, one leaf a round, no resampling.
 """
@@ -55,6 +56,7 @@ def make_td_mcts(
     width = value_high - value_low
 
     def score(s: Siblings) -> Array:
-        return td_score((s.q - value_low) / width, s.visits, s.node_visits, c1=c1, c2=c2)
+        q = (s.undiscounted - value_low) / width
+        return td_score(q, s.visits, s.node_visits, c1=c1, c2=c2)
 
     return make_tree_search("td_mcts", TreeConfig(**{**DEFAULTS, **tree}), score)
