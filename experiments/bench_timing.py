@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 
 QUIET_SHARE = 0.1
+_SHORT_SECONDS = 0.5
+_MOST_TURNS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """repeats: timed calls of each side. side_seconds: no side is called again once its calls took
+    """repeats: timed calls of each side, more if they are short. side_seconds: no side is called again once its calls took
     so long. quiet_seconds: how long to wait for a quiet machine, at most."""
 
     repeats: int = 5
@@ -75,9 +77,11 @@ def time_pair(
     """
     busy = wait_until_quiet(patience.quiet_seconds)
     sides = [(ours, []), (other, [])]
-    for _ in range(patience.repeats + 1):
+    for turn in range(1 + _MOST_TURNS * patience.repeats):
         for call, seconds in sides:
-            if call is not None and (not seconds or sum(seconds) < patience.side_seconds):
+            # Short calls are many, so that one of them meets a machine that is free.
+            allowed = patience.side_seconds if turn <= patience.repeats else _SHORT_SECONDS
+            if call is not None and (not seconds or sum(seconds) < allowed):
                 seconds.append(time_once(call))
     return Paired(*(seconds[1:] or seconds for _, seconds in sides), busy)
 
