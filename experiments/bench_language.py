@@ -14,6 +14,7 @@ a few buffer lengths that holds the longest path of the batch.
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -87,10 +88,10 @@ def run_language(
     leaves: Sequence[int],
     sizes: Sizes,
     patience: Patience,
-    forms: Sequence[str] = FORMS,
+    with_other: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Tokens per second and memory, one case each for every model, batch, W and form of mctx."""
-    found = importlib.util.find_spec("mctx") is not None
+    found = with_other and importlib.util.find_spec("mctx") is not None
     for name in models:
         policy = load(config, name)
         lm = make_language_model(policy, sizes.step_tokens)
@@ -98,7 +99,7 @@ def run_language(
             size = dataclasses.replace(sizes, batch=batch)
             prompts = make_prompts(policy, size)
             others = {}
-            for form in forms if found else ():
+            for form in FORMS if found else ():
                 search = functools.partial(search_mctx, form, policy.cfg, size)
                 others[form] = compile_call(search, lm, prompts)
             for num_lanes in leaves:
@@ -106,7 +107,10 @@ def run_language(
                     functools.partial(search_ours, policy.cfg, size, num_lanes), lm, prompts
                 )
                 for form in others or ("mctx",):
-                    yield from _compare(name, policy, size, num_lanes, ours, form, others, patience)
+                    about = {"model": name, "leaves": num_lanes}
+                    yield from _compare(
+                        policy.cfg, lm, size, ours, form, others.get(form), patience, about
+                    )
 
 
 def load(config: Mapping[str, Any], name: str) -> Policy:
@@ -224,13 +228,12 @@ def search_mctx(
     form: str, cfg: ModelConfig, size: Sizes, lm: LanguageModel, prompts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The same of mctx, nodes kept in one of `FORMS`."""
-    import mctx
-
+    mctx: Any = importlib.import_module("mctx")  # Its dataclasses hide their fields from checkers.
     visit = {"recompute": _visit_tokens, "dense": _visit_dense}[form]
 
     def recurrent(lm, key, action, node):
         node, logits, value = visit(cfg, size, lm, key, action, node)
-        output: Any = mctx.RecurrentFnOutput(
+        output = mctx.RecurrentFnOutput(
             reward=jnp.zeros_like(value),
             discount=jnp.ones_like(value),
             prior_logits=logits,
@@ -239,7 +242,7 @@ def search_mctx(
         return output, node
 
     node, logits, value = _plant(form, cfg, size, lm, prompts)
-    root: Any = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=node)
+    root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=node)
     policy = mctx.gumbel_muzero_policy(
         lm,
         jax.random.key(0),
@@ -275,9 +278,7 @@ def _plant(form, cfg, size, lm, prompts):
     room = size.path_tokens
     length = jnp.full(batch, width, jnp.int32)
     done = extend(lm.policy, prompts, length, cfg=cfg)
-    prefix = Prefix(
-        _context(done.keys, done.values, length), last_hidden(done.hidden, length)
-    )
+    prefix = Prefix(_context(done.keys, done.values, length), last_hidden(done.hidden, length))
     pad = ((0, 0), (0, 0), (0, room - width), (0, 0))
     kept = form == "dense"
     tokens = jnp.pad(prompts, ((0, 0), (0, room - width)))
@@ -298,7 +299,7 @@ def _visit_tokens(cfg, size, lm, key, action, node: Node):
     node, chosen = _descend(size, node, action)
     rows = jnp.arange(size.batch)[:, None]
     at = node.length[:, None] - size.step_tokens + jnp.arange(size.step_tokens)
-    node = node.replace(tokens=node.tokens.at[rows, at].set(chosen, mode="drop"))
+    node = dataclasses.replace(node, tokens=node.tokens.at[rows, at].set(chosen, mode="drop"))
 
     def visit(width: int):
         done = extend(lm.policy, node.tokens[:, :width], node.length, cfg=cfg)
@@ -337,8 +338,8 @@ def _visit_dense(cfg, size, lm, key, action, node: Node):
         return decoded, done.keys, done.values
 
     (node, logits, value), keys, values = _in_shortest(size, node, visit)
-    node = node.replace(
-        keys=tuple(map(put, node.keys, keys)), values=tuple(map(put, node.values, values))
+    node = dataclasses.replace(
+        node, keys=tuple(map(put, node.keys, keys)), values=tuple(map(put, node.values, values))
     )
     return node, logits, value
 
@@ -354,7 +355,9 @@ def _descend(size: Sizes, node: Node, action: jax.Array) -> tuple[Node, jax.Arra
     """The chosen child, without its own children yet, and the tokens of its step."""
     rows = jnp.arange(size.batch)
     path_logprob = node.path_logprob + node.logprobs[rows, action]
-    longer = node.replace(length=node.length + size.step_tokens, path_logprob=path_logprob)
+    longer = dataclasses.replace(
+        node, length=node.length + size.step_tokens, path_logprob=path_logprob
+    )
     return longer, node.steps[rows, action]
 
 
@@ -378,7 +381,7 @@ def _sample_below(cfg, size, lm, key, node: Node, prefix: Prefix, own: tuple[Con
     )
     shape = (size.batch, size.num_children)
     logprobs = steps.logprob.reshape(shape)
-    node = node.replace(steps=steps.tokens.reshape(*shape, -1), logprobs=logprobs)
+    node = dataclasses.replace(node, steps=steps.tokens.reshape(*shape, -1), logprobs=logprobs)
     generated = jnp.maximum(node.length - size.context_tokens, 1)
     return node, logprobs / size.step_tokens, jnp.exp(node.path_logprob / generated)
 
@@ -392,18 +395,14 @@ def _context(keys, values, lengths) -> Context:
 # Both.
 
 
-def _compare(name, policy, size, num_lanes, ours, form, others, patience):
+def _compare(cfg, lm, size, ours, form, other, patience, about):
     """The case of time and the case of memory of one pair."""
-    other = others.get(form)
-    visits, tokens = ours.call()
-    decoded = int(tokens.sum())
+    decoded = int(ours.call()[1].sum())
     assert decoded == size.num_tokens, (decoded, size.num_tokens)
     times = time_pair(ours.call, None if other is None else other.call, patience)
-    about = {
-        "model": name,
+    about |= {
         "batch": size.batch,
         "simulations": size.num_simulations,
-        "leaves": num_lanes,
         "children": size.num_children,
         "step_tokens": size.step_tokens,
         "context": size.context_tokens,
@@ -414,7 +413,7 @@ def _compare(name, policy, size, num_lanes, ours, form, others, patience):
         theirs = int(other.call()[1].sum()) if len(times.other) > 1 else None
         about["tokens"] = [decoded, theirs]
     else:
-        about["other_is"] = f"not here: {HOW_TO_GET_MCTX}"
+        about["other_is"] = f"left out (--only_ours), or not here: {HOW_TO_GET_MCTX}"
     yield {
         "case": f"language_{form}",
         **describe_pair(times, size.num_tokens),
@@ -430,10 +429,9 @@ def _compare(name, policy, size, num_lanes, ours, form, others, patience):
         "ratio": held[1] / held[0] if other is not None else None,
         "unit": "bytes of the program (ratio: other over ours)",
         **about,
-        "parameter_bytes": sum(a.nbytes for a in jax.tree.leaves(policy.params)),
+        "parameter_bytes": sum(a.nbytes for a in jax.tree.leaves(lm.policy)),
         "node_bytes": [
-            our_node_bytes(policy.cfg, size, make_language_model(policy, size.step_tokens)),
-            mctx_node_bytes(form, policy.cfg, size, make_language_model(policy, size.step_tokens))
-            if other is not None else None,
+            our_node_bytes(cfg, size, lm),
+            mctx_node_bytes(form, cfg, size, lm) if other is not None else None,
         ],
-    }  # fmt: skip
+    }

@@ -8,6 +8,7 @@ a round does not know yet. `leaves` (W) of one structure go into one call; mctx 
 """
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
@@ -55,9 +56,11 @@ def run_small(
                 for num_lanes in leaves:
                     yield {
                         "case": f"small_{name}",
-                        **_compare(name, params, states, num_simulations, num_lanes, other, patience),
+                        **_compare(
+                            name, params, states, num_simulations, num_lanes, other, patience
+                        ),
                         "other_is": _tell_other(with_other, found),
-                    }  # fmt: skip
+                    }
 
 
 def init_networks(key: jax.Array) -> dict[str, jax.Array]:
@@ -151,13 +154,13 @@ def search_ours(
 
 def search_mctx(name: str, num_simulations: int, params: Any, states: jax.Array) -> jax.Array:
     """The same of mctx."""
-    import mctx
+    mctx: Any = importlib.import_module("mctx")  # Its dataclasses hide their fields from checkers.
 
     def recurrent(params, key, action, state):
         del key
         state = step(params, state, action)
         logits, value = predict(params, state)
-        output: Any = mctx.RecurrentFnOutput(
+        output = mctx.RecurrentFnOutput(
             reward=jnp.zeros_like(value),
             discount=jnp.ones_like(value),
             prior_logits=logits,
@@ -166,7 +169,7 @@ def search_mctx(name: str, num_simulations: int, params: Any, states: jax.Array)
         return output, state
 
     logits, value = predict(params, states)
-    root: Any = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=states)
+    root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=states)
     args = (params, jax.random.key(0), root, recurrent, num_simulations)
     max_depth = min(num_simulations, _DEEPEST)
     if name == "puct":
@@ -180,9 +183,7 @@ def search_mctx(name: str, num_simulations: int, params: Any, states: jax.Array)
 
 def _compare(name, params, states, num_simulations, num_lanes, other: Compiled | None, patience):
     strategy = make_strategy(name, num_simulations, num_lanes)
-    ours = compile_call(
-        functools.partial(search_ours, strategy, num_simulations), params, states
-    )
+    ours = compile_call(functools.partial(search_ours, strategy, num_simulations), params, states)
     visits = np.asarray(ours.call())
     assert (visits.sum(-1) == num_simulations).all(), visits.sum(-1)
     call: Callable[[], Any] | None = None if other is None else other.call

@@ -21,8 +21,11 @@ _MOST_TURNS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """repeats: timed calls of each side, more if they are short. side_seconds: no side is called again once its calls took
-    so long. quiet_seconds: how long to wait for a quiet machine, at most."""
+    """How much time to take.
+
+    repeats: timed calls of each side, more if they are short. side_seconds: no side is called again
+    once its calls took so long. quiet_seconds: longest wait for a quiet machine.
+    """
 
     repeats: int = 5
     side_seconds: float = 60.0
@@ -35,6 +38,16 @@ class Paired(NamedTuple):
     ours: list[float]
     other: list[float]
     busy: float | None
+
+
+class Prepared(NamedTuple):
+    """A call whose arguments are made anew each time, outside of the clock (they are donated)."""
+
+    prepare: Callable[[], tuple[Any, ...]]
+    call: Callable[..., Any]
+
+
+Call = Callable[[], Any] | Prepared
 
 
 class Compiled(NamedTuple):
@@ -60,16 +73,17 @@ def program_bytes(memory: Any) -> int:
     return held - memory.alias_size_in_bytes
 
 
-def time_once(call: Callable[[], Any]) -> float:
+def time_once(call: Call) -> float:
     """Seconds of one call, its arrays waited for."""
+    args = ()
+    if isinstance(call, Prepared):
+        args, call = jax.block_until_ready(call.prepare()), call.call
     started = time.perf_counter()
-    jax.block_until_ready(call())
+    jax.block_until_ready(call(*args))
     return time.perf_counter() - started
 
 
-def time_pair(
-    ours: Callable[[], Any], other: Callable[[], Any] | None, patience: Patience
-) -> Paired:
+def time_pair(ours: Call, other: Call | None, patience: Patience) -> Paired:
     """Calls both sides in turn; the first call of each warms up, and counts if it is the only one.
 
     Args:
@@ -83,21 +97,27 @@ def time_pair(
             allowed = patience.side_seconds if turn <= patience.repeats else _SHORT_SECONDS
             if call is not None and (not seconds or sum(seconds) < allowed):
                 seconds.append(time_once(call))
-    return Paired(*(seconds[1:] or seconds for _, seconds in sides), busy)
+    mine, theirs = (seconds[1:] or seconds for _, seconds in sides)
+    return Paired(mine, theirs, busy)
 
 
-def describe_pair(times: Paired, amount: float) -> dict[str, Any]:
-    """`amount` (of work, the same on both sides) per second: fields of a case.
+def describe_pair(
+    times: Paired, amount: float, other_amount: float | None = None
+) -> dict[str, Any]:
+    """Work per second: fields of a case. `ratio` is ours over the other's, above 1 we are faster.
 
-    `ratio` is ours over the other's: above 1 we are faster.
+    Args:
+      amount: of work in one call. other_amount: where the other's calls do not do the same.
     """
-    ours, other = (amount / min(t) if t else None for t in times[:2])
+    other_amount = other_amount or amount
+    ours = amount / min(times.ours)
+    other = other_amount / min(times.other) if times.other else None
     return {
         "ours": ours,
         "other": other,
-        "ratio": ours / other if ours and other else None,
+        "ratio": ours / other if other else None,
         "ours_median": amount / statistics.median(times.ours),
-        "other_median": amount / statistics.median(times.other) if times.other else None,
+        "other_median": other_amount / statistics.median(times.other) if times.other else None,
         "calls": [len(times.ours), len(times.other)],
         "machine_busy_before": times.busy,
     }
