@@ -60,7 +60,8 @@ SAMPLING = SamplingConfig("sample", temperature=0.8, top_k=32)
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What is searched: B prompts of context_tokens each, num_simulations visits of K sampled steps
-    of step_tokens tokens, no path longer than max_depth steps."""
+    of step_tokens tokens. Paths have room for max_depth steps, which no search should reach: where
+    ours stops to grow, mctx decodes the last node's steps once more."""
 
     batch: int
     num_simulations: int = 32

@@ -48,7 +48,8 @@ class MemorySizes:
 
     model: see `bench_language.load`. depths, num_nodes, capacities: each one case. num_structures,
     large_nodes: of part "large", nodes per structure; large_expansions: 0 to fill them all.
-    num_expansions: of part "capacity" and "bookkeeping". simulations: the N of part "linearity".
+    num_expansions: of part "capacity", and rounds of part "bookkeeping", of W leaves each.
+    simulations: the N of part "linearity".
     """
 
     model: str = "8m"
@@ -56,6 +57,7 @@ class MemorySizes:
     num_nodes: int = 64
     capacities: Sequence[int] = (64, 512, 4096)
     num_expansions: int = 15
+    leaves: Sequence[int] = (1, 4)
     num_children: int = 4
     step_tokens: int = 16
     context_tokens: int = 64
@@ -304,7 +306,7 @@ def measure_bookkeeping(
     policy: Policy, sizes: MemorySizes, patience: Patience
 ) -> Iterator[dict[str, Any]]:
     """Seconds of ask, tell and the loop, over those of what the expander does."""
-    for num_lanes in (1, 4):
+    for num_lanes in sizes.leaves:
         num_expansions = 1 + num_lanes * sizes.num_expansions
         search = _make_search(
             sizes,

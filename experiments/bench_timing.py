@@ -94,7 +94,9 @@ def time_pair(ours: Call, other: Call | None, patience: Patience) -> Paired:
     for turn in range(1 + _MOST_TURNS * patience.repeats):
         for call, seconds in sides:
             # Short calls are many, so that one of them meets a machine that is free.
-            allowed = patience.side_seconds if turn <= patience.repeats else _SHORT_SECONDS
+            allowed = patience.side_seconds
+            if turn > patience.repeats:
+                allowed = min(allowed, _SHORT_SECONDS)
             if call is not None and (not seconds or sum(seconds) < allowed):
                 seconds.append(time_once(call))
     mine, theirs = (seconds[1:] or seconds for _, seconds in sides)
