@@ -43,7 +43,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each side.", lower
 _SIDE = flags.DEFINE_float(
     "side_seconds", 60.0, "No side is called again once its calls of a case took so long."
 )
-_QUIET = flags.DEFINE_float("quiet_seconds", 20.0, "Longest wait for a quiet machine, per case.")
+_QUIET = flags.DEFINE_float("quiet_seconds", 10.0, "Longest wait for a quiet machine, per case.")
 _OTHER = flags.DEFINE_string("other_python", sys.executable, "A Python with torch, transformers.")
 _LLAMA = flags.DEFINE_string("llama_python", None, "One with llama_cpp (default: other_python).")
 _FORMATS = flags.DEFINE_string("formats", None, "Folder for llama.cpp's files (a gigabyte), kept.")

@@ -161,8 +161,8 @@ def make_language_config(cfg: ModelConfig, size: Sizes) -> LanguageConfig:
 
 def search_ours(
     cfg: ModelConfig, size: Sizes, num_lanes: int, lm: LanguageModel, prompts: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Visits of the root's children [B, K], and tokens generated [B]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Visits of the root's children [B, K], tokens generated and calls of the model [B]."""
     language = make_language_config(cfg, size)
     strategy = make_gumbel(
         num_simulations=size.num_simulations,
@@ -181,7 +181,7 @@ def search_ours(
         strategy, expand, lm, keys, world, structure, step_tokens=size.step_tokens
     )
     visits = structure.visits[:, 1 : size.num_children + 1]
-    return visits, structure.budget.generated_tokens
+    return visits, structure.budget.generated_tokens, structure.budget.model_calls
 
 
 def our_node_bytes(cfg: ModelConfig, size: Sizes, lm: LanguageModel) -> float:
@@ -398,9 +398,15 @@ def _context(keys, values, lengths) -> Context:
 
 def _compare(cfg, lm, size, ours, form, other, patience, about):
     """The case of time and the case of memory of one pair."""
-    decoded = int(ours.call()[1].sum())
-    assert decoded == size.num_tokens, (decoded, size.num_tokens)
-    times = time_pair(ours.call, None if other is None else other.call, patience)
+    _, decoded, model_calls = (np.asarray(part) for part in ours.call())
+    assert decoded.sum() == size.num_tokens, (decoded, size.num_tokens)
+    theirs = []
+
+    def call_other():
+        theirs[:] = [other.call()]
+        return theirs
+
+    times = time_pair(ours.call, None if other is None else call_other, patience)
     about |= {
         "batch": size.batch,
         "simulations": size.num_simulations,
@@ -408,18 +414,19 @@ def _compare(cfg, lm, size, ours, form, other, patience, about):
         "step_tokens": size.step_tokens,
         "context": size.context_tokens,
         "max_depth": size.max_depth,
+        "tokens": [int(decoded.sum()), int(theirs[0][1].sum()) if theirs else None],
+        "other_is": f"mctx, {form}",
     }
-    if other is not None:
-        about["other_is"] = f"mctx, {form}"
-        theirs = int(other.call()[1].sum()) if len(times.other) > 1 else None
-        about["tokens"] = [decoded, theirs]
-    else:
+    if other is None:
         about["other_is"] = f"left out (--only_ours), or not here: {HOW_TO_GET_MCTX}"
+    # The prefill is a call of its own; in every other, W * K rows of each structure take part.
+    rows = (model_calls.max() - 1) * size.batch * about["leaves"] * size.num_children
     yield {
         "case": f"language_{form}",
         **describe_pair(times, size.num_tokens),
         "unit": "decoded tokens/s",
         **about,
+        "rows_in_use": float(decoded.sum() / rows),
         "compile_seconds": [ours.seconds, None if other is None else other.seconds],
     }
     held = [program_bytes(side.memory) for side in (ours, other) if side is not None]
