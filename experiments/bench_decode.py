@@ -7,7 +7,6 @@ the same number of tokens per row.
 """
 
 import dataclasses
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_timing import busy_share
 from side_process import SideProcess
 
 from rlm_jax.evaluation import build, solver
@@ -225,7 +225,7 @@ def _decode_case(policy, dtype, num_rows, context_tokens, new_tokens, repeats, r
     if other is not None:
         cache = other.ask("prefill", prompt=prompt, rows=num_rows, new_tokens=new_tokens)["cache"]
     jax.block_until_ready(decode())
-    times, busy, agree = Times([], []), _busy_share(), None
+    times, busy, agree = Times([], []), busy_share(), None
     for _ in range(repeats):
         times.ours.extend(_time(decode, 1))
         if other is not None:
@@ -296,20 +296,3 @@ def _time(call: Callable[[], Any], repeats: int) -> list[float]:
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - started)
     return seconds
-
-
-def _busy_share() -> float | None:
-    """Share of the processors that was at work in a quarter second in which we are not."""
-
-    def read() -> tuple[int, int]:
-        fields = [int(x) for x in pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
-        return sum(fields), fields[3] + fields[4]
-
-    try:
-        before = read()
-        time.sleep(0.25)
-        after = read()
-    except OSError:
-        return None
-    total = after[0] - before[0]
-    return 1.0 - (after[1] - before[1]) / total if total else None

@@ -1,0 +1,216 @@
+"""Suite "search", small networks: our tree searches against mctx's, on an MLP of a MuZero agent.
+
+Policy, value and dynamics are the same small networks on both sides, K actions, no reward. Ours
+judges children on visit, as mctx does: one simulation is one network call for one new node on both
+sides, the root's call apart. PUCT is MuZero's with the same constants and no noise, so its visit
+counts are mctx's own with one leaf a round; Gumbel has no noise on either side and differs by what
+a round does not know yet. `leaves` (W) of one structure go into one call; mctx has one.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_timing import Compiled, Patience, compile_call, describe_pair, time_pair
+
+from rlm_jax.core.budget import zero_budget
+from rlm_jax.reasoning.drive import run_compiled
+from rlm_jax.reasoning.protocol import Outcome, Strategy
+from rlm_jax.reasoning.strategies.gumbel import make_gumbel
+from rlm_jax.reasoning.strategies.puct import make_puct
+from rlm_jax.reasoning.structure import make_structure
+
+HOW_TO_GET_MCTX = "pip install mctx"
+NUM_ACTIONS = 16
+WIDTH = 64
+_HIDDEN = 128
+_DEEPEST = 64
+
+
+def run_small(
+    *,
+    batches: Sequence[int],
+    simulations: Sequence[int],
+    leaves: Sequence[int],
+    patience: Patience,
+    with_other: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Simulations per second of PUCT and Gumbel, one case per size."""
+    params = init_networks(jax.random.key(0))
+    found = importlib.util.find_spec("mctx") is not None
+    for name in ("puct", "gumbel"):
+        for num_simulations in simulations:
+            for batch in batches:
+                states = jax.random.normal(jax.random.key(1), (batch, WIDTH))
+                other = None
+                if with_other and found:
+                    other = compile_call(
+                        functools.partial(search_mctx, name, num_simulations), params, states
+                    )
+                for num_lanes in leaves:
+                    yield {
+                        "case": f"small_{name}",
+                        **_compare(
+                            name, params, states, num_simulations, num_lanes, other, patience
+                        ),
+                        "other_is": _tell_other(with_other, found),
+                    }
+
+
+def init_networks(key: jax.Array) -> dict[str, jax.Array]:
+    """Weights of dynamics, policy and value."""
+    shapes = {
+        "dynamics_in": (WIDTH + NUM_ACTIONS, _HIDDEN),
+        "dynamics_out": (_HIDDEN, WIDTH),
+        "policy": (WIDTH, NUM_ACTIONS),
+        "value_in": (WIDTH, _HIDDEN // 2),
+        "value_out": (_HIDDEN // 2, 1),
+    }
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: jax.random.normal(k, shape) / shape[0] ** 0.5
+        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def predict(params, state):
+    """Logits over the actions and the value of states [..., WIDTH]."""
+    hidden = jax.nn.relu(state @ params["value_in"])
+    return state @ params["policy"], jnp.tanh(hidden @ params["value_out"])[..., 0]
+
+
+def step(params, state, action):
+    """The state after an action."""
+    both = jnp.concatenate([state, jax.nn.one_hot(action, NUM_ACTIONS)], -1)
+    return jnp.tanh(jax.nn.relu(both @ params["dynamics_in"]) @ params["dynamics_out"])
+
+
+def expand(params, keys, world, structure, request):
+    """Our expander: a requested node gets its state, its value and the logits of its children.
+
+    `world` holds the states, [B, N, WIDTH]. Slot 1 + j below the root's block stands for action
+    j % K of its parent: children are consecutive.
+    """
+    del keys
+    shape = (*request.nodes.shape, NUM_ACTIONS)
+    rows = jnp.arange(shape[0])[:, None]
+    node = jnp.maximum(request.nodes, 0)
+    above = world[rows, jnp.maximum(structure.parent[rows, node], 0)]
+    state = step(params, above, (node - 1) % NUM_ACTIONS)
+    state = jnp.where((node == 0)[..., None], above, state)
+    logits, value = predict(params, state)
+    at = jnp.where(request.nodes > 0, node, structure.capacity)
+    world = world.at[rows, at].set(state, mode="drop")
+    zero, no = jnp.zeros(shape), jnp.zeros(shape, bool)
+    outcome = Outcome(
+        valid=jnp.broadcast_to(request.grows[..., None], shape),
+        duplicate=no,
+        length=zero.astype(jnp.int32),
+        logprob=logits,
+        value=zero,
+        reward=zero,
+        terminal=no,
+        answer_key=zero.astype(jnp.uint32),
+        state_key=zero.astype(jnp.uint32),
+        proven=no,
+        node_value=value,
+        cost=zero_budget(structure.num_nodes),
+    )
+    return outcome, world
+
+
+def make_strategy(name: str, num_simulations: int, num_lanes: int) -> Strategy:
+    """Our strategy, with mctx's settings."""
+    settings: dict[str, Any] = {
+        "num_simulations": num_simulations,
+        "num_children": NUM_ACTIONS,
+        "num_lanes": num_lanes,
+        "max_depth": min(num_simulations, _DEEPEST),
+        "judge": "visit",
+    }
+    if name == "puct":
+        return make_puct(base=19652.0, q="siblings", **settings)
+    return make_gumbel(max_considered=NUM_ACTIONS, gumbel_scale=0.0, **settings)
+
+
+def search_ours(
+    strategy: Strategy, num_simulations: int, params: Any, states: jax.Array
+) -> jax.Array:
+    """Visits of the root's children, [B, K]."""
+    batch = states.shape[0]
+    capacity = 1 + NUM_ACTIONS * (num_simulations + 1)
+    structure = make_structure(jnp.ones(batch, jnp.int32), capacity)
+    world = jnp.zeros((batch, capacity, WIDTH)).at[:, 0].set(states)
+    keys = jax.random.split(jax.random.key(0), batch)
+    structure, _ = run_compiled(strategy, expand, params, keys, world, structure)
+    return structure.visits[:, 1 : NUM_ACTIONS + 1]
+
+
+def search_mctx(name: str, num_simulations: int, params: Any, states: jax.Array) -> jax.Array:
+    """The same of mctx."""
+    mctx: Any = importlib.import_module("mctx")  # Its dataclasses hide their fields from checkers.
+
+    def recurrent(params, key, action, state):
+        del key
+        state = step(params, state, action)
+        logits, value = predict(params, state)
+        output = mctx.RecurrentFnOutput(
+            reward=jnp.zeros_like(value),
+            discount=jnp.ones_like(value),
+            prior_logits=logits,
+            value=value,
+        )
+        return output, state
+
+    logits, value = predict(params, states)
+    root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=states)
+    args = (params, jax.random.key(0), root, recurrent, num_simulations)
+    max_depth = min(num_simulations, _DEEPEST)
+    if name == "puct":
+        policy = mctx.muzero_policy(*args, max_depth=max_depth, dirichlet_fraction=0.0)
+    else:
+        policy = mctx.gumbel_muzero_policy(
+            *args, max_depth=max_depth, max_num_considered_actions=NUM_ACTIONS, gumbel_scale=0.0
+        )
+    return policy.search_tree.summary().visit_counts
+
+
+def _compare(name, params, states, num_simulations, num_lanes, other: Compiled | None, patience):
+    strategy = make_strategy(name, num_simulations, num_lanes)
+    ours = compile_call(functools.partial(search_ours, strategy, num_simulations), params, states)
+    visits = np.asarray(ours.call())
+    assert (visits.sum(-1) == num_simulations).all(), visits.sum(-1)
+    theirs = []
+
+    def call_other():
+        assert other is not None
+        theirs[:] = [other.call()]
+        return theirs
+
+    times = time_pair(ours.call, None if other is None else call_other, patience)
+    same = float((visits == np.asarray(theirs[0])).all(-1).mean()) if theirs else None
+    batch = states.shape[0]
+    return {
+        **describe_pair(times, batch * num_simulations),
+        "unit": "simulations/s",
+        "batch": batch,
+        "simulations": num_simulations,
+        "leaves": num_lanes,
+        "children": NUM_ACTIONS,
+        "same_visit_counts": same,
+        "compile_seconds": [ours.seconds, None if other is None else other.seconds],
+    }
+
+
+def _tell_other(with_other: bool, found: bool) -> str:
+    if not with_other:
+        return "left out (--only_ours)"
+    if not found:
+        return f"not here: {HOW_TO_GET_MCTX}"
+    return f"mctx {importlib.metadata.version('mctx')}"
