@@ -65,6 +65,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "terminal": "exclude",
         }
     )
+    config.beam = ConfigDict({**tree, "num_nodes": 145, "beam_width": 4})
+    config.best_first = ConfigDict({**tree, "num_nodes": 129, "num_lanes": 2})
     if variant == "smoke":
         config.model = "random:tiny-llama"
         config.step.max_tokens = 8
@@ -72,8 +74,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.batch_size = 2
         config.max_depth = 4
         config.best_of_n.num_chains = 2
-        for tree in (config.gumbel, config.puct, config.uct, config.td_mcts):
-            tree.num_nodes = 17
-            tree.num_children = 2
+        for name in ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first"):
+            config[name].num_nodes = 17
+            config[name].num_children = 2
+        config.beam.beam_width = 2
         config.gumbel.update({"num_simulations": 6, "num_lanes": 2, "root_lanes": 2})
     return config

@@ -24,7 +24,16 @@ from rlm_jax.reasoning.language import LanguageConfig, LanguageModel
 from rlm_jax.reasoning.language_values import EVALUATORS
 from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
 from rlm_jax.reasoning.protocol import Strategy
-from rlm_jax.reasoning.strategies import best_of_n, greedy, gumbel, puct, td_mcts, uct
+from rlm_jax.reasoning.strategies import (
+    beam,
+    best_first,
+    best_of_n,
+    greedy,
+    gumbel,
+    puct,
+    td_mcts,
+    uct,
+)
 from rlm_jax.tasks import arithmetic, free, game24, gsm8k
 from rlm_jax.tasks.base import Task
 from rlm_jax.text.answers import make_answer_rule
@@ -36,6 +45,8 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
     "puct": puct.make_puct,
     "uct": uct.make_uct,
     "td_mcts": td_mcts.make_td_mcts,
+    "beam": beam.make_beam,
+    "best_first": best_first.make_best_first,
 }
 STRATEGIES = ("greedy", "best_of_n", *TREE_SEARCHES)
 TASKS: dict[str, Task] = {

@@ -355,7 +355,7 @@ def test_a_chain_that_must_wait_goes_on_later():
         (lambda: make_uct(visit_offset=-1.0), "visit_offset"),
         (lambda: make_uct(terminal="revisit"), "needs num_simulations"),
         (lambda: make_uct(num_lanes=2, root_lanes=3), "root_lanes=3 of num_lanes=2"),
-        (lambda: make_td_mcts(value_range=(1.0, 1.0)), "value_range"),
+        (lambda: make_td_mcts(value_low=1.0), "value_low must be < value_high, got 1.0, 1.0"),
         (lambda: make_td_mcts(discount=1.5), "discount"),
         (lambda: make_gumbel(max_considered=0), "max_considered"),
         (lambda: make_gumbel(gumbel_scale=-1.0), "gumbel_scale"),
