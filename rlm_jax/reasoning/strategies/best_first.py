@@ -10,6 +10,7 @@ value, TS-LLM's DFS-V), `threshold` prunes what is valued below it (ToT's and TS
 Deviations: when nothing is open and the budget pays, the root is sampled anew (`resample`).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -145,7 +146,7 @@ def tell(
     if threshold is not None:
         # Pruned before it takes part: its slot is taken, dead.
         counted &= outcome.terminal | (outcome.value >= threshold)
-        outcome = outcome.replace(valid=outcome.valid & counted)
+        outcome = dataclasses.replace(outcome, valid=outcome.valid & counted)
     prior = sibling_prior(request.nodes, outcome.logprob, outcome.length, counted)
     structure, slots = generate(structure, request, outcome, prior)
     rows = jnp.arange(request.nodes.shape[0])[:, None]
