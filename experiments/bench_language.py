@@ -33,7 +33,7 @@ from rlm_jax.inference.extend import extend, last_hidden
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import init_params
-from rlm_jax.reasoning.drive import run_compiled
+from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, begin, make_expand
 from rlm_jax.reasoning.strategies.gumbel import make_gumbel
 from rlm_jax.text.answers import init_answer_state, make_answer_rule
@@ -178,7 +178,7 @@ def search_ours(
     keys = jax.random.split(jax.random.key(0), size.batch)
     expand = make_expand(language)
     structure, _ = run_compiled(
-        strategy, expand, lm, keys, world, structure, step_tokens=size.step_tokens
+        strategy, expand, lm, keys, world, structure, limits=Limits(step_tokens=size.step_tokens)
     )
     visits = structure.visits[:, 1 : size.num_children + 1]
     return visits, structure.budget.generated_tokens, structure.budget.model_calls

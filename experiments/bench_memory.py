@@ -32,7 +32,7 @@ from side_process import SideProcess, serve
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.evaluation import build
 from rlm_jax.evaluation.build import Policy
-from rlm_jax.reasoning.drive import run_compiled
+from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import LanguageConfig, begin, make_expand
 from rlm_jax.reasoning.protocol import Outcome
 from rlm_jax.reasoning.strategies.puct import make_puct
@@ -239,7 +239,13 @@ def _compile_apart(policy: Policy, search: Search):
 
     def grow(lm, keys, world, structure):
         return run_compiled(
-            strategy, expand, lm, keys, world, structure, step_tokens=search.step_tokens
+            strategy,
+            expand,
+            lm,
+            keys,
+            world,
+            structure,
+            limits=Limits(step_tokens=search.step_tokens),
         )
 
     structure, world = jax.eval_shape(start, lm, prompts, lengths)
@@ -402,7 +408,7 @@ def _compile_bare(search: Search) -> Compiled:
         world = jnp.zeros(())
         return run_compiled(
             strategy, functools.partial(_make_up, steps), None, keys, world, structure,
-            step_tokens=steps,
+            limits=Limits(step_tokens=steps),
         )[0]  # fmt: skip
 
     return compile_call(grow, jax.random.split(jax.random.key(0), search.batch))

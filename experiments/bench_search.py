@@ -34,7 +34,7 @@ from rlm_jax.evaluation import build
 from rlm_jax.evaluation.build import Policy
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
 from rlm_jax.models.load import find_model
-from rlm_jax.reasoning.drive import run_compiled
+from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import LanguageConfig, begin, make_expand
 from rlm_jax.reasoning.strategies.puct import make_puct
 from rlm_jax.tasks import arithmetic, gsm8k
@@ -179,7 +179,13 @@ def compile_search(
     def search(lm, tokens, lengths):
         structure, world = begin(lm, tokens, lengths, cfg=language)
         structure, _ = run_compiled(
-            strategy, expand, lm, keys, world, structure, step_tokens=sizes.step_tokens
+            strategy,
+            expand,
+            lm,
+            keys,
+            world,
+            structure,
+            limits=Limits(step_tokens=sizes.step_tokens),
         )
         return structure
 

@@ -161,9 +161,8 @@ def solve_stream(
             on_chunk(search, [-1 if slot is None else slot.place for slot in slots])
         done = [row for row, slot in enumerate(slots) if slot is not None and not running[row]]
         if done:
-            for row, record in _read_rows(solver, batch, golds, search, slots, done):
-                yield slots[row].place, record
-                slots[row] = None
+            yield from _read_rows(solver, batch, golds, search, slots, done)
+            slots = [None if row in done else slot for row, slot in enumerate(slots)]
         if not waiting and not any(slots):
             return
 
@@ -259,23 +258,18 @@ def prepare(solver: Solver, width: int) -> Programs:
     if solver.driver == "compiled":
         chunk = jax.jit(advance_chunk, donate_argnums=1)
         chunk = chunk.lower(solver.lm, empty, number, number).compile()
+    step = jax.jit(expand, donate_argnums=2)
 
-        def advance_fn(lm, search, problems_wait):
+    def advance_fn(lm, search, problems_wait):
+        if solver.driver == "compiled":
             enough = num_admitted if problems_wait else solver.batch_size
             return chunk(lm, search, np.int32(solver.chunk_rounds), np.int32(enough))
-
-    else:
-        step = jax.jit(expand, donate_argnums=2)
-
-        def advance_fn(lm, search, problems_wait):
-            del problems_wait
-            structure, world = run_host(
-                strategy, step, lm, search.keys, search.world, search.structure, limits=limits
-            )
-            request = dataclasses.replace(
-                search.request, nodes=jnp.full_like(search.request.nodes, NO_NODE)
-            )
-            return search.replace(structure=structure, world=world, request=request)
+        structure, world = run_host(
+            strategy, step, lm, search.keys, search.world, search.structure, limits=limits
+        )
+        nodes = jnp.full_like(search.request.nodes, NO_NODE)
+        request = dataclasses.replace(search.request, nodes=nodes)
+        return dataclasses.replace(search, structure=structure, world=world, request=request)
 
     programs = Programs(
         lambda: opened(solver.lm, keys), admitted.compile(), advance_fn, num_admitted

@@ -125,15 +125,13 @@ def advance(
     """Grows every structure until all are done, or for a chunk of the way.
 
     Call it inside `jax.jit` with `search` donated: the loop carries its world and writes it in
-    place. Where a strategy has rounds of several widths, each width has a loop of its own, so that
-    a narrow round costs what its lanes need.
+    place. A round of few lanes costs what those need, where the strategy knows several widths.
 
     Args:
       max_rounds: rounds after which to return. min_finished: structures that, once they finish
         during this call, make it return.
     """
     still = search.running
-    widths = strategy.widths or (strategy.num_lanes,)
 
     def goes_on(carry):
         count, search = carry
@@ -144,28 +142,13 @@ def advance(
             goes &= (still & ~search.running).sum() < min_finished
         return goes
 
-    def body(width, carry):
+    def body(carry):
         count, search = carry
-        return count + 1, _round(strategy, expand, params, search, width, limits)
+        search = _grow_in_width(strategy, expand, params, search)
+        request = _ask(strategy, search.state, search.structure, search.keys, search.proven, limits)
+        return count + 1, dataclasses.replace(search, request=request)
 
-    def fits(place, carry):
-        needed = _columns(carry[1].request)
-        fits = needed <= widths[place]
-        return fits if place + 1 == len(widths) else fits & (needed > widths[place + 1])
-
-    def all_widths(carry):
-        for place, width in enumerate(widths):
-            carry = jax.lax.while_loop(
-                lambda carry, place=place: goes_on(carry) & fits(place, carry),
-                functools.partial(body, width),
-                carry,
-            )
-        return carry
-
-    carry = (still.sum() * 0, search)
-    if len(widths) == 1:
-        return jax.lax.while_loop(goes_on, functools.partial(body, widths[0]), carry)[1]
-    return jax.lax.while_loop(goes_on, all_widths, carry)[1]
+    return jax.lax.while_loop(goes_on, body, (still.sum() * 0, search))[1]
 
 
 def replace_rows(
@@ -291,7 +274,11 @@ def run_apart(
 
     def search_one(row: int) -> tuple[Structure, Any]:
         one = jax.tree.map(lambda array: array[row : row + 1], structure)
-        report = None if on_round is None else lambda _, grown: on_round(row, grown)
+
+        def report(_: int, grown: Structure) -> None:
+            if on_round is not None:
+                on_round(row, grown)
+
         return run_host(
             strategy,
             expand,
@@ -354,8 +341,31 @@ def serve_lanes(request: Request, structure: Structure, step_tokens: int) -> Req
     return dataclasses.replace(request, nodes=jnp.where(served, request.nodes, NO_NODE))
 
 
-def _round(strategy, expand, params, search, width, limits) -> Search:
-    """One round of the first `width` lanes."""
+def _grow_in_width(strategy, expand, params, search) -> Search:
+    """Expands the request with as few lanes as it has, and tells the strategy.
+
+    Each width is a loop of at most one turn: a `switch` would copy what it passes through, pools
+    and all, and a loop does not.
+    """
+    widths = strategy.widths or (strategy.num_lanes,)
+    if len(widths) == 1:
+        return _grow(strategy, expand, params, search, widths[0])
+    needed = _columns(search.request)
+
+    def grow(width, carry):
+        return carry[0] & False, _grow(strategy, expand, params, carry[1], width)
+
+    carry = (needed > 0, search)
+    for width, narrower in zip(widths, (*widths[1:], 0), strict=True):
+        fits = (needed <= width) & (needed > narrower)
+        carry = jax.lax.while_loop(
+            lambda carry, fits=fits: carry[0] & fits, functools.partial(grow, width), carry
+        )
+    return carry[1]
+
+
+def _grow(strategy, expand, params, search, width) -> Search:
+    """One round of the first `width` lanes; the request is left as it was."""
     asked = search.request
     request = asked
     if width < strategy.num_lanes:
@@ -379,7 +389,7 @@ def _round(strategy, expand, params, search, width, limits) -> Search:
         structure=structure,
         state=state,
         world=world,
-        request=_ask(strategy, state, structure, search.keys, proven, limits),
+        request=asked,
         proven=proven,
         rounds=search.rounds + search.running,
         trace=trace,
@@ -388,7 +398,8 @@ def _round(strategy, expand, params, search, width, limits) -> Search:
 
 def _ask(strategy, state, structure, keys, proven, limits) -> Request:
     """`next_request` of as few lanes as the round has, padded to W."""
-    if strategy.count_lanes is None:
+    count_lanes = strategy.count_lanes
+    if count_lanes is None:
         return next_request(strategy, state, structure, keys, limits=limits, proven=proven)
     widths = strategy.widths
 
@@ -403,7 +414,7 @@ def _ask(strategy, state, structure, keys, proven, limits) -> Request:
             operator=jnp.pad(request.operator, spare),
         )
 
-    most = strategy.count_lanes(state, structure).max()
+    most = count_lanes(state, structure).max()
     place = (most <= jnp.asarray(widths[1:])).sum()
     return jax.lax.switch(place, [functools.partial(ask, width) for width in widths])
 

@@ -253,7 +253,8 @@ def make_expand(cfg: LanguageConfig) -> Expand:
         slots = child_slots(structure, request)
         lanes = jnp.maximum(request.nodes, 0)
         rows = _Rows(lanes, request.num_children)
-        world = world.replace(pages=release_pages(world.pages, structure.alive))
+        pages = release_pages(world.pages, structure.alive)
+        world = dataclasses.replace(world, pages=pages)
         prompts = gather_prompts(world.pages)
 
         def grow(num_pages: int) -> tuple[DecodedSteps, _Judged]:

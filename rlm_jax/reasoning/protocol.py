@@ -27,7 +27,7 @@ class Request:
     nodes: Int32[jax.Array, "B W"]
     operator: Int32[jax.Array, "B W"]
     num_children: int = static()
-    distinct: bool = static(True)
+    distinct: bool = static(default=True)
 
     @property
     def active(self) -> Bool[jax.Array, "B W"]:

@@ -6,6 +6,8 @@ score from the scores of its steps, and the share of finished solutions that agr
 confidence, self-evaluation, value heads) comes from the expander, `language.py`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -40,7 +42,7 @@ def sibling_prior(
     logprob: Float32[jax.Array, "B W K"],
     length: Int32[jax.Array, "B W K"],
     valid: Bool[jax.Array, "B W K"],
-    **settings: float | bool,
+    **settings: Any,
 ) -> Float32[jax.Array, "B W K"]:
     """`step_prior` of the steps from each node; those from the root are siblings in any lane."""
     shape = logprob.shape

@@ -14,6 +14,7 @@ Deviations: an exhausted child of the root gives its turn to the next best; the 
 K * root_lanes sampled steps and their logits the log of the prior over them.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -112,7 +113,7 @@ def init(structure: Structure, keys: Keys, *, cfg: TreeConfig, gumbel_scale: flo
     noise = gumbel_scale * draw(keys) if gumbel_scale else jnp.zeros(shape)
     empty = jnp.zeros_like(structure.num_nodes)
     served = jnp.broadcast_to(empty[:, None], (*empty.shape, *shape))
-    return state.replace(extra=Extra(noise + 0.0 * served, served, empty))
+    return dataclasses.replace(state, extra=Extra(noise + 0.0 * served, served, empty))
 
 
 def ask(
@@ -169,8 +170,9 @@ def tell(
     sampled = (request.nodes == 0).any(-1)
     # Children sampled anew have had no turn.
     served = jnp.where(sampled[:, None], 0, served)
-    extra = extra.replace(served=served, round=extra.round + simulated.any(-1))
-    return update_tree(state.replace(extra=extra), structure, request, outcome, cfg=cfg)
+    extra = Extra(extra.gumbel, served, extra.round + simulated.any(-1))
+    state = dataclasses.replace(state, extra=extra)
+    return update_tree(state, structure, request, outcome, cfg=cfg)
 
 
 def scale_q(siblings: Siblings, **settings: Any) -> Float32[Array, "*R K"]:
