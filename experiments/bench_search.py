@@ -275,6 +275,21 @@ def run_llama(
         except RuntimeError as error:
             ours, theirs, busy = _time_llama(calls, {}, None, patience)
             note = str(error)
+    yield from describe_llama(sizes, ours, theirs, note, busy)
+
+
+def describe_llama(
+    sizes: HostSizes,
+    ours: Mapping[str, Sequence[float]],
+    theirs: Mapping[str, Sequence[float]],
+    note: str | None,
+    busy: float | None,
+) -> Iterator[dict[str, Any]]:
+    """The two cases, from the seconds of calls by our dtypes and by their formats.
+
+    Args:
+      note: why `theirs` is empty.
+    """
     tokens = sizes.rows * sizes.new_tokens
     best = min(theirs, key=lambda name: min(theirs[name]), default=None)
     for name, other in (("float32", "f32" if theirs else None), ("int8", best)):

@@ -148,6 +148,20 @@ def test_questions_and_llama_measure_ours_alone_where_the_model_has_no_file():
         assert "random model" in line["other_is"]
 
 
+def test_int8_is_compared_with_the_best_format_and_float32_with_their_float32(program):
+    bench = program("bench_search")
+    ours = {"float32": [2.0, 4.0], "int8": [1.0, 3.0]}
+    theirs = {"own": [3.0, 2.5], "f32": [5.0, 4.0], "f16": [2.0, 9.0], "q8_0": [8.0, 8.0]}
+    sizes = bench.HostSizes(rows=4, new_tokens=10)
+    wide, narrow = bench.describe_llama(sizes, ours, theirs, None, 0.0)
+    assert (wide["ours"], wide["other"], wide["ratio"]) == (20.0, 10.0, 2.0)
+    assert (narrow["ours"], narrow["other"], narrow["ratio"]) == (40.0, 20.0, 2.0)
+    assert "f32" in wide["other_is"]
+    assert "f16" in narrow["other_is"]
+    assert wide["all_formats"] == {"own": 16.0, "f32": 10.0, "f16": 20.0, "q8_0": 5.0}
+    assert (wide["ours_median"], wide["other_median"]) == (40 / 3, 40 / 4.5)
+
+
 def test_published_questions_become_prompts(program, policy, shared_data):
     bench = program("bench_search")
     sizes = bench.HostSizes(problems=shared_data / "gsm8k" / "test.jsonl", num_problems=3)
