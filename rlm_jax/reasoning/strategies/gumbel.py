@@ -152,7 +152,9 @@ def tell(
     state: State, structure: Structure, request: Request, outcome: Outcome, *, cfg: TreeConfig
 ) -> tuple[State, Structure]:
     """Appends the children, backs values up and notes whose turn it was."""
+    state, structure = update_tree(state, structure, request, outcome, cfg=cfg)
     rows = jnp.arange(request.nodes.shape[0])[:, None]
+    # Read after the writes: a loop over what is yet to be written would cost a copy of it.
     parents = structure.parent
 
     def climb(nodes):
@@ -171,8 +173,7 @@ def tell(
     # Children sampled anew have had no turn.
     served = jnp.where(sampled[:, None], 0, served)
     extra = Extra(extra.gumbel, served, extra.round + simulated.any(-1))
-    state = dataclasses.replace(state, extra=extra)
-    return update_tree(state, structure, request, outcome, cfg=cfg)
+    return dataclasses.replace(state, extra=extra), structure
 
 
 def scale_q(siblings: Siblings, **settings: Any) -> Float32[Array, "*R K"]:
