@@ -32,7 +32,7 @@ setup: $(STAMPS)/dev $(STAMPS)/model
 
 demo: $(STAMPS)/demo $(STAMPS)/model
 	$(RUN) experiments/solve.py --config=configs/smollm2.py --question="$$QUESTION" \
-	  --strategy=greedy,best_of_n,puct $(ARGS)
+	  --strategy=greedy,best_of_n,gumbel $(ARGS)
 
 # Tests spend their time compiling small programs: LLVM's optimizer costs more than it gains there.
 test: $(STAMPS)/test $(STAMPS)/model

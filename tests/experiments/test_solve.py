@@ -62,7 +62,7 @@ def undisturbed(solve, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     done = solve(*SMOKE, write_problems(folder / "p.jsonl", PROBLEMS), f"--out={folder}")
     assert done.status == 0, done.err
-    assert f"puct: {NUM_PROBLEMS} records, " in done.out
+    assert f"gumbel: {NUM_PROBLEMS} records, " in done.out
     assert f"records: {folder}/records.jsonl\n" in done.out
     assert "correct" not in done.out
     return folder
@@ -138,7 +138,7 @@ def test_answers_grade_and_reach_nothing_else(solve, undisturbed, tmp_path):
     problems = [p | ({"answer": golds[p["id"]]} if p["id"] in golds else {}) for p in PROBLEMS]
     done = solve(*SMOKE, write_problems(tmp_path / "p.jsonl", problems), f"--out={tmp_path}")
     assert done.status == 0
-    assert f"puct: {NUM_PROBLEMS} records, 1/2 correct, " in done.out
+    assert f"gumbel: {NUM_PROBLEMS} records, 1/2 correct, " in done.out
     found = records_of(tmp_path)
     verdicts = dict.fromkeys(before) | {right: True, wrong: False}
     assert {name: record["correct"] for name, record in found.items()} == verdicts
@@ -226,14 +226,14 @@ def test_a_restart_keeps_what_is_finished_and_does_the_rest(
         (["--seed=1"], r"seed=0 \(now 1\)"),
         (["--budget_tokens=20"], r"budget_tokens=48 \(now 20\)"),
         (["--config.step.max_tokens=4"], r"step\.max_tokens=8 \(now 4\)"),
-        (["--config.puct.sampling.temperature=1.0"], r"sampling\.temperature=0\.7 \(now 1\.0\)"),
+        (["--config.gumbel.sampling.temperature=1.0"], r"sampling\.temperature=0\.7 \(now 1\.0\)"),
     ],
 )
 def test_other_settings_are_not_mixed_into_a_file(solve, undisturbed, tmp_path, flags, message):
     shutil.copy(undisturbed / "records.jsonl", tmp_path)
     problems = write_problems(tmp_path / "p.jsonl", [*PROBLEMS, {"question": "New?"}])
     done = solve(*SMOKE, problems, f"--out={tmp_path}", *flags)
-    assert_refused(done, rf"holds records of puct with {message}; name another --out")
+    assert_refused(done, rf"holds records of gumbel with {message}; name another --out")
     assert len(records_of(tmp_path)) == NUM_PROBLEMS
 
 
@@ -294,7 +294,7 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
             r"(?m)^problem 'endless' skipped: .* prompt of \d+ tokens; accepted are at most 2040 ",
             done.out,
         )
-        assert "puct: 1 records, " in done.out
+        assert "gumbel: 1 records, " in done.out
     assert list(records_of(tmp_path)) == ["p0"]
 
 
@@ -382,7 +382,7 @@ def assert_refused(done, message):
         ([*SMOKE, "--problems=none.jsonl"], "no such file of problems: none.jsonl"),
         ([*SMOKE, "--problems=configs"], "configs is a folder"),
         ([*SMOKE, "--problems=y", "--answer=2"], "--answer belongs to --question"),
-        ([*SMOKE, "--question=x", "--strategy=mcts"], "'mcts': accepted are greedy, best_of_n, p"),
+        ([*SMOKE, "--question=x", "--strategy=mcts"], "'mcts': accepted are greedy, best_of_n, g"),
         ([*SMOKE, "--question=x", "--strategy=,"], "--strategy is empty: accepted are greedy"),
         ([*SMOKE, "--question=x", "--budget_tokens=0"], "budget_tokens must be >= 1, got 0"),
         ([*SMOKE, "--question=x", "--budget_tokens=-5"], "budget_tokens must be >= 1, got -5"),
@@ -402,9 +402,9 @@ def assert_refused(done, message):
         ([*SMOKE, "--question=x", "--config.max_depth=0"], "max_depth must be >= 1, got 0"),
         ([*SMOKE, "--question=x", "--config.batch_size=0"], "batch_size must be >= 1, got 0"),
         ([*SMOKE, "--question=x", "--config.page_tokens=96"], "no multiple of page_tokens=96"),
-        ([*SMOKE, "--question=x", "--config.puct.num_nodes=2"], "num_nodes=2: accepted is >= 5"),
+        ([*SMOKE, "--question=x", "--config.gumbel.num_nodes=2"], "num_nodes=2: accepted is >= 5"),
         (
-            [*SMOKE, "--question=x", "--config.puct.sampling.temperature=-1.0"],
+            [*SMOKE, "--question=x", "--config.gumbel.sampling.temperature=-1.0"],
             r"temperature=-1\.0",
         ),
     ],

@@ -189,6 +189,9 @@ def expand(params, keys, world, structure, request):
         reward=zeros,
         terminal=valid & False,
         answer_key=zeros.astype(jnp.uint32),
+        state_key=zeros.astype(jnp.uint32),
+        proven=valid & False,
+        node_value=zeros[..., 0],
         cost=dataclasses.replace(cost, generated_tokens=length.sum((1, 2))),
     )
     return outcome, world
