@@ -29,7 +29,7 @@ from rlm_jax.core.masked import masked_argmax
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
 from rlm_jax.reasoning.operators.evaluate import step_prior
-from rlm_jax.reasoning.operators.structure import generate, put_children
+from rlm_jax.reasoning.operators.structure import generate, merge_children, put_children
 from rlm_jax.reasoning.operators.traversal import ANSWER_RULES, AnswerRule, select_answer
 from rlm_jax.reasoning.operators.update import BACKUPS, Backup, BackupRule, backpropagate
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
@@ -54,6 +54,8 @@ class TreeConfig:
       search of its structure when it is selected ("stop": x1).
     resample: sample the root anew when nothing is left to grow.
     root_lanes: how many lanes of K children the root gets.
+    merge_states: a child whose state the structure holds already is merged with it and not searched
+      twice; the expander names states by `state_key`. Room for the edges: `num_parents` > 1.
     tie_break: among equal scores the step sampled "first" (rStar-Math), or a "random" one
       (ReST-MCTS*, AlphaMath).
     length_power, normalise_prior: see `step_prior`. root_noise, root_alpha: weight and
@@ -72,6 +74,7 @@ class TreeConfig:
     terminal: str = "exclude"
     resample: bool = True
     root_lanes: int = 1
+    merge_states: bool = False
     tie_break: str = "first"
     length_power: float = 1.0
     normalise_prior: bool = True
@@ -308,6 +311,8 @@ def update_tree(
     cfg: TreeConfig,
 ) -> tuple[State, Structure]:
     """Appends the children, and backs values and open leaves up."""
+    if cfg.merge_states:
+        structure, outcome = merge_children(structure, request, outcome)
     counted = request.grows[..., None] & outcome.valid & ~outcome.duplicate
     prior = _make_prior(request, outcome, counted, cfg, state.noise)
     on_visit = cfg.judge == "visit"

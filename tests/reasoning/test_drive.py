@@ -199,6 +199,30 @@ def test_a_search_ends_early_when_its_answer_is_settled(limits, holds):
     np.testing.assert_array_equal(spent[~settled], full[~settled])
 
 
+def test_a_state_is_searched_once_whatever_leads_to_it():
+    strategy = puct.make_puct(num_children=3, num_lanes=2, max_depth=4, merge_states=True)
+    keys, world, _ = begin(range(4))
+    structure = make_structure(
+        jnp.full(4, 3, jnp.int32), CAPACITY, token_limit=LIMIT, num_parents=3
+    )
+    run = functools.partial(run_compiled, strategy, make_expand(num_states=9), None)
+    done = jax.tree.map(np.asarray, jax.jit(run)(keys, world, structure)[0])
+    check(done)
+    num_edges = 0
+    for row in range(4):
+        named = done.alive[row] & (done.state_key[row] != 0)
+        states = done.state_key[row][named]
+        assert len(set(states.tolist())) == len(states)
+        linked = np.flatnonzero((done.more_parents[row] >= 0).any(-1))
+        num_edges += len(linked)
+        for node in linked:
+            # Some dead child of the further parent stands for the same state.
+            for parent in done.more_parents[row, node]:
+                twins = (done.parent[row] == parent) & ~done.alive[row]
+                assert parent < 0 or done.state_key[row, node] in done.state_key[row][twins]
+    assert num_edges > 0
+
+
 def test_the_log_tells_every_operator_call_in_order():
     open_search, chunk = programs("puct", trace_rounds=40)
     search = chunk(open_search(*begin(range(2))), 1000, 2)

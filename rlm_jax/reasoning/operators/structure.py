@@ -149,8 +149,7 @@ def find_equal(
 ) -> Int32[jax.Array, "B W K"]:
     """The living node that stands for the same state as each proposed child, -1 for none.
 
-    An ancestor of the requested node is no candidate: a step that leads back is no progress, but
-    joining it would close a circle.
+    An ancestor of the requested node is no candidate: an edge to it would close a circle.
     """
     same = (keys[..., None] == structure.state_key[:, None, None, :]) & (keys[..., None] != 0)
     same &= structure.alive[:, None, None, :]
@@ -198,6 +197,26 @@ def merge_equal(
 
     parents = jax.lax.fori_loop(0, num_lanes * num_children, link, structure.more_parents)
     return dataclasses.replace(structure, more_parents=parents)
+
+
+def merge_children(
+    structure: Structure, request: Request, outcome: Outcome
+) -> tuple[Structure, Outcome]:
+    """Merges proposed children with living nodes of the same state, and with each other.
+
+    A merged child counts as a duplicate; the node it equals gains an edge (`merge_equal`), unless
+    that node is an ancestor: a step that leads back is dropped.
+    """
+    keys = jnp.where(outcome.valid & ~outcome.duplicate, outcome.state_key, 0)
+    equal = find_equal(structure, request, keys)
+    flat = keys.reshape(keys.shape[0], -1)
+    same = (flat[:, :, None] == flat[:, None, :]) & (flat != 0)[:, :, None]
+    twin = (same & jnp.tril(jnp.ones(same.shape[1:], bool), -1)).any(-1).reshape(keys.shape)
+    living = jnp.where(structure.alive, structure.state_key, 0)[:, None, None]
+    known = ((keys[..., None] == living) & (keys != 0)[..., None]).any(-1)
+    duplicate = outcome.duplicate | known | twin
+    structure = merge_equal(structure, request, equal)
+    return structure, dataclasses.replace(outcome, duplicate=duplicate)
 
 
 def keep_subtree(
