@@ -171,39 +171,17 @@ def make_tree_search(name: str, cfg: TreeConfig, score_fn: ScoreFn) -> Strategy:
 
 def init_state(structure: Structure, keys: Keys, *, cfg: TreeConfig) -> State:
     """The state of a structure: a root alone, or a tree that was grown by these rules before."""
-    rows = jnp.arange(structure.depth.shape[0])[:, None]
-    index = jnp.arange(structure.capacity)[None]
-    parents = structure.parent
-    inner = (index > 0) & (index < structure.num_nodes[:, None])
-    # Blocks of K are aligned behind the root; the root's newest block is the one in use.
-    block = 1 + (index - 1) // cfg.num_children * cfg.num_children
-    at = jnp.where(inner, parents, structure.capacity)
-    first = jnp.full_like(structure.depth, NO_NODE)
-    first = first.at[rows, at].max(block.astype(jnp.int32), mode="drop")
-    # It may have fewer lanes than it asked for; what was made together tells.
-    oldest = first[:, :1] - cfg.num_root_children + cfg.num_children
-    of_root = inner & (parents == 0) & (index >= oldest)
-    made = jnp.where(of_root, structure.created_at, NO_NODE)
-    newest = jnp.argmax(of_root & (made == made.max(-1, keepdims=True)), -1).astype(jnp.int32)
-    first = first.at[:, 0].set(jnp.where(first[:, 0] >= 0, newest, NO_NODE))
-    leaf = structure.alive & (first < 0) & ((parents != 0) | (index >= first[:, :1]))
-    ended = _has_ended(structure.terminal, structure.depth, cfg)
-    again = _selectable_again(structure.terminal, cfg)
-    if cfg.judge == "visit":
-        again |= structure.visits == 0
-    leaf &= ~ended | again
 
-    def climb(carry):
-        nodes, opened = carry
-        opened = opened.at[rows, jnp.where(nodes >= 0, nodes, structure.capacity)].add(
-            1, mode="drop"
-        )
-        above = jnp.take_along_axis(parents, jnp.maximum(nodes, 0), 1)
-        return jnp.where(nodes >= 0, above, NO_NODE), opened
+    def bare():
+        root = jnp.arange(structure.capacity) == 0
+        ended = _has_ended(structure.terminal, structure.depth, cfg)
+        again = _selectable_again(structure.terminal, cfg) | (cfg.judge == "visit")
+        opened = (structure.alive & root & (~ended | again)).astype(jnp.int32)
+        return jnp.full_like(structure.depth, NO_NODE), opened
 
-    nodes = jnp.where(leaf, index, NO_NODE).astype(jnp.int32)
-    carry = (nodes, jnp.zeros_like(structure.depth))
-    _, opened = jax.lax.while_loop(lambda c: (c[0] >= 0).any(), climb, carry)
+    # A recount passes over all N slots again and again; few searches begin with a grown tree.
+    grown = (structure.num_nodes > 1).any()
+    first, opened = jax.lax.cond(grown, lambda: _recount(structure, cfg), bare)
     simulations = jnp.zeros_like(structure.num_nodes)
     return State(first, opened, simulations, _sample_root_noise(keys, cfg))
 
@@ -363,6 +341,44 @@ def _sample_root_noise(keys: Keys, cfg: TreeConfig) -> Float32[Array, "B R"] | N
         return None
     alpha = jnp.full((cfg.num_root_children,), cfg.root_alpha)
     return jax.vmap(lambda key: jax.random.dirichlet(jax.random.fold_in(key, _NOISE), alpha))(keys)
+
+
+def _recount(structure, cfg):
+    """`first_child` and `open_leaves` of a tree that was grown before."""
+    rows = jnp.arange(structure.depth.shape[0])[:, None]
+    index = jnp.arange(structure.capacity)[None]
+    parents = structure.parent
+    inner = (index > 0) & (index < structure.num_nodes[:, None])
+    # Blocks of K are aligned behind the root; the root's newest block is the one in use.
+    block = 1 + (index - 1) // cfg.num_children * cfg.num_children
+    at = jnp.where(inner, parents, structure.capacity)
+    first = jnp.full_like(structure.depth, NO_NODE)
+    first = first.at[rows, at].max(block.astype(jnp.int32), mode="drop")
+    # It may have fewer lanes than it asked for; what was made together tells.
+    oldest = first[:, :1] - cfg.num_root_children + cfg.num_children
+    of_root = inner & (parents == 0) & (index >= oldest)
+    made = jnp.where(of_root, structure.created_at, NO_NODE)
+    newest = jnp.argmax(of_root & (made == made.max(-1, keepdims=True)), -1).astype(jnp.int32)
+    first = first.at[:, 0].set(jnp.where(first[:, 0] >= 0, newest, NO_NODE))
+    leaf = structure.alive & (first < 0) & ((parents != 0) | (index >= first[:, :1]))
+    ended = _has_ended(structure.terminal, structure.depth, cfg)
+    again = _selectable_again(structure.terminal, cfg)
+    if cfg.judge == "visit":
+        again |= structure.visits == 0
+    leaf &= ~ended | again
+
+    def climb(carry):
+        nodes, opened = carry
+        opened = opened.at[rows, jnp.where(nodes >= 0, nodes, structure.capacity)].add(
+            1, mode="drop"
+        )
+        above = jnp.take_along_axis(parents, jnp.maximum(nodes, 0), 1)
+        return jnp.where(nodes >= 0, above, NO_NODE), opened
+
+    nodes = jnp.where(leaf, index, NO_NODE).astype(jnp.int32)
+    carry = (nodes, jnp.zeros_like(structure.depth))
+    _, opened = jax.lax.while_loop(lambda c: (c[0] >= 0).any(), climb, carry)
+    return first, opened
 
 
 def _is_inner(state, nodes):
