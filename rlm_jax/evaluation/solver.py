@@ -312,7 +312,7 @@ def _fill(solver, programs, batch, search, waiting, slots):
 
 
 def _read_rows(solver, batch, golds, search, slots, rows) -> Iterator[tuple[int, Record]]:
-    """Records of finished rows."""
+    """Places and records of finished rows."""
     structure, tokens = jax.device_get((search.structure, search.world.tokens))
     ids, names = np.full(structure.depth.shape, -1, np.int32), {}
     for row in rows:
@@ -321,21 +321,19 @@ def _read_rows(solver, batch, golds, search, slots, rows) -> Iterator[tuple[int,
     for row in rows:
         place, seconds = slots[row]
         texts = _node_texts(solver, structure, tokens, row)
-        yield (
+        record = _make_record(
+            solver,
+            batch[place],
+            golds[place],
+            structure,
+            tokens,
             row,
-            _make_record(
-                solver,
-                batch[place],
-                golds[place],
-                structure,
-                tokens,
-                row,
-                texts,
-                int(chosen[row]),
-                names,
-                seconds,
-            ),
+            texts,
+            int(chosen[row]),
+            names,
+            seconds,
         )
+        yield place, record
 
 
 def _node_texts(solver: Solver, structure: Structure, tokens: np.ndarray, row: int) -> list[str]:
