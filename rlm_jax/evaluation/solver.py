@@ -206,11 +206,12 @@ def path_tokens(structure: Structure, tokens: np.ndarray, row: int, node: int) -
 class Programs(NamedTuple):
     """What a bucket compiles to.
 
-    open() -> a search without problems. admit(lm, search, rows, keys, prompts, lengths, limits) ->
-    the search with new problems in these rows, `num_admitted` at a time. advance(lm, search,
-    problems_wait) -> the search one chunk on.
+    width: of its prompts. open() -> a search without problems. admit(lm, search, rows, keys,
+    prompts, lengths, limits) -> the search with new problems in these rows, `num_admitted` at a
+    time. advance(lm, search, problems_wait) -> the search one chunk on.
     """
 
+    width: int
     open: Callable[..., Search]
     admit: Callable[..., Search]
     advance: Callable[..., Search]
@@ -272,7 +273,7 @@ def prepare(solver: Solver, width: int) -> Programs:
         return dataclasses.replace(search, structure=structure, world=world, request=request)
 
     programs = Programs(
-        lambda: opened(solver.lm, keys), admitted.compile(), advance_fn, num_admitted
+        width, lambda: opened(solver.lm, keys), admitted.compile(), advance_fn, num_admitted
     )
     solver.programs[shape] = programs
     return programs
@@ -286,7 +287,6 @@ def _fill(solver, programs, batch, search, waiting, slots):
     count = programs.num_admitted
     free = [row for row, slot in enumerate(slots) if slot is None]
     slots = list(slots)
-    width = max(bucket_width(solver, one) for one in batch)
     while free and waiting:
         group = min(count, len(free), len(waiting))
         rows, places = free[:group], waiting[:group]
@@ -295,7 +295,7 @@ def _fill(solver, programs, batch, search, waiting, slots):
         # A spare place holds a one-token prompt and goes to no row.
         ids = [batch[place].problem.id for place in places] + [""] * spare
         prompts, lengths = pad_prompts(
-            [batch[place].prompt for place in places] + [(0,)] * spare, width
+            [batch[place].prompt for place in places] + [(0,)] * spare, programs.width
         )
         search = programs.admit(
             solver.lm,

@@ -171,15 +171,10 @@ def replace_rows(
     def put(array: Array, new: Array) -> Array:
         return array.at[rows].set(new, mode="drop")
 
-    keys = put(search.keys, keys)
-    # Made for all rows, kept for the new ones: a strategy's start is cheap.
-    made = strategy.init(structure, keys)
-    is_new = put(search.rounds < 0, jnp.ones_like(rows, bool))
-
-    def choose(new: Array, old: Array) -> Array:
-        return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-
-    state = jax.tree.map(choose, made, search.state)
+    # Rows that are left out read some row or other, and write none.
+    places = jnp.minimum(rows, structure.num_nodes.shape[0] - 1)
+    fresh = strategy.init(jax.tree.map(lambda array: array[places], structure), keys)
+    keys, state = jax.tree.map(put, (search.keys, search.state), (keys, fresh))
     trace = search.trace
     if trace is not None:
         trace = jax.tree.map(lambda log: put(log, jnp.full_like(log[:1], NO_NODE)), trace)
@@ -191,7 +186,7 @@ def replace_rows(
         world=world,
         request=_ask(strategy, state, structure, keys, proven, limits),
         proven=proven,
-        rounds=choose(search.rounds * 0, search.rounds),
+        rounds=put(search.rounds, jnp.zeros_like(rows)),
         trace=trace,
     )
 

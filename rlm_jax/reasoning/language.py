@@ -37,12 +37,10 @@ from rlm_jax.models.params import Params
 from rlm_jax.reasoning.language_values import EVALUATORS, Judge, Paths, ValueFn, evaluate_paths
 from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
 from rlm_jax.reasoning.operators.structure import child_numbers, child_slots, take_nodes
-from rlm_jax.reasoning.protocol import Expand, Outcome, Request
+from rlm_jax.reasoning.protocol import JUDGEMENTS, Expand, Outcome, Request
 from rlm_jax.reasoning.structure import NO_NODE, UNLIMITED, Structure, make_structure, tokens_left
 from rlm_jax.text.answers import AnswerRule, AnswerState, answer_key, init_answer_state
 from rlm_jax.text.steps import StepRule
-
-JUDGEMENTS = ("expansion", "visit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,14 +166,13 @@ def make_world(
     )
     zero = structure.value * 0
     size = cfg.model.model_dim
-    answers = init_answer_state(structure.depth.reshape(-1))
     return structure, World(
         pages=pages,
         tokens=jnp.broadcast_to(structure.depth[..., None] * 0, (*zero.shape, slots)),
         hidden=jnp.broadcast_to(zero[..., None], (*zero.shape, size)).astype(dtype),
         path_logprob=zero,
         path_confidence=zero + 0,
-        answers=jax.tree.map(lambda a: a.reshape(*zero.shape, *a.shape[1:]), answers),
+        answers=_state_nothing(structure.depth),
         prompt_length=none,
     )
 
@@ -213,18 +210,22 @@ def admit(
     def put(array: Array, new: Array) -> Array:
         return array.at[rows].set(new, mode="drop")
 
-    answers = init_answer_state(fresh.depth.reshape(-1))
-    answers = jax.tree.map(lambda a: a.reshape(*fresh.depth.shape, *a.shape[1:]), answers)
     world = World(
         pages=write_prompts(world.pages, rows, done.keys, done.values, lengths),
         tokens=world.tokens,
         hidden=world.hidden.at[rows, 0].set(last, mode="drop"),
         path_logprob=put(world.path_logprob, fresh.value),
         path_confidence=put(world.path_confidence, fresh.value),
-        answers=jax.tree.map(put, world.answers, answers),
+        answers=jax.tree.map(put, world.answers, _state_nothing(fresh.depth)),
         prompt_length=put(world.prompt_length, lengths),
     )
     return jax.tree.map(put, structure, fresh), world
+
+
+def _state_nothing(like: Int32[Array, "B N"]) -> AnswerState:
+    """The answer state of nodes that have stated nothing yet."""
+    answers = init_answer_state(like.reshape(-1))
+    return jax.tree.map(lambda array: array.reshape(*like.shape, *array.shape[1:]), answers)
 
 
 def keep_world(world: World, nodes: Int32[Array, "B"], order: Int32[Array, "B N"]) -> World:

@@ -74,6 +74,9 @@ class Answer:
     share: Float32[jax.Array, "B"]
 
 
+# When nodes are evaluated: when they are made, or when they are selected.
+JUDGEMENTS = ("expansion", "visit")
+
 State = Any
 World = PyTree
 # keys [B]: one key per problem, the same for the whole search; what happens at a node depends on

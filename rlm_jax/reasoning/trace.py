@@ -12,9 +12,11 @@ structure that determines every event, in order:
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from rlm_jax.reasoning.drive import Trace
+from rlm_jax.reasoning.operators.traversal import backtracks
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, path_to_root
 
 
@@ -37,14 +39,17 @@ def read_events(
     """
     nodes, operators = np.asarray(trace.nodes[row]), np.asarray(trace.operators[row])
     events: list[Event] = []
-    next_slot, last = 1, NO_NODE
+    next_slot = 1
+    order = nodes[nodes >= 0]
+    before = np.concatenate([[NO_NODE], order[:-1]]).astype(np.int32)[: len(order)]
+    parents = jnp.broadcast_to(structure.parent[row], (len(order), structure.capacity))
+    returns = iter(np.asarray(backtracks(parents, jnp.asarray(before), jnp.asarray(order))))
     for number, (lanes, kinds) in enumerate(zip(nodes, operators, strict=True)):
         taken = [(int(n), int(k)) for n, k in zip(lanes, kinds, strict=True) if n >= 0]
         for node, _ in taken:
-            if last >= 0 and last not in path_to_root(structure, row, node):
+            if next(returns):
                 events.append(Event(number, "backtrack", (node,)))
             events.append(Event(number, "select", (node,)))
-            last = node
         for node, kind in taken:
             if kind == Operator.EVALUATE:
                 events.append(Event(number, "evaluate", (node,)))

@@ -28,14 +28,19 @@ import jax.numpy as jnp
 from rlm_jax.core.masked import masked_argmax
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
-from rlm_jax.reasoning.operators.evaluate import step_prior
+from rlm_jax.reasoning.operators.evaluate import sibling_prior, step_prior
 from rlm_jax.reasoning.operators.structure import generate, merge_children, put_children
 from rlm_jax.reasoning.operators.traversal import ANSWER_RULES, AnswerRule, select_answer
-from rlm_jax.reasoning.operators.update import BACKUPS, Backup, BackupRule, backpropagate
-from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
+from rlm_jax.reasoning.operators.update import (
+    BACKUPS,
+    Backup,
+    BackupRule,
+    add_to_paths,
+    backpropagate,
+)
+from rlm_jax.reasoning.protocol import JUDGEMENTS, Keys, Outcome, Request, Strategy
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
 
-JUDGEMENTS = ("expansion", "visit")
 TERMINAL_RULES = ("exclude", "revisit", "stop")
 TIE_BREAKS = ("first", "random")
 
@@ -367,17 +372,8 @@ def _recount(structure, cfg):
         again |= structure.visits == 0
     leaf &= ~ended | again
 
-    def climb(carry):
-        nodes, opened = carry
-        opened = opened.at[rows, jnp.where(nodes >= 0, nodes, structure.capacity)].add(
-            1, mode="drop"
-        )
-        above = jnp.take_along_axis(parents, jnp.maximum(nodes, 0), 1)
-        return jnp.where(nodes >= 0, above, NO_NODE), opened
-
     nodes = jnp.where(leaf, index, NO_NODE).astype(jnp.int32)
-    carry = (nodes, jnp.zeros_like(structure.depth))
-    _, opened = jax.lax.while_loop(lambda c: (c[0] >= 0).any(), climb, carry)
+    opened = add_to_paths(structure, jnp.zeros_like(structure.depth), nodes, leaf)
     return first, opened
 
 
@@ -405,26 +401,22 @@ def _leads(request: Request) -> Bool[Array, "B W"]:
 
 
 def _make_prior(request, outcome, counted, cfg, noise):
-    """The prior over each node's new children; the root's are spread over several lanes."""
+    """The prior over each node's new children, with noise at the root if there is any."""
+    steps = (outcome.logprob, outcome.length, counted)
     settings = {"length_power": cfg.length_power, "normalise": cfg.normalise_prior}
-    prior = step_prior(outcome.logprob, outcome.length, counted, **settings)
-    if cfg.root_lanes == 1 and noise is None:
+    if cfg.root_lanes == 1:
+        prior = step_prior(*steps, **settings)
+    else:
+        prior = sibling_prior(request.nodes, *steps, **settings)
+    if noise is None:
         return prior
-    batch, lanes = request.nodes.shape
-    at_root = (request.nodes == 0)[..., None]
-
-    def flat(array):
-        return array.reshape(batch, -1)
-
-    wide = step_prior(
-        flat(outcome.logprob), flat(outcome.length), flat(counted & at_root), **settings
-    )
-    if noise is not None:
-        spare = lanes * cfg.num_children - noise.shape[1]
-        noise = jnp.where(flat(counted & at_root), jnp.pad(noise, ((0, 0), (0, spare))), 0.0)
-        noise /= jnp.maximum(noise.sum(-1, keepdims=True), 1e-30)
-        wide = (1.0 - cfg.root_noise) * wide + cfg.root_noise * noise
-    return jnp.where(at_root, wide.reshape(prior.shape), prior)
+    at_root = counted & (request.nodes == 0)[..., None]
+    spare = prior[0].size - noise.shape[1]
+    noise = jnp.pad(noise, ((0, 0), (0, spare))).reshape(prior.shape)
+    noise = jnp.where(at_root, noise, 0.0)
+    noise /= jnp.maximum(noise.sum((1, 2), keepdims=True), 1e-30)
+    mixed = (1.0 - cfg.root_noise) * prior + cfg.root_noise * noise
+    return jnp.where(at_root, mixed, prior)
 
 
 def _judge(structure, request, outcome, counted, lead, cfg):

@@ -174,6 +174,16 @@ def find_open(structure: Structure, max_depth: int) -> Bool[jax.Array, "B N"]:
     return structure.alive & ~ended & ~was_grown(structure)
 
 
+def stop_when_solved(
+    structure: Structure, nodes: Int32[jax.Array, "B W"], num_solutions: int | None
+) -> Int32[jax.Array, "B W"]:
+    """The nodes, or -1 where so many solutions are finished already; None: however many are."""
+    if num_solutions is None:
+        return nodes
+    finished = (structure.alive & structure.terminal).sum(-1, keepdims=True)
+    return jnp.where(finished < num_solutions, nodes, NO_NODE)
+
+
 def backtracks(
     parents: Int32[jax.Array, "B N"], before: Int32[jax.Array, "B"], nodes: Int32[jax.Array, "B"]
 ) -> Bool[jax.Array, "B"]:

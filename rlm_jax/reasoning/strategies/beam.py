@@ -27,6 +27,7 @@ from rlm_jax.reasoning.operators.traversal import (
     AnswerRule,
     find_open,
     select_answer,
+    stop_when_solved,
     was_grown,
 )
 from rlm_jax.reasoning.operators.update import add_to_paths
@@ -120,10 +121,7 @@ def ask(
 ) -> Request:
     """K steps for every beam."""
     del keys
-    nodes = state.beams
-    if num_solutions is not None:
-        finished = (structure.alive & structure.terminal).sum(-1, keepdims=True)
-        nodes = jnp.where(finished < num_solutions, nodes, NO_NODE)
+    nodes = stop_when_solved(structure, state.beams, num_solutions)
     return Request(nodes, jnp.full_like(nodes, Operator.GENERATE), num_children)
 
 

@@ -25,6 +25,7 @@ from rlm_jax.reasoning.operators.traversal import (
     AnswerRule,
     find_open,
     select_answer,
+    stop_when_solved,
 )
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
@@ -125,10 +126,7 @@ def ask(
     # Only a fresh root is open, and then nothing else is.
     sampled = jnp.where(jnp.arange(num_lanes)[None] < root_lanes, 0, NO_NODE)
     nodes = jnp.where(at_root, sampled, nodes)
-    if num_solutions is not None:
-        finished = (structure.alive & structure.terminal).sum(-1, keepdims=True)
-        nodes = jnp.where(finished < num_solutions, nodes, NO_NODE)
-    nodes = nodes.astype(jnp.int32)
+    nodes = stop_when_solved(structure, nodes.astype(jnp.int32), num_solutions)
     return Request(nodes, jnp.full_like(nodes, Operator.GENERATE), num_children)
 
 
