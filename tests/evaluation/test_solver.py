@@ -1,8 +1,8 @@
 """Many problems through few rows: whose record is whose."""
 
 import pytest
-from configs.smollm2 import get_config
 
+from configs.smollm2 import get_config
 from rlm_jax.evaluation import build, solver
 from rlm_jax.tasks.base import Gold, Problem
 

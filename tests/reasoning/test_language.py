@@ -12,23 +12,17 @@ import pytest
 from rlm_jax.inference.pages import path_buckets
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.attention import make_dense_attend
-from rlm_jax.models.heads import HeadConfig, apply_value_head, init_value_head
-from rlm_jax.models.params import init_params
+from rlm_jax.models.heads import apply_value_head
 from rlm_jax.models.presets import preset
 from rlm_jax.models.transformer import forward, unembed
 from rlm_jax.reasoning.drive import run_compiled, run_host
 from rlm_jax.reasoning.language import (
     LanguageConfig,
-    LanguageModel,
     begin,
     make_expand,
 )
-from rlm_jax.reasoning.language_values import Judge
 from rlm_jax.reasoning.strategies import best_of_n, greedy, puct
 from rlm_jax.reasoning.structure import check, path_to_root
-from rlm_jax.text.answers import make_answer_rule
-from rlm_jax.text.steps import StepSpec, make_step_rule
-from rlm_jax.text.tokenizer import ByteTokenizer
 
 PROMPTS = ("a long first problem", "second", "third problem", "x")
 WIDTH, DEPTH, NODES, LIMIT = 24, 4, 24, 60
@@ -37,39 +31,6 @@ STRATEGIES = {
     "best_of_n": best_of_n.make_best_of_n(3, DEPTH),
     "puct": puct.make_puct(num_children=3, num_lanes=2, max_depth=DEPTH),
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    """A random byte-level model whose steps end at about a third of all bytes."""
-    tokenizer = ByteTokenizer()
-    cfg = dataclasses.replace(
-        preset("tiny-llama"),
-        vocab_size=tokenizer.vocab_size,
-        eos_ids=tokenizer.eos_ids,
-        bos_id=tokenizer.bos_id,
-    )
-    rule = make_step_rule(StepSpec("fixed", 7), tokenizer)
-    # A random model says <eos> once in 259 tokens: let other bytes end steps and solutions too.
-    byte = jnp.arange(tokenizer.vocab_size)
-    rule = rule.replace(ends_alone=byte % 5 == 0, final=(byte % 23 == 0) | rule.final)
-    suffix = jnp.asarray([257, 63, 10, 65], jnp.int32)
-    judge = Judge(
-        unfinished=suffix,
-        finished=jnp.append(suffix[1:], 0),
-        unfinished_length=jnp.int32(4),
-        finished_length=jnp.int32(3),
-        yes_ids=jnp.asarray([89, 121]),
-        no_ids=jnp.asarray([78, 110]),
-    )
-    lm = LanguageModel(
-        policy=init_params(jax.random.key(3), cfg),
-        step_rule=rule,
-        answer_rule=make_answer_rule(tokenizer),
-        value_head=init_value_head(jax.random.key(4), cfg.model_dim, HeadConfig()),
-        judge=judge,
-    )
-    return lm, cfg
 
 
 def language(cfg, evaluator="confidence", sampling=None, **changes):

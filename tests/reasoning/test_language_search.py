@@ -15,7 +15,6 @@ from test_language import (
     encode,
     keys_of,
     language,
-    model,  # noqa: F401  (a fixture)
     search,
 )
 
@@ -47,7 +46,7 @@ def assert_no_page_leaks(structure, world):
         assert pages_in_use(world, row) == pages_reachable(structure, world, row)
 
 
-def test_pages_in_use_are_pages_reachable_after_a_prune(model):  # noqa: F811
+def test_pages_in_use_are_pages_reachable_after_a_prune(model):
     lm, cfg = model
     structure, world = search(model, PUCT)
     assert_no_page_leaks(structure, world)
@@ -70,7 +69,7 @@ def test_pages_in_use_are_pages_reachable_after_a_prune(model):  # noqa: F811
     assert sum(after) < sum(before) + 4 * len(PROMPTS)
 
 
-def test_a_kept_subtree_goes_on_where_it_was(model):  # noqa: F811
+def test_a_kept_subtree_goes_on_where_it_was(model):
     """Reuse: the chosen child becomes the root, with its pages, and grows as its path demands."""
     lm, cfg = model
     config = language(cfg)
@@ -118,7 +117,7 @@ def test_a_kept_subtree_goes_on_where_it_was(model):  # noqa: F811
     assert max(gaps) < 1e-4
 
 
-def test_a_row_handed_on_searches_as_if_it_were_alone(model):  # noqa: F811
+def test_a_row_handed_on_searches_as_if_it_were_alone(model):
     lm, cfg = model
     config = language(cfg)
     strategy = gumbel.make_gumbel(
@@ -168,7 +167,7 @@ def test_a_row_handed_on_searches_as_if_it_were_alone(model):  # noqa: F811
 
 
 @pytest.mark.parametrize("evaluator", ["likelihood", "value_head", "p_yes"])
-def test_judging_on_visit_gives_the_values_of_judging_at_expansion(model, evaluator):  # noqa: F811
+def test_judging_on_visit_gives_the_values_of_judging_at_expansion(model, evaluator):
     lm, cfg = model
     strategy = puct.make_puct(num_children=3, num_lanes=2, max_depth=4, judge="visit")
     structure, _ = search(model, strategy, evaluator=evaluator, judge="visit")

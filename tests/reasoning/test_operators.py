@@ -34,17 +34,6 @@ from rlm_jax.reasoning.structure import make_structure
 choose = jax.jit(select_answer, static_argnames="rule")
 
 
-@pytest.fixture
-def tree():
-    """root -> 1, 2; 1 -> 3, 4 (both terminal); 2 -> 5 (terminal), 6 (not)."""
-    structure = make_structure(jnp.asarray([3]), 10)
-    structure, _ = grow(structure, [0], 2, [0.5, 0.6])
-    structure, _ = grow(
-        structure, [1, 2], 2, [0.2, 0.3, 0.6, 0.9], terminal=[True, True, True, False]
-    )
-    return structure
-
-
 def test_x1_scores_equal_golden_g01():
     q, visits = jnp.asarray([0.2, -0.1, 0.6]), jnp.asarray([1.0, 2.0, 2.0])
     score = functools.partial(td_score, c1=1.25, c2=19652.0)

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny_language import make_model
 
 from rlm_jax.core.mesh import make_mesh
 from rlm_jax.inference.extend import extend
 from rlm_jax.inference.pages import path_buckets
 from rlm_jax.inference.sampling import SamplingConfig
-from rlm_jax.models.params import init_params, param_axes
+from rlm_jax.models.params import param_axes
 from rlm_jax.models.presets import preset
 from rlm_jax.models.transformer import unembed
 from rlm_jax.reasoning.drive import run_compiled
-from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, begin, make_expand
+from rlm_jax.reasoning.language import LanguageConfig, begin, make_expand
 from rlm_jax.reasoning.sharding import (
     abstract_outputs,
     place_batch,
@@ -28,9 +29,6 @@ from rlm_jax.reasoning.sharding import (
 )
 from rlm_jax.reasoning.strategies import best_of_n, puct
 from rlm_jax.reasoning.structure import check
-from rlm_jax.text.answers import make_answer_rule
-from rlm_jax.text.steps import StepSpec, make_step_rule
-from rlm_jax.text.tokenizer import ByteTokenizer
 
 BATCH, WIDTH, LIMIT = 8, 24, 48
 MESHES = {"data": (1, 8, 1), "replicas": (2, 4, 1), "model": (1, 4, 2)}
@@ -43,19 +41,8 @@ STRATEGY_OF = {"data": "puct", "replicas": "puct", "model": "best_of_n"}
 
 
 def _model():
-    tokenizer = ByteTokenizer()
-    cfg = dataclasses.replace(
-        preset("tiny-llama"),
-        vocab_size=tokenizer.vocab_size,
-        eos_ids=tokenizer.eos_ids,
-        bos_id=tokenizer.bos_id,
-    )
-    rule = make_step_rule(StepSpec("fixed", 7), tokenizer)
-    byte = jnp.arange(tokenizer.vocab_size)
-    rule = rule.replace(ends_alone=byte % 5 == 0, final=(byte % 23 == 0) | rule.final)
-    policy = init_params(jax.random.key(3), cfg)
-    lm = LanguageModel(policy=policy, step_rule=rule, answer_rule=make_answer_rule(tokenizer))
-    return lm, cfg
+    lm, cfg = make_model()
+    return dataclasses.replace(lm, value_head=None, judge=None), cfg
 
 
 @functools.cache

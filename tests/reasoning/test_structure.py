@@ -43,17 +43,6 @@ from rlm_jax.reasoning.structure import (
 CAPACITY = 18
 
 
-@pytest.fixture(scope="module")
-def tree():
-    """root -> 1, 2; 1 -> 3, 4 (both terminal); 2 -> 5 (terminal), 6 (not)."""
-    structure = make_structure(jnp.asarray([3]), 10)
-    structure, _ = grow(structure, [0], 2, [0.5, 0.6])
-    structure, _ = grow(
-        structure, [1, 2], 2, [0.2, 0.3, 0.6, 0.9], terminal=[True, True, True, False]
-    )
-    return structure
-
-
 def test_a_graph_node_may_have_several_parents():
     structure = make_structure(jnp.asarray([1]), 6, num_parents=2)
     structure, _ = grow(structure, [0], 3, [0.1, 0.2, 0.3])
