@@ -236,8 +236,8 @@ def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tu
 
 
 def _make(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
-    """`make(**settings)`, where an unknown or missing setting is the user's mistake."""
+    """`make(**settings)`, where a wrong, unknown or missing setting is the user's mistake."""
     try:
         return make(**settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None

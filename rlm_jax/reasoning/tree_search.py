@@ -107,7 +107,8 @@ class TreeConfig:
         if self.root_alpha <= 0:
             raise ValueError(f"root_alpha must be > 0, got {self.root_alpha}")
         if self.root_lanes > self.num_lanes:
-            raise ValueError(f"root_lanes={self.root_lanes} of num_lanes={self.num_lanes}")
+            asked, most = self.root_lanes, self.num_lanes
+            raise ValueError(f"root_lanes={asked} of num_lanes={most}: accepted is at most that")
         if self.num_simulations is not None and self.num_simulations < 1:
             raise ValueError(f"num_simulations must be >= 1 or None, got {self.num_simulations}")
         if self.terminal == "revisit" and self.num_simulations is None:

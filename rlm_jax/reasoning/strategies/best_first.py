@@ -71,7 +71,9 @@ def make_best_first(
         if number < 1:
             raise ValueError(f"{name} must be >= 1, got {number}")
     if root_lanes > num_lanes:
-        raise ValueError(f"root_lanes={root_lanes} of num_lanes={num_lanes}")
+        raise ValueError(
+            f"root_lanes={root_lanes} of num_lanes={num_lanes}: accepted is at most that"
+        )
     if depth_bonus < 0:
         raise ValueError(f"depth_bonus must be >= 0, got {depth_bonus}")
     if answer_rule not in ANSWER_RULES:
