@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rlm_jax.tasks.device import DeviceTask
+
 Message = dict[str, str]
 """One chat message: `{"role": "system" | "user" | "assistant", "content": text}`."""
 
@@ -67,6 +69,7 @@ class Task:
       verify: (problem, gold, a solution's text) -> verdict.
       load: a file in the task's published format -> examples, where there is one.
       generate: (seed, num_problems, difficulty in [0, 1]) -> examples, where they can be made.
+      device: the checker of steps on token ids, where there is one; only self-verifying tasks.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Task:
     verify: Callable[[Problem, Gold, str], Verdict]
     load: Callable[[str | os.PathLike[str]], list[Example]] | None = None
     generate: Callable[[int, int, float], list[Example]] | None = None
+    device: DeviceTask | None = None
 
 
 def judge(correct: bool | None, reason: str) -> Verdict:

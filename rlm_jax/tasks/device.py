@@ -1,0 +1,48 @@
+"""What a self-verifying task offers a search inside the compiled program: steps checked on ids.
+
+A `DeviceTask` reads a problem once from its prompt's token ids, and then every step from the state
+before it. The one idea: what may be said about a step without a gold answer (it does not follow,
+it solves the problem, it leads where another step led) is known the moment the step is decoded,
+on the device, so a search spends nothing on dead ends and can stop at a proven solution.
+
+Both functions are for one row; callers vmap them. `tables` holds what a vocabulary's tokens mean,
+as arrays, so that tokenizers change without a compile.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rlm_jax.core.types import Array, Bool, Int32, PyTree, UInt32
+
+
+class StepCheck(NamedTuple):
+    """What is known about one step.
+
+    Attributes:
+      state: the task's state behind the step; meaningless unless `legal`.
+      legal: the step follows from the state before it. A task that cannot tell says True.
+      solved: the step ends a solution that is right.
+      key: hash of the state behind the step, equal for equal states; 0 where there is none.
+    """
+
+    state: PyTree
+    legal: Bool[Array, ""]
+    solved: Bool[Array, ""]
+    key: UInt32[Array, ""]
+
+
+class DeviceTask(NamedTuple):
+    """A task's checker on token ids.
+
+    Attributes:
+      make_tables: bytes of every token of a vocabulary -> tables (a pytree of arrays).
+      begin: (tables, prompt ids [T], length) -> state. Padding lies behind `length`.
+      step: (tables, state, step ids [S], length, ends) -> what is known; `ends` says that the
+        step ends the solution.
+    """
+
+    make_tables: Callable[[Sequence[bytes]], PyTree]
+    begin: Callable[[PyTree, Int32[Array, "T"], Int32[Array, ""]], PyTree]
+    step: Callable[
+        [PyTree, PyTree, Int32[Array, "S"], Int32[Array, ""], Bool[Array, ""]], StepCheck
+    ]
