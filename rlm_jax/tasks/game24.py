@@ -12,13 +12,12 @@ import csv
 import os
 import re
 from fractions import Fraction
-from typing import NamedTuple
 
 from rlm_jax.tasks.answers import find_marked
 from rlm_jax.tasks.base import Example, Gold, Message, Problem, Task, Verdict, judge, make_chat
+from rlm_jax.tasks.expressions import parse, strip_result, write_canonically
 
 TARGET = 24
-MAX_EXPRESSION_CHARS = 200
 
 INSTRUCTION = (
     "Use each of the four numbers exactly once, with + - * / and brackets, to make 24. "
@@ -29,18 +28,6 @@ EXAMPLE = (
     "Make 24 out of 3 5 6 8.",
     "6 - 5 = 1 (left: 1 3 8)\n3 * 1 = 3 (left: 3 8)\n3 * 8 = 24 (left: 24)\n#### (6 - 5) * 3 * 8",
 )
-
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_SIGNS = str.maketrans({"\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\u2212": "-"})
-_TEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": ""}
-_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
-
-
-class Parsed(NamedTuple):
-    """An expression's value and the numbers that it was made of, in order."""
-
-    value: Fraction
-    numbers: tuple[int, ...]
 
 
 def prompt(problem: Problem) -> list[Message]:
@@ -53,45 +40,6 @@ def make_problem(numbers: tuple[int, ...], id: str = "") -> Problem:
     return Problem(f"Make {TARGET} out of {' '.join(map(str, numbers))}.", tuple(numbers), id)
 
 
-def parse(expression: str) -> Parsed:
-    """Evaluates an expression of whole numbers, + - * / and brackets, exactly.
-
-    Raises:
-      ValueError: anything else in it, a division by zero, or over `MAX_EXPRESSION_CHARS`.
-    """
-    if len(expression) > MAX_EXPRESSION_CHARS:
-        raise ValueError(f"longer than {MAX_EXPRESSION_CHARS} characters")
-    values: list[Fraction] = []
-    numbers: list[int] = []
-    pending: list[str] = []
-    want_number = True
-    for token in _tokenize(expression):
-        is_operand = token == "(" or token.isdigit()
-        if is_operand != want_number:
-            raise ValueError(f"unexpected {token!r}")
-        if token == "(":
-            pending.append(token)
-        elif token == ")":
-            _reduce(values, pending, 0)
-            if not pending:
-                raise ValueError("unexpected ')'")
-            pending.pop()
-        elif token in _PRECEDENCE:
-            _reduce(values, pending, _PRECEDENCE[token])
-            pending.append(token)
-            want_number = True
-        else:
-            numbers.append(int(token))
-            values.append(Fraction(numbers[-1]))
-            want_number = False
-    if want_number:
-        raise ValueError("it ends too early")
-    _reduce(values, pending, 0)
-    if pending:
-        raise ValueError("a bracket is left open")
-    return Parsed(values[0], tuple(numbers))
-
-
 def extract(text: str) -> str | None:
     """The expression behind the last answer mark; without a mark, the last line that is one.
 
@@ -99,12 +47,12 @@ def extract(text: str) -> str | None:
     answer that is no expression, or that claims to equal anything but 24, is no answer.
     """
     for segment in find_marked(text)[:1] or text.splitlines()[::-1]:
-        expression = _strip_result(segment)
+        expression = strip_result(segment, TARGET)
         try:
             parse(expression)
         except ValueError:
             continue
-        return "".join(f" {t} " if t in _PRECEDENCE else t for t in _tokenize(expression))
+        return write_canonically(expression)
     return None
 
 
@@ -143,50 +91,6 @@ def load(path: str | os.PathLike[str]) -> list[Example]:
             problem = make_problem(tuple(map(int, numbers)), f"game24-{row}")
             examples.append((problem, Gold()))
     return examples
-
-
-def _strip_result(segment: str) -> str:
-    """`segment` without markup around it, TeX signs, and `= 24` on either side."""
-    for tex, sign in _TEX.items():
-        segment = segment.replace(tex, sign)
-    sides = [side.strip(" \t\r$`*.") for side in segment.split("=")]
-    if len(sides) == 2 and str(TARGET) in sides:
-        return sides[0] if sides[1] == str(TARGET) else sides[1]
-    return sides[0] if len(sides) == 1 else segment
-
-
-def _tokenize(expression: str) -> list[str]:
-    tokens, end = [], 0
-    expression = expression.translate(_SIGNS)
-    while end < len(expression):
-        if expression[end] == " ":
-            end += 1
-            continue
-        match = _TOKEN.match(expression, end)
-        if match is None:
-            raise ValueError(f"{expression[end]!r} is none of 0-9 + - * / ( )")
-        tokens.append(match[0])
-        end = match.end()
-    return tokens
-
-
-def _reduce(values: list[Fraction], pending: list[str], precedence: int) -> None:
-    """Applies the pending operators that bind at least as tightly, back to an open bracket."""
-    while pending and pending[-1] != "(" and _PRECEDENCE[pending[-1]] >= precedence:
-        right, left = values.pop(), values.pop()
-        values.append(_apply(pending.pop(), left, right))
-
-
-def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
-    if operator == "+":
-        return left + right
-    if operator == "-":
-        return left - right
-    if operator == "*":
-        return left * right
-    if right == 0:
-        raise ValueError("division by zero")
-    return left / right
 
 
 def _solve(terms: list[tuple[Fraction, str]]) -> str | None:

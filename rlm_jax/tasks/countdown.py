@@ -1,0 +1,265 @@
+"""Countdown: combine all of some whole numbers by + - * / into a target (Stream of Search's game).
+
+    24 : 4 4 7 10
+    10 - 4 = 6 ; 4 6 7
+    7 - 6 = 1 ...
+
+The one idea: a solution is a chain of lines, `10 - 4 = 6 ; 4 6 7`, each of which takes two of the
+numbers that are left and says what is left behind it; the last one says `= target` and no more. A
+line can be checked from the line before, equal states read equal, and the answer - one expression
+over exactly the given numbers - is rebuilt from the lines. Models trained on the task read the
+problem as above; others are asked in words, and a plain expression behind an answer mark is as
+good (it may pass through negative numbers and fractions, a chain may not).
+
+Setting of Stream of Search (arXiv 2404.03683): 4 numbers from 1 to 99, targets from 10 to 100, all
+numbers used, whole intermediate results. `generate` draws numbers and target evenly and keeps what
+can be solved.
+"""
+
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from rlm_jax.tasks.answers import find_marked
+from rlm_jax.tasks.base import Example, Gold, Message, Problem, Task, Verdict, judge, make_chat
+from rlm_jax.tasks.countdown_solver import OPERATORS, count_below, count_solutions
+from rlm_jax.tasks.expressions import parse, strip_result, write_canonically
+
+MAX_NUMBER = 99
+TARGETS = (10, 100)
+NUM_NUMBERS = (3, 4, 5, 6)
+
+INSTRUCTION = (
+    "Use every number exactly once, with + - * / and brackets, to make the target. "
+    "Combine two numbers per line and list what is left. "
+    'Finish with the line "#### " followed by the whole expression.'
+)
+EXAMPLE = (
+    "Make 24 out of 3 5 6 8.",
+    "6 - 5 = 1 ; 1 3 8\n3 * 1 = 3 ; 3 8\n3 * 8 = 24\n#### (6 - 5) * 3 * 8",
+)
+
+_LINE = re.compile(r"([0-9]+) *([-+*/]) *([0-9]+) *= *([0-9]+)(?: *;((?: +[0-9]+)+))? *")
+
+
+def prompt(problem: Problem) -> list[Message]:
+    """One worked example, then the numbers and the target."""
+    return make_chat(INSTRUCTION, EXAMPLE, problem.question)
+
+
+def write_problem(problem: Problem) -> str:
+    """The problem as models trained on the task read it: ` 24 : 4 4 7 10`."""
+    numbers, target = problem.data
+    return f" {target} : {' '.join(map(str, sorted(numbers)))}"
+
+
+def make_problem(numbers: tuple[int, ...], target: int, id: str = "") -> Problem:
+    """The puzzle of `numbers` and `target`, which also stand in its `data`.
+
+    Raises:
+      ValueError: fewer than two numbers, or one that is no whole number >= 0.
+    """
+    for number in (*numbers, target):
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 10**6:
+            raise ValueError(f"{number!r} is no whole number from 0 to 999999")
+    if len(numbers) < 2:
+        raise ValueError(f"Countdown takes two numbers or more, got {list(numbers)}")
+    question = f"Make {target} out of {' '.join(map(str, numbers))}."
+    return Problem(question, (tuple(numbers), target), id)
+
+
+def extract(text: str) -> str | None:
+    """The expression that `text` ends on, one space around operators, none inside brackets.
+
+    Behind an answer mark stands an expression, with or without `= target`; otherwise the text is a
+    chain of lines, and the expression is rebuilt from them.
+    """
+    marked = find_marked(text)
+    if marked:
+        return _read_expression(marked[0])
+    lines = _read_lines(text)
+    return None if lines is None else write_canonically(_rebuild(lines))
+
+
+def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
+    """Checks the expression, or every line of a chain, against the numbers and the target."""
+    del gold
+    numbers, target = problem.data
+    return verify_text(numbers, target, text)
+
+
+def verify_text(numbers: tuple[int, ...], target: int, text: str) -> Verdict:
+    """`verify` on plain numbers; Game of 24 is Countdown with target 24."""
+    if not find_marked(text):
+        lines = _read_lines(text)
+        if lines is None:
+            return judge(False, "no expression and no chain of lines in the text")
+        wrong = _find_wrong_line(sorted(numbers), target, lines)
+        return judge(wrong is None, wrong or write_canonically(_rebuild(lines)) + f" = {target}")
+    expression = extract(text)
+    if expression is None:
+        return judge(False, "what the answer mark points to is no expression")
+    value, used = parse(expression)
+    if sorted(used) != sorted(numbers):
+        given = " ".join(map(str, numbers))
+        return judge(False, f"{expression} does not use exactly {given}")
+    return judge(value == target, f"{expression} = {value}")
+
+
+def solve(numbers: tuple[int, ...], target: int) -> str | None:
+    """An expression over whole numbers >= 0, or None when there is none. Exact."""
+    state, lines = np.sort(np.array([numbers], np.int64)), []
+    wanted = np.array([target], np.int64)
+    while state.shape[1] > 1:
+        moves, below = count_below(state, wanted)
+        best = int(below[0].argmax())
+        if not below[0, best]:
+            return None
+        sign = OPERATORS[moves.operator[0, best]]
+        ends = (moves.larger[0, best], moves.smaller[0, best], moves.result[0, best])
+        lines.append((int(ends[0]), sign, int(ends[1]), int(ends[2]), None))
+        state = moves.states[:, best]
+    return write_canonically(_rebuild(lines)) if lines else None
+
+
+def draw_solvable(
+    rng: np.random.Generator, num_problems: int, size: int, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct solvable problems: numbers [R, size], sorted, and targets [R] out of `targets`."""
+    numbers, wanted, seen = [], [], set()
+    while len(numbers) < num_problems:
+        rows = max(16, min(4096, 4 * (num_problems - len(numbers)))) >> max(0, 2 * (size - 4))
+        state = np.sort(rng.integers(1, MAX_NUMBER + 1, (max(rows, 1), size)), axis=1)
+        target = rng.choice(targets, len(state))
+        for row in np.flatnonzero(count_solutions(state, target)):
+            key = (*state[row].tolist(), int(target[row]))
+            if key not in seen and len(numbers) < num_problems:
+                seen.add(key)
+                numbers.append(state[row])
+                wanted.append(target[row])
+    return np.stack(numbers), np.array(wanted)
+
+
+def generate(seed: int, num_problems: int, difficulty: float) -> list[Example]:
+    """Solvable problems of 3 (difficulty 0) to 6 (difficulty 1) numbers.
+
+    Raises:
+      ValueError: a difficulty outside [0, 1].
+    """
+    if not 0 <= difficulty <= 1:
+        raise ValueError(f"difficulty {difficulty}: accepted is 0 to 1")
+    size = NUM_NUMBERS[round(difficulty * (len(NUM_NUMBERS) - 1))]
+    rng = np.random.default_rng([seed, size])
+    numbers, targets = draw_solvable(rng, num_problems, size, np.arange(TARGETS[0], TARGETS[1] + 1))
+    return [
+        (make_problem(tuple(row.tolist()), int(target), f"countdown{size}-{seed}-{i}"), Gold())
+        for i, (row, target) in enumerate(zip(numbers, targets, strict=True))
+    ]
+
+
+def load(path: str | os.PathLike[str]) -> list[Example]:
+    """Reads JSON lines with `numbers`, `target` and, if they like, `id`.
+
+    Raises:
+      ValueError: a line that is no such object; names the line.
+    """
+    examples = []
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                examples.append((_read_row(json.loads(line), f"countdown-{number}"), Gold()))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    return examples
+
+
+def _read_row(row: Any, id: str) -> Problem:
+    if not isinstance(row, dict) or not isinstance(row.get("numbers"), list):
+        raise ValueError('expected an object with "numbers" (a list) and "target"')
+    return make_problem(tuple(row["numbers"]), row.get("target"), str(row.get("id", id)))
+
+
+def _read_expression(segment: str) -> str | None:
+    sides = segment.split("=")
+    target = sides[-1].strip(" \t\r$`*.") if len(sides) == 2 else ""
+    if target.isascii() and target.isdigit() and len(target) < 10:
+        segment = strip_result(segment, int(target))
+    else:
+        segment = segment.strip(" \t\r$`*.")
+    try:
+        parse(segment)
+    except ValueError:
+        return None
+    return write_canonically(segment)
+
+
+Line = tuple[int, str, int, int, "list[int] | None"]
+
+
+def _read_lines(text: str) -> list[Line] | None:
+    """left, operator, right, result and what is left, of every line; None where one is none."""
+    lines: list[Line] = []
+    for line in text.strip(" \n").split("\n"):
+        match = _LINE.fullmatch(line.lstrip(" "))
+        if match is None or max(map(len, re.findall("[0-9]+", line))) > 9:
+            return None
+        left, sign, right, result, rest = match.groups()
+        kept = None if rest is None else sorted(map(int, rest.split()))
+        lines.append((int(left), sign, int(right), int(result), kept))
+    return lines
+
+
+def _find_wrong_line(state: list[int], target: int, lines: list[Line]) -> str | None:
+    """What is wrong with a chain from `state` to the target, or None."""
+    for left, sign, right, result, rest in lines:
+        line = f"{left} {sign} {right} = {result}"
+        state = state.copy()
+        for number in (left, right):
+            if number not in state:
+                return f"{line}: there is no {number} left"
+            state.remove(number)
+        if result != _apply(sign, left, right):
+            return f"{line} is wrong"
+        state = sorted([*state, result])
+        if rest is None and len(state) > 1:
+            return f"{line} does not say that {' '.join(map(str, state))} are left"
+        if rest is not None and (len(state) == 1 or rest != state):
+            return f"{line}: what is left is {' '.join(map(str, state))}"
+    if len(state) > 1:
+        return f"{' '.join(map(str, state))} are left"
+    return None if state[0] == target else f"the chain ends on {state[0]}, not on {target}"
+
+
+def _apply(sign: str, left: int, right: int) -> int | None:
+    if sign == "/":
+        return left // right if right and left % right == 0 else None
+    return {"+": left + right, "-": left - right, "*": left * right}[sign]
+
+
+def _rebuild(lines: list[Line]) -> str:
+    """The expression of the last line, results replaced by what they were made of."""
+    made: dict[int, list[str]] = {}
+    for left, sign, right, result, _ in lines:
+        sides = [
+            f"({made[number].pop()})" if made.get(number) else str(number)
+            for number in (left, right)
+        ]
+        made.setdefault(result, []).append(f"{sides[0]} {sign} {sides[1]}")
+    return made[lines[-1][3]][-1]
+
+
+TASK = Task(
+    "countdown",
+    1,
+    True,
+    prompt,
+    extract,
+    verify,
+    load=load,
+    generate=generate,
+)

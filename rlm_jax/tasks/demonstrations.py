@@ -1,0 +1,38 @@
+"""Worked solutions that say at every step what else would have been right, and how things stand.
+
+The one idea: a task with an exact solver knows not one right step but all of them, and whether a
+state can still be solved. A demonstration carries both in the task's own text, so that training
+needs nothing of the task (`rlm_jax.data.demonstrations` turns them into token labels).
+"""
+
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """One step of a demonstration.
+
+    Attributes:
+      text: the step taken, its separator included.
+      choices: texts that would have been right here and their weights, which sum to 1; `text` need
+        not be among them. Empty: nothing is known, or nothing is right.
+      value: probability that the problem can still be solved behind `text`, None when unknown.
+    """
+
+    text: str
+    choices: tuple[tuple[str, float], ...]
+    value: float | None
+
+
+class Demonstration(NamedTuple):
+    """A problem in a task's notation, and the steps that were taken from there.
+
+    Attributes:
+      prompt: what the model reads.
+      steps: what it writes; the last one ends the solution when `finished`.
+      value: as in `Step`, of the problem itself.
+    """
+
+    prompt: str
+    steps: tuple[Step, ...]
+    finished: bool
+    value: float | None
