@@ -167,15 +167,22 @@ class BatchIterator:
         return self
 
     def __next__(self) -> TokenBatch:
-        plan = None
-        while plan is None:
-            is_last = self._next == self._stream.num_examples
-            lengths = [len(self._examples[i].tokens) for i in self._waiting]
-            plan = self._layout.plan(lengths, self._num_passed_over, is_last)
-            if plan is None:
-                if is_last:
-                    raise StopIteration
+        begin = self._next
+        while missing := self._layout.num_missing(self._lengths()):
+            end = self._next + missing
+            if self._stream.num_examples is not None:
+                end = min(end, self._stream.num_examples)
+            if self._next == end:
+                break
+            if not self._waiting and self._next - begin >= self._stream.epoch_examples:
+                raise ValueError(
+                    f"every example of an epoch is longer than {self._layout.max_tokens} tokens"
+                )
+            while self._next < end:
                 self._read()
+        if not self._waiting:
+            raise StopIteration
+        plan = self._layout.plan(self._lengths(), self._num_passed_over)
         examples = [self._examples[i] for i in self._waiting]
         batch = lay_out(examples, plan, self._layout.num_soft)
         self._count(batch, sum(map(len, plan.rows)))
@@ -221,6 +228,9 @@ class BatchIterator:
     def epoch(self) -> float:
         """Passes through the host's share so far, by examples read."""
         return self._next / self._stream.epoch_examples
+
+    def _lengths(self) -> list[int]:
+        return [len(self._examples[i].tokens) for i in self._waiting]
 
     def _options(self) -> dict[str, Any]:
         return {

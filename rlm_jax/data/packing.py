@@ -8,6 +8,8 @@ narrowest width that holds it, and every width is compiled once.
 """
 
 import bisect
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,17 +77,18 @@ class Packed:
         """The longest example that has a place."""
         return self.row_tokens
 
-    def plan(self, lengths: Sequence[int], num_waiting: int, is_last: bool) -> Plan | None:
-        """The next batch, or None when more examples should be read first.
+    def num_missing(self, lengths: Sequence[int]) -> int:
+        """At least so many more examples should be read before a batch is planned; 0 for none."""
+        wanted = self.num_rows * self.row_tokens * (1 + self.slack) - sum(lengths)
+        return max(0, math.ceil(wanted / self.row_tokens))
+
+    def plan(self, lengths: Sequence[int], num_waiting: int) -> Plan:
+        """The next batch.
 
         Args:
-          lengths: of the examples at hand, in the order of reading.
+          lengths: of the examples at hand, at least one, in the order of reading.
           num_waiting: so many of them, at the beginning, were passed over before.
-          is_last: there are no more to read.
         """
-        wanted = self.num_rows * self.row_tokens * (1 + self.slack)
-        if not lengths or (sum(lengths) < wanted and not is_last):
-            return None
         rows, _ = pack_lengths(
             lengths, self.row_tokens, num_rows=self.num_rows, num_first=num_waiting
         )
@@ -115,19 +118,28 @@ class Bucketed:
         """The longest example that has a place."""
         return self.widths[-1]
 
-    def plan(self, lengths: Sequence[int], num_waiting: int, is_last: bool) -> Plan | None:
-        """The next batch, or None when more examples should be read first; as in `Packed`."""
+    def num_missing(self, lengths: Sequence[int]) -> int:
+        """At least so many more examples should be read before a batch is planned; 0 for none."""
+        counts = Counter(map(self._width_of, lengths))
+        return max(0, min(self._num_rows(width) - counts[width] for width in self.widths))
+
+    def plan(self, lengths: Sequence[int], num_waiting: int) -> Plan:
+        """The next batch, of the narrowest full bucket, else of the narrowest; see `Packed`."""
         del num_waiting
-        buckets: dict[int, list[int]] = {}
+        buckets: dict[int, list[int]] = {width: [] for width in self.widths}
         for place, length in enumerate(lengths):
-            width = self.widths[bisect.bisect_left(self.widths, length)]
-            buckets.setdefault(width, []).append(place)
-        for width, places in sorted(buckets.items()):
-            num_rows = max(1, self.batch_tokens // width)
-            if len(places) >= num_rows or is_last:
-                rows = [[place] for place in places[:num_rows]]
-                return Plan(width, rows + [[] for _ in range(num_rows - len(rows))])
-        return None
+            buckets[self._width_of(length)].append(place)
+        full = [width for width in self.widths if len(buckets[width]) >= self._num_rows(width)]
+        width = full[0] if full else next(width for width in self.widths if buckets[width])
+        num_rows = self._num_rows(width)
+        rows = [[place] for place in buckets[width][:num_rows]]
+        return Plan(width, rows + [[] for _ in range(num_rows - len(rows))])
+
+    def _num_rows(self, width: int) -> int:
+        return max(1, self.batch_tokens // width)
+
+    def _width_of(self, length: int) -> int:
+        return self.widths[bisect.bisect_left(self.widths, length)]
 
 
 Layout = Packed | Bucketed

@@ -164,6 +164,9 @@ def test_examples_that_are_too_long_are_dropped_with_a_count_or_raise():
     with pytest.raises(ValueError, match=r"has (17|18|19|20) tokens; rows have 16"):
         list(make_batches(source, PACKED, seed=0, num_epochs=2))
 
+    with pytest.raises(ValueError, match="every example of an epoch is longer than 3"):
+        next(make_batches([make_example([1] * 4)] * 3, Packed(2, 3), seed=0, too_long="drop"))
+
 
 @pytest.mark.parametrize("layout", [Packed(16, 64), Bucketed((8, 16, 24, 32), 1024)])
 def test_little_is_padding(layout):

@@ -108,7 +108,8 @@ def test_the_fullest_row_that_has_room_is_taken():
 def test_buckets_hold_every_example_once_in_the_narrowest_row(lengths):
     layout = Bucketed((4, 8, 16), batch_tokens=32)
     left, seen = list(enumerate(lengths)), []
-    while plan := layout.plan([n for _, n in left], 0, True):
+    while left:
+        plan = layout.plan([n for _, n in left], 0)
         batch = lay_out([example_of(n, i) for i, n in left], plan, 2)
         assert batch.tokens.shape == (32 // plan.width, plan.width)
         for _, (place,) in zip(range(99), filter(None, plan.rows), strict=False):
@@ -120,17 +121,15 @@ def test_buckets_hold_every_example_once_in_the_narrowest_row(lengths):
 
 
 def test_a_layout_asks_for_more_examples_until_a_batch_is_full():
-    packed = Packed(num_rows=2, row_tokens=8, slack=0.25)
-    assert packed.plan([8, 8], 0, False) is None
-    assert packed.plan([8, 8], 0, True) == Plan(8, [[0], [1]])
-    assert packed.plan([3, 8, 8, 5], 1, False) == Plan(8, [[0, 3], [1]])
-    assert packed.plan([], 0, True) is None
-    bucketed = Bucketed((4, 8), batch_tokens=8)
-    assert bucketed.plan([5], 0, False) == Plan(8, [[0]])
-    assert bucketed.plan([3], 0, False) is None
-    assert bucketed.plan([3], 0, True) == Plan(4, [[0], []])
-    assert bucketed.plan([3, 4], 0, False) == Plan(4, [[0], [1]])
-    assert Bucketed((64,), batch_tokens=8).plan([3], 0, False) == Plan(64, [[0]])
+    packed = Packed(num_rows=2, row_tokens=8, slack=0.25)  # 20 tokens
+    assert [packed.num_missing(n) for n in ([], [8, 8], [8, 8, 4], [8] * 4)] == [3, 1, 0, 0]
+    assert packed.plan([8], 0) == Plan(8, [[0], []])
+    assert packed.plan([3, 8, 8, 5], 1) == Plan(8, [[0, 3], [1]])
+    bucketed = Bucketed((4, 8), batch_tokens=16)  # 4 rows of 4, 2 rows of 8
+    assert [bucketed.num_missing(n) for n in ([], [5], [1, 2, 3], [5, 8])] == [2, 1, 1, 0]
+    assert bucketed.plan([3, 5, 4, 8, 8], 0) == Plan(8, [[1], [3]])
+    assert bucketed.plan([5, 3], 0) == Plan(4, [[1], [], [], []])
+    assert Bucketed((64,), batch_tokens=8).plan([3], 0) == Plan(64, [[0]])
 
 
 def test_a_table_gives_the_same_examples():
