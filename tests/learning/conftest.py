@@ -8,6 +8,10 @@ import pytest
 
 from rlm_jax.reasoning.structure import Operator, check, make_structure
 
+_STATISTICS = ("visits", "value", "model_value", "prior", "reward", "logprob")
+_TOPOLOGY = ("parent", "more_parents", "operator", "depth", "span_start", "alive", "terminal")
+_WRITTEN = (*_TOPOLOGY, *_STATISTICS)
+
 
 @pytest.fixture(scope="session")
 def golden(root):
@@ -30,11 +34,7 @@ def plant():
 def _plant(trees, capacity=None, num_parents=1):
     capacity = capacity or max(len(tree) for tree in trees)
     structure = make_structure(jnp.asarray([3] * len(trees)), capacity, num_parents=num_parents)
-    arrays = {
-        name: np.array(getattr(structure, name))
-        for name in ("parent", "more_parents", "operator", "depth", "alive", "terminal")
-        + ("span_start", "visits", "value", "model_value", "prior", "reward", "logprob")
-    }
+    arrays = {name: np.array(getattr(structure, name)) for name in _WRITTEN}
     for row, tree in enumerate(trees):
         for place, node in enumerate(tree):
             node = dict(node)
@@ -50,9 +50,8 @@ def _plant(trees, capacity=None, num_parents=1):
             for name, value in node.items():
                 arrays[name][row, place] = value
     made = {name: jnp.asarray(array) for name, array in arrays.items()}
-    structure = structure.replace(
-        **made, num_nodes=jnp.asarray([len(tree) for tree in trees], jnp.int32)
-    )
+    count = jnp.asarray([len(tree) for tree in trees], jnp.int32)
+    structure = structure.replace(**made, num_nodes=count, num_created=count)
     check(structure)
     return structure
 
