@@ -1,0 +1,1 @@
+"""How structures train the networks: targets, advantages, losses and replay, all on arrays."""

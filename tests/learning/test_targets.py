@@ -1,0 +1,236 @@
+"""Values and advantages of trees: golden numbers, and recursion over nodes in plain Python."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlm_jax.core.mesh import make_mesh
+from rlm_jax.learning.advantages import leads_to_terminal, path_advantages, tree_advantages
+from rlm_jax.learning.targets import VALUE_RULES, target_weights, trace_paths, value_tree
+from rlm_jax.reasoning.sharding import place_batch, shard_search
+from rlm_jax.reasoning.structure import path_to_root
+
+read = jax.jit(value_tree, static_argnames=("rule", "discount"))
+advantages = jax.jit(tree_advantages)
+
+
+def test_algorithm_6_equals_golden_g09(plant, golden):
+    """A chain of x1's q: root .20, .30, .50, and a terminal that the verifier found right."""
+    chain = [{"parents": [], "value": 0.2}]
+    chain += [{"parents": [i], "value": q, "visits": 1} for i, q in enumerate((0.3, 0.5, 0.9))]
+    chain[3]["terminal"] = True
+    structure = plant([chain])
+    rewards = jnp.asarray([[0.0, 0.0, 0.0, 1.0]])
+    tree = read(structure, rewards, rule="x1", discount=0.96)
+    np.testing.assert_allclose(advantages(structure, tree)[0, 1:], golden["G09"], atol=1e-5)
+    paths = trace_paths(structure, jnp.asarray([3]), 4)
+    assert paths.tolist() == [[1, 2, 3, -1]]
+    along = path_advantages(advantages(structure, tree), paths)
+    np.testing.assert_allclose(along[0, :3], golden["G09"], atol=1e-5)
+    assert float(along[0, 3]) == 0.0
+
+
+def test_siblings_equal_golden_g61(plant):
+    siblings = [
+        {"parents": [], "visits": 4},
+        {"parents": [0], "visits": 1, "model_value": 0.5},
+        {"parents": [0], "visits": 3, "model_value": -0.2},
+    ]
+    structure = plant([siblings])
+    tree = read(structure, jnp.zeros((1, 3)), rule="weighted", discount=1.0)
+    assert float(tree.value[0, 0]) == pytest.approx(-0.025, abs=1e-6)
+    np.testing.assert_allclose(advantages(structure, tree)[0, 1:], [0.525, -0.175], atol=1e-6)
+
+
+def test_rollouts_equal_golden_g08(plant, golden):
+    """An edge with three rollouts below it, of two, three and one further steps."""
+    nodes = [{"parents": []}, {"parents": [0]}]
+    ends = {}
+    for steps, reward in ((2, 1.0), (3, -1.0), (1, 1.0)):
+        above = 1
+        for _ in range(steps):
+            nodes.append({"parents": [above]})
+            above = len(nodes) - 1
+        nodes[above]["terminal"] = True
+        ends[above] = reward
+    rewards = np.zeros((1, len(nodes)), np.float32)
+    for node, reward in ends.items():
+        rewards[0, node] = reward
+    structure = plant([nodes])
+    tree = read(structure, jnp.asarray(rewards), rule="rollouts", discount=0.95)
+    assert float(tree.edge[0, 1]) == pytest.approx(golden["G08_Q"], abs=1e-5)
+    assert float(tree.value[0, 1]) == pytest.approx(golden["G08_V_next"], abs=1e-5)
+    assert float(tree.weight[0, 1]) == 3.0
+    binary = read(structure, jnp.maximum(jnp.asarray(rewards), 0), rule="rollouts", discount=1.0)
+    assert float(binary.value[0, 0]) == pytest.approx(golden["G08_binary"], abs=1e-5)
+
+
+class ByHand:
+    """Values of one tree by recursion over its nodes, in float64."""
+
+    def __init__(self, nodes, rewards, rule, discount):
+        self.nodes, self.rewards, self.rule, self.discount = nodes, rewards, rule, discount
+        self.below = {i: [] for i in range(len(nodes))}
+        for i, node in enumerate(nodes):
+            for parent in node["parents"] if node.get("alive", True) else ():
+                self.below[parent].append(i)
+
+    def ends(self, i):
+        """(steps below, discounted reward) of every way from node i to the end of a solution."""
+        found = []
+        for child in self.below[i]:
+            if self.nodes[child].get("terminal"):
+                found.append(self.rewards[child])
+            else:
+                found += [self.rewards[child] + self.discount * r for r in self.ends(child)]
+        return found
+
+    def value(self, i):
+        node = self.nodes[i]
+        if self.rule == "rollouts":
+            returns = self.ends(i)
+            return sum(returns) / len(returns) if returns else 0.0
+        seen = [(self.weight(c), self.edge(c)) for c in self.below[i] if self.weight(c) > 0]
+        if not seen:
+            return node["model_value"]
+        if self.rule == "max":
+            return max(q for _, q in seen)
+        return sum(n * q for n, q in seen) / sum(n for n, _ in seen)
+
+    def weight(self, i):
+        visits = self.nodes[i].get("visits", 0)
+        return max(visits, 1) if self.nodes[i].get("terminal") else visits
+
+    def edge(self, i):
+        if self.nodes[i].get("terminal"):
+            return self.rewards[i]
+        return self.rewards[i] + self.discount * self.value(i)
+
+    def known(self, i):
+        if self.nodes[i].get("terminal"):
+            return True
+        if self.rule == "rollouts":
+            return bool(self.ends(i))
+        return any(self.weight(c) > 0 for c in self.below[i])
+
+
+@pytest.mark.parametrize("num_parents", [1, 2])
+@pytest.mark.parametrize("rule", ["weighted", "max", "rollouts"])
+def test_values_equal_recursion(plant, random_tree, rule, num_parents):
+    rng = np.random.default_rng(num_parents)
+    trees = [random_tree(rng, int(size), num_parents) for size in (1, 4, 12, 14, 14, 14)]
+    structure = plant(trees, 16, num_parents)
+    rewards = rng.normal(size=(6, 16)).astype(np.float32)
+    found = read(structure, jnp.asarray(rewards), rule=rule, discount=0.9)
+    weights = target_weights(structure, found, min_visits=2.0)
+    for row, nodes in enumerate(trees):
+        hand = ByHand(nodes, rewards[row], rule, 0.9)
+        for i, node in enumerate(nodes):
+            if not node.get("alive", True):
+                assert not found.known[row, i]
+                assert float(found.value[row, i]) == float(found.edge[row, i]) == 0.0
+                continue
+            ends = bool(node.get("terminal"))
+            value = rewards[row, i] if ends else hand.value(i)
+            assert float(found.value[row, i]) == pytest.approx(value, abs=1e-4)
+            edge = hand.edge(i) if i else 0.0
+            assert float(found.edge[row, i]) == pytest.approx(edge, abs=1e-4)
+            assert bool(found.known[row, i]) == hand.known(i)
+            many = len(hand.ends(i)) if rule == "rollouts" else node["visits"]
+            assert bool(weights[row, i]) == (ends or (hand.known(i) and many >= 2))
+        assert not np.asarray(found.known[row, len(nodes) :]).any()
+
+
+def test_searched_values_are_read_as_the_search_and_as_x1_mean_them(plant, random_tree):
+    rng = np.random.default_rng(5)
+    structure = plant([random_tree(rng, 14)])
+    rewards = rng.normal(size=(1, 14)).astype(np.float32)
+    ends = np.asarray(structure.terminal)[0]
+    alive = np.asarray(structure.alive)[0] & ~ends & (np.arange(14) > 0)
+    q = np.asarray(structure.value)[0]
+    for rule, value, edge in (("search", q, rewards[0] + 0.9 * q), ("x1", q / 0.9, q)):
+        tree = read(structure, jnp.asarray(rewards), rule=rule, discount=0.9)
+        np.testing.assert_allclose(tree.value[0, alive], value[alive], rtol=1e-5)
+        np.testing.assert_allclose(tree.edge[0, alive], edge[alive], rtol=1e-5)
+        np.testing.assert_array_equal(tree.edge[0, ends], rewards[0, ends])
+        np.testing.assert_array_equal(tree.value[0, ends], rewards[0, ends])
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**20))
+def test_visit_weighted_advantages_of_siblings_sum_to_zero(plant, random_tree, seed):
+    rng = np.random.default_rng(seed)
+    structure = plant([random_tree(rng, 12)], 14)
+    rewards = jnp.asarray(rng.normal(size=(1, 14)), jnp.float32)
+    tree = read(structure, rewards, rule="weighted", discount=0.9)
+    found = np.asarray(advantages(structure, tree) * tree.weight)[0]
+    parent = np.asarray(structure.parent)[0]
+    for node in range(12):
+        assert found[parent == node].sum() == pytest.approx(0.0, abs=1e-4)
+    assert found[0] == 0.0
+
+
+def test_more_slots_change_nothing(plant, random_tree):
+    rng = np.random.default_rng(7)
+    nodes = random_tree(rng, 10)
+    rewards = rng.normal(size=(1, 10)).astype(np.float32)
+    wide_rewards = np.full((1, 16), np.nan, np.float32)
+    wide_rewards[:, :10] = rewards
+    for rule in VALUE_RULES:
+        small = read(plant([nodes]), jnp.asarray(rewards), rule=rule, discount=0.9)
+        wide = read(plant([nodes], 16), jnp.asarray(wide_rewards), rule=rule, discount=0.9)
+        for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(wide), strict=True):
+            np.testing.assert_array_equal(a, b[:, :10])
+            assert not np.asarray(b[:, 10:]).any()
+
+
+@pytest.mark.parametrize("num_parents", [1, 2])
+def test_paths_and_what_leads_to_a_solution(plant, random_tree, num_parents):
+    rng = np.random.default_rng(11)
+    trees = [random_tree(rng, 14, num_parents) for _ in range(4)]
+    structure = plant(trees, 14, num_parents)
+    leads = np.asarray(jax.jit(leads_to_terminal)(structure))
+    for row, nodes in enumerate(trees):
+        hand = ByHand(nodes, np.zeros(14), "rollouts", 1.0)
+        for i, node in enumerate(nodes):
+            ends = bool(node.get("terminal")) or bool(hand.ends(i))
+            assert leads[row, i] == (ends and node.get("alive", True))
+    assert leads.any()
+    assert not leads.all()
+    trace = jax.jit(functools.partial(trace_paths, max_depth=9))
+    for node in range(14):
+        found = np.asarray(trace(structure, jnp.full(4, node)))
+        for row in range(4):
+            path = path_to_root(structure, row, node)[1:]
+            assert found[row].tolist() == path + [-1] * (9 - len(path))
+    assert (np.asarray(trace(structure, jnp.full(4, -1))) == -1).all()
+
+
+def test_eight_devices_see_what_one_sees(plant, random_tree):
+    rng = np.random.default_rng(13)
+    structure = plant([random_tree(rng, 9) for _ in range(8)], 9)
+    rewards = jnp.asarray(rng.normal(size=(8, 9)), jnp.float32)
+
+    def run(_, structure, rewards):
+        trees = [value_tree(structure, rewards, rule=r, discount=0.9) for r in VALUE_RULES]
+        edges = [tree_advantages(structure, tree) for tree in trees]
+        paths = trace_paths(structure, structure.num_nodes - 1, 9)
+        return trees, edges, leads_to_terminal(structure), paths
+
+    mesh = make_mesh()
+    many = jax.jit(shard_search(run, mesh))(jnp.zeros(()), *place_batch(mesh, (structure, rewards)))
+    one = jax.jit(run)(jnp.zeros(()), structure, rewards)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), many, one)
+
+
+def test_bad_settings_are_refused(plant):
+    structure = plant([[{"parents": []}]])
+    with pytest.raises(ValueError, match="median"):
+        value_tree(structure, jnp.zeros((1, 1)), rule="median")
+    with pytest.raises(ValueError, match=r"discount.*0\.0"):
+        value_tree(structure, jnp.zeros((1, 1)), discount=0.0)
