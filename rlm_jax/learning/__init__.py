@@ -1,0 +1,1 @@
+"""Learning from structures: losses, targets, replay, the update step, and a run's checkpoints."""
