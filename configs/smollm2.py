@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.dtype = "float32"
     config.quantize = placeholder(str)  # "int8": faster, and off by docs/design/003-int8.md.
     config.task = "free"
+    config.use_verifier = True  # A task that can check steps without a gold answer does.
     config.step = ConfigDict({"kind": "newline", "max_tokens": 48})
     config.evaluator = "confidence"
     config.aggregate = "last"

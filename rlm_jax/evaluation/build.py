@@ -36,6 +36,7 @@ from rlm_jax.reasoning.strategies import (
 )
 from rlm_jax.tasks import arithmetic, free, game24, gsm8k
 from rlm_jax.tasks.base import Task
+from rlm_jax.tasks.device import DeviceTask
 from rlm_jax.text.answers import make_answer_rule
 from rlm_jax.text.steps import StepSpec, make_step_rule
 from rlm_jax.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -55,7 +56,8 @@ TASKS: dict[str, Task] = {
 _RANDOM = "random:"
 _NOT_SETTINGS = ("sampling",)
 _FIELDS = (
-    *SIZES, "model", "dtype", "quantize", "task", "step", "evaluator", "aggregate", "max_depth",
+    *SIZES, "model", "dtype", "quantize", "task", "use_verifier", "step", "evaluator", "aggregate",
+    "max_depth",
 )  # fmt: skip
 
 
@@ -133,6 +135,8 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     check_sizes({size: config[size] for size in SIZES})
     if config["task"] not in TASKS:
         raise ValueError(f"task {config['task']!r}: accepted are {', '.join(TASKS)}")
+    if not isinstance(config["use_verifier"], bool):
+        raise ValueError(f"use_verifier {config['use_verifier']!r}: accepted are true, false")
     if config["evaluator"] not in EVALUATORS:
         raise ValueError(f"evaluator {config['evaluator']!r}: accepted are {', '.join(EVALUATORS)}")
     if config["aggregate"] not in AGGREGATIONS:
@@ -148,6 +152,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
         "dtype",
         "quantize",
         "task",
+        "use_verifier",
         "evaluator",
         "aggregate",
         "budget_tokens",
@@ -181,6 +186,8 @@ def build_solver(
         if policy.value_head is None:
             raise ValueError(f"evaluator 'value_head': {policy.version} comes without a value head")
         value_fn = apply_value_head
+    task = TASKS[config["task"]]
+    checker = task.device if config["use_verifier"] and task.self_verifying else None
     language = LanguageConfig(
         model=policy.cfg,
         sampling=plan.sampling,
@@ -192,6 +199,7 @@ def build_solver(
         max_new_tokens=config["budget_tokens"],
         page_tokens=config["page_tokens"],
         value_fn=value_fn,
+        task=checker,
     )
     judge = make_judge(policy.tokenizer) if config["evaluator"] == "p_yes" else None
     lm = LanguageModel(
@@ -200,9 +208,10 @@ def build_solver(
         answer_rule=make_answer_rule(policy.tokenizer),
         value_head=policy.value_head if value_fn is not None else None,
         judge=judge,
+        task_tables=None if checker is None else _make_task_tables(checker, policy),
     )
     return Solver(
-        task=TASKS[config["task"]],
+        task=task,
         tokenizer=policy.tokenizer,
         lm=jax.device_put(lm),
         language=language,
@@ -216,6 +225,13 @@ def build_solver(
         driver=driver,
         chunk_rounds=chunk_rounds,
     )
+
+
+def _make_task_tables(checker: DeviceTask, policy: Policy) -> Any:
+    """What the model's tokens say to a task; ids that the tokenizer does not know say nothing."""
+    known = range(policy.tokenizer.vocab_size)
+    spare = policy.cfg.vocab_size - len(known)
+    return checker.make_tables([*map(policy.tokenizer.token_bytes, known), *[b""] * spare])
 
 
 def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tuple[Strategy, int]:

@@ -1,0 +1,261 @@
+"""The world of a search over a language model: what the nodes say, and where problems enter it.
+
+`begin` prefills prompts and makes the structures; `admit` hands rows of a running batch to new
+problems. The world holds, under the structure's own indices, each node's KV pages, tokens, last
+hidden state, path statistics, stated answer and, where the task checks steps, the task's state.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rlm_jax.core.budget import zero_budget
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Float, Float32, Int32, PyTree
+from rlm_jax.inference.extend import extend, last_hidden
+from rlm_jax.inference.pages import (
+    KVPages,
+    count_pages,
+    keep_pages,
+    make_pages,
+    pages_for_search,
+    write_prompts,
+)
+from rlm_jax.inference.sampling import SamplingConfig
+from rlm_jax.models.config import ModelConfig
+from rlm_jax.models.params import Params
+from rlm_jax.reasoning.language_task import begin_states, empty_states
+from rlm_jax.reasoning.language_values import EVALUATORS, Judge, ValueFn
+from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
+from rlm_jax.reasoning.operators.structure import take_nodes
+from rlm_jax.reasoning.protocol import JUDGEMENTS
+from rlm_jax.reasoning.structure import UNLIMITED, Structure, make_structure
+from rlm_jax.tasks.device import DeviceTask
+from rlm_jax.text.answers import AnswerRule, AnswerState, init_answer_state
+from rlm_jax.text.steps import StepRule
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """What is fixed at compile time.
+
+    max_depth: steps of the longest path. num_nodes: capacity N. max_new_tokens: most tokens a
+    structure may generate (its own limit may be lower). page_tokens: tokens of a KV page.
+    evaluator, aggregate: see `language_values.py` and `accumulate_score`. judge: new steps are
+    judged at "expansion", or requested nodes on "visit".
+    value_fn: for evaluator "value_head": (head parameters, hidden [..., D]) -> values [...].
+    task: checks every step against the problem alone (`language_task.py`); None checks nothing.
+    dead_value: what the steps it refutes are worth. drop_illegal: steps that do not follow become
+    no nodes of the search; what they cost stays counted. solved_reward: reward of the edge into a
+    proven solution, whose value is 1 already.
+    """
+
+    model: ModelConfig
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    evaluator: str = "confidence"
+    aggregate: str = "last"
+    judge: str = "expansion"
+    num_nodes: int = 65
+    max_depth: int = 16
+    max_new_tokens: int = 2048
+    page_tokens: int = 8
+    value_fn: ValueFn | None = None
+    task: DeviceTask | None = None
+    dead_value: float = 0.0
+    drop_illegal: bool = True
+    solved_reward: float = 0.0
+
+    def __post_init__(self):
+        if self.evaluator not in EVALUATORS:
+            raise ValueError(f"evaluator {self.evaluator!r}: accepted are {EVALUATORS}")
+        if self.aggregate not in AGGREGATIONS:
+            raise ValueError(f"aggregate {self.aggregate!r}: accepted are {AGGREGATIONS}")
+        if self.judge not in JUDGEMENTS:
+            raise ValueError(f"judge {self.judge!r}: accepted are {JUDGEMENTS}")
+        if (self.evaluator == "value_head") != (self.value_fn is not None):
+            raise ValueError(f"evaluator {self.evaluator!r} with value_fn={self.value_fn}")
+        for name in ("num_nodes", "max_depth", "max_new_tokens", "page_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+@struct
+class LanguageModel:
+    """Everything the expander computes with: the `params` of both drivers.
+
+    task_tables: what `LanguageConfig.task` made of the vocabulary.
+    """
+
+    policy: Params
+    step_rule: StepRule
+    answer_rule: AnswerRule
+    value_head: PyTree = None
+    judge: Judge | None = None
+    task_tables: PyTree = None
+
+
+@struct
+class World:
+    """What the nodes say, under their indices.
+
+    tokens: [B, N, S], 0 behind a step's end. hidden: the state after each node's last token.
+    path_logprob, path_confidence: sums over the generated tokens of the path. answers: what the
+    path has stated. prompt_length: tokens of the problem's prompt. task_state: the task's state
+    behind each node, leaves [B, N, ...]; None without a task.
+    """
+
+    pages: KVPages
+    tokens: Int32[Array, "B N S"]
+    hidden: Float[Array, "B N D"]
+    path_logprob: Float32[Array, "B N"]
+    path_confidence: Float32[Array, "B N"]
+    answers: AnswerState
+    prompt_length: Int32[Array, "B"]
+    task_state: PyTree = None
+
+
+def step_slots(rule: StepRule, page_tokens: int) -> int:
+    """S: room for the longest step, a whole number of pages."""
+    return count_pages(rule.max_tokens, page_tokens) * page_tokens
+
+
+def begin(
+    lm: LanguageModel,
+    prompts: Int32[Array, "B T"],
+    lengths: Int32[Array, "B"],
+    token_limits: Int32[Array, "B"] | int = UNLIMITED,
+    *,
+    cfg: LanguageConfig,
+) -> tuple[Structure, World]:
+    """Prefills right-padded prompts and makes the structures and the world of a search.
+
+    Args:
+      prompts: T is a whole number of pages. token_limits: generated tokens allowed per structure,
+        at most cfg.max_new_tokens.
+
+    Raises:
+      ValueError: T is not a whole number of pages.
+    """
+    structure, world = make_world(lm, lengths, prompts.shape[1], cfg=cfg)
+    rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+    return admit(lm, structure, world, rows, prompts, lengths, token_limits, cfg=cfg)
+
+
+def make_world(
+    lm: LanguageModel, like: Int32[Array, "B"], width: int, *, cfg: LanguageConfig
+) -> tuple[Structure, World]:
+    """B structures without a problem, and room for prompts of up to `width` tokens.
+
+    Args:
+      like: arrays derive from it, to vary over a mesh as it does; its values play no part.
+
+    Raises:
+      ValueError: width is not a whole number of pages.
+    """
+    if width % cfg.page_tokens:
+        raise ValueError(f"prompt width {width} is no multiple of page_tokens={cfg.page_tokens}")
+    slots = step_slots(lm.step_rule, cfg.page_tokens)
+    none = like * 0
+    structure = make_structure(none, cfg.num_nodes, token_limit=0)
+    dtype = lm.policy.final_norm.dtype
+    pages = make_pages(
+        cfg.model,
+        none,
+        num_nodes=cfg.num_nodes,
+        num_pages=pages_for_search(
+            width, cfg.num_nodes, slots, cfg.max_new_tokens, cfg.page_tokens
+        ),
+        num_prompt_pages=width // cfg.page_tokens,
+        num_path_pages=_path_pages(slots, cfg),
+        page_tokens=cfg.page_tokens,
+        dtype=dtype,
+    )
+    zero = structure.value * 0
+    size = cfg.model.model_dim
+    return structure, World(
+        pages=pages,
+        tokens=jnp.broadcast_to(structure.depth[..., None] * 0, (*zero.shape, slots)),
+        hidden=jnp.broadcast_to(zero[..., None], (*zero.shape, size)).astype(dtype),
+        path_logprob=zero,
+        path_confidence=zero + 0,
+        answers=_state_nothing(structure.depth),
+        prompt_length=none,
+        task_state=empty_states(cfg.task, lm.task_tables, width, structure.depth),
+    )
+
+
+def admit(
+    lm: LanguageModel,
+    structure: Structure,
+    world: World,
+    rows: Int32[Array, "F"],
+    prompts: Int32[Array, "F T"],
+    lengths: Int32[Array, "F"],
+    token_limits: Int32[Array, "F"] | int = UNLIMITED,
+    *,
+    cfg: LanguageConfig,
+) -> tuple[Structure, World]:
+    """Prefills F right-padded prompts and gives them rows of the batch; what stood there is gone.
+
+    Args:
+      rows: B leaves a prompt out. T: the `width` of `make_world`.
+    """
+    limits = jnp.minimum(token_limits, cfg.max_new_tokens) + lengths * 0
+    fresh = make_structure(
+        lengths,
+        cfg.num_nodes,
+        num_parents=structure.more_parents.shape[-1] + 1,
+        token_limit=limits,
+    )
+    cost = dataclasses.replace(
+        zero_budget(lengths), prefilled_tokens=lengths, model_calls=jnp.ones_like(lengths)
+    )
+    fresh = dataclasses.replace(fresh, budget=cost)
+    done = extend(lm.policy, prompts, lengths, cfg=cfg.model)
+    last = last_hidden(done.hidden, lengths)
+    states = begin_states(cfg.task, lm.task_tables, prompts, lengths)
+
+    def put(array: Array, new: Array) -> Array:
+        return array.at[rows].set(new, mode="drop")
+
+    def put_root(array: Array, new: Array) -> Array:
+        return array.at[rows, 0].set(new, mode="drop")
+
+    world = World(
+        pages=write_prompts(world.pages, rows, done.keys, done.values, lengths),
+        tokens=world.tokens,
+        hidden=put_root(world.hidden, last),
+        path_logprob=put(world.path_logprob, fresh.value),
+        path_confidence=put(world.path_confidence, fresh.value),
+        answers=jax.tree.map(put, world.answers, _state_nothing(fresh.depth)),
+        prompt_length=put(world.prompt_length, lengths),
+        task_state=jax.tree.map(put_root, world.task_state, states),
+    )
+    return jax.tree.map(put, structure, fresh), world
+
+
+def _state_nothing(like: Int32[Array, "B N"]) -> AnswerState:
+    """The answer state of nodes that have stated nothing yet."""
+    answers = init_answer_state(like.reshape(-1))
+    return jax.tree.map(lambda array: array.reshape(*like.shape, *array.shape[1:]), answers)
+
+
+def keep_world(world: World, nodes: Int32[Array, "B"], order: Int32[Array, "B N"]) -> World:
+    """Follows `operators.structure.keep_subtree`: pages, tokens and all move with their nodes."""
+    return World(
+        pages=keep_pages(world.pages, nodes, order),
+        tokens=take_nodes(world.tokens, order),
+        hidden=take_nodes(world.hidden, order),
+        path_logprob=take_nodes(world.path_logprob, order),
+        path_confidence=take_nodes(world.path_confidence, order),
+        answers=jax.tree.map(lambda array: take_nodes(array, order), world.answers),
+        prompt_length=world.prompt_length,
+        task_state=jax.tree.map(lambda array: take_nodes(array, order), world.task_state),
+    )
+
+
+def _path_pages(slots: int, cfg: LanguageConfig) -> int:
+    """Pages of the longest path: every step full, or the whole budget on one path."""
+    full = cfg.max_depth * (slots // cfg.page_tokens)
+    return min(full, count_pages(cfg.max_new_tokens, cfg.page_tokens) + cfg.max_depth)
