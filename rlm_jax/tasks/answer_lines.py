@@ -9,14 +9,8 @@ Narrower than `answers.py` (no TeX, no "the answer is" inside a line), because
 `answer_device.py` says the same thing inside jit.
 """
 
-import re
-
-from rlm_jax.tasks.answers import find_marked
-
 MARK = b"####"
 BLANKS = b" \t\n\r\v\f#:*"
-
-_TRUTH = re.compile(r"\b(true|false|yes|no)\b", re.IGNORECASE)
 
 
 def find_answer_line(text: str) -> bytes | None:
@@ -39,16 +33,3 @@ def find_answer_text(text: str) -> str | None:
     """The same line as text, for answers that no device verifier reads."""
     line = find_answer_line(text)
     return None if line is None else line.decode("utf-8", "replace")
-
-
-def extract_truth(text: str) -> str | None:
-    """`"True"` or `"False"`: the one that a solution ends on, or None.
-
-    Behind the most trusted answer mark (`answers.find_marked`) it must stand alone: "True or
-    False" answers nothing. Without a mark the last such word of the text counts; yes means True.
-    """
-    marked = find_marked(text)
-    found = [word.lower() for word in _TRUTH.findall(marked[0] if marked else text)]
-    if not found or (marked and len({word in ("true", "yes") for word in found}) > 1):
-        return None
-    return "True" if found[-1] in ("true", "yes") else "False"

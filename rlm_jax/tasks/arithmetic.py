@@ -166,7 +166,7 @@ def work_out(expression: str) -> tuple[int, list[str]]:
     return values[0], lines
 
 
-def solve(problem: Problem) -> str:
+def write_solution(problem: Problem) -> str:
     """A worked solution: one calculation a line, then the answer behind its mark.
 
     Raises:
