@@ -1,4 +1,4 @@
-"""Every task of the reasoning-gym package, through one adapter (Stojanovski et al. 2025, 2505.24760).
+"""The tasks of the reasoning-gym package, through one adapter (Stojanovski et al., 2505.24760).
 
     make_examples("leg_counting", seed=1, num_problems=2, config={"max_animals": 3})
         question: "Your task is to count how many legs there are in total ... 2 tigers, 1 crab"
@@ -28,6 +28,7 @@ INSTRUCTION = (
     "nothing else, between <answer> and </answer>."
 )
 RESERVED = ("seed", "size")
+MAX_ANSWER_CHARS = 20_000
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -93,9 +94,11 @@ def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
     answer = extract(text)
     if answer is None:
         return judge(False, "no answer in the text")
+    if len(answer) > MAX_ANSWER_CHARS:
+        return judge(False, f"an answer of over {MAX_ANSWER_CHARS} characters")
     try:
         score = float(_load_scorer(name, config).score_answer(answer, entry))
-    except (ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # a scorer may raise anything at all on a text it did not expect
         return judge(False, f"{name} cannot score {answer[:40]!r} ({type(error).__name__})")
     return judge(score >= 1.0, f"{name} scores {answer[:40]!r} {score:g}")
 

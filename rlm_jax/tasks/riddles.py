@@ -9,8 +9,9 @@ generator: while an exact solver finds a second arrangement, add a true clue tha
 drop every clue that is not needed. So the arrangement is unique and every clue counts.
 
 Self-verifying: an arrangement is held against every clue. Levels: -1 no arrangement, 0 a clue is
-broken, or a house has two values of one attribute, 1 values are missing and no clue is broken, 2 all in place. Deviation
-from x1, which asks for one house number in a box: that could only be checked by solving.
+broken or a house has two values of one attribute, 1 values are missing and no clue is broken, 2
+all in place. Deviation from x1, which asks for one house number in a box: that could only be
+checked by solving.
 """
 
 import itertools

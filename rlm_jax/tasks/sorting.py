@@ -10,7 +10,8 @@ score of anything else: digits lost or added, plus neighbours in the wrong order
 Self-verifying: the list stands in the question. Levels: -1 no list of digits, 0 as many errors as
 digits or more, 1 fewer errors, 2 sorted.
 
-A worked solution (`write_solution`) sorts runs of up to 16 digits, as the paper does, and merges them.
+A worked solution (`write_solution`) sorts runs of up to 16 digits, as the paper does, and merges
+them.
 """
 
 import itertools
