@@ -44,11 +44,14 @@ class Verdict(NamedTuple):
       correct: None when there is nothing to judge by.
       reward: 1.0 for correct, 0.0 otherwise (Blueprint A3, binary design).
       reason: one line for a person.
+      level: finer than right or wrong, where a task grades so (x1's levels): -1 no valid answer,
+        0 wrong, 1 partly right or not yet contradicted, 2 solved.
     """
 
     correct: bool | None
     reward: float
     reason: str
+    level: int | None = None
 
 
 Example = tuple[Problem, Gold]
@@ -86,6 +89,13 @@ class Task:
 def judge(correct: bool | None, reason: str) -> Verdict:
     """A verdict with the binary reward."""
     return Verdict(correct, 1.0 if correct else 0.0, reason)
+
+
+def grade(level: int, reason: str) -> Verdict:
+    """A verdict with the binary reward out of a level; only level 2 is correct."""
+    if level not in (-1, 0, 1, 2):
+        raise ValueError(f"level {level}: accepted are -1, 0, 1 and 2")
+    return judge(level == 2, reason)._replace(level=level)
 
 
 def make_chat(instruction: str, example: tuple[str, str], question: str) -> list[Message]:
