@@ -51,7 +51,7 @@ def prompt(problem: Problem) -> list[Message]:
     return make_chat(INSTRUCTION, EXAMPLE, problem.question)
 
 
-def write_problem(problem: Problem) -> str:
+def notation(problem: Problem) -> str:
     """The problem as models trained on the task read it: `24 : 4 4 7 10`."""
     numbers, target = problem.data
     return write_state(target, sorted(numbers))
@@ -280,4 +280,5 @@ TASK = Task(
     verify,
     load=load,
     generate=generate,
+    notation=notation,
 )
