@@ -245,3 +245,10 @@ def test_tensorflow_is_never_imported(root, tmp_path):
     *_, line = done.stdout.strip().split("\n")
     assert line.startswith("3 b'Compute ")
     assert line.endswith(" False")
+
+
+@pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record"])
+def test_without_its_packages_the_extra_is_named(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=r"pip install 'rlm_jax\[train\]'"):
+        build_puzzles(SMALL, tmp_path)
