@@ -6,28 +6,11 @@ all of them, and a token that cannot differ stays a hard label.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from rlm_jax.data.examples import TokenExample, make_example
 from rlm_jax.tasks.demonstrations import Demonstration
-
-
-class TokenExample(NamedTuple):
-    """One training example of T tokens.
-
-    Attributes:
-      tokens: [T] int32.
-      loss_weight: [T] weight of predicting a token from those before it.
-      soft: position -> its alternatives as ids and weights, where there is more than one.
-      value_target, value_weight: [T] the value at a token, where the weight is not 0.
-    """
-
-    tokens: np.ndarray
-    loss_weight: np.ndarray
-    soft: dict[int, tuple[list[int], list[float]]]
-    value_target: np.ndarray
-    value_weight: np.ndarray
 
 
 def tokenize_demonstration(
@@ -60,12 +43,22 @@ def tokenize_demonstration(
             weights.append(1.0 if label else 0.0)
             tokens.append(token)
         values[len(tokens) - 1] = step.value
+    num_soft = max((len(ids) for ids, _ in soft.values()), default=0)
+    soft_ids = np.zeros((len(tokens), num_soft), np.int32)
+    soft_weights = np.zeros((len(tokens), num_soft), np.float32)
+    for position, (ids, shares) in soft.items():
+        soft_ids[position, : len(ids)], soft_weights[position, : len(ids)] = ids, shares
     target, known = np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.float32)
     for position, value in values.items():
         if value is not None:
             target[position], known[position] = value, 1.0
-    return TokenExample(
-        np.array(tokens, np.int32), np.array(weights, np.float32), soft, target, known
+    return make_example(
+        tokens,
+        loss_weight=weights,
+        soft_ids=soft_ids,
+        soft_weights=soft_weights,
+        value_target=target,
+        value_weight=known,
     )
 
 

@@ -161,7 +161,8 @@ def pack_lengths(
       lengths: tokens of each example.
       row_tokens: tokens of a row.
       num_rows: so many rows and no more; by default as many as are needed.
-      num_first: so many examples, at the beginning, are placed before the others.
+      num_first: so many examples, at the beginning, are placed before the others and in their
+        order, so that none of them waits for ever.
 
     Returns:
       The examples of each row, rows in the order of their first example, and the examples that
@@ -173,7 +174,8 @@ def pack_lengths(
     for place, length in enumerate(lengths):
         if not 0 < length <= row_tokens:
             raise ValueError(f"example {place} has {length} tokens; a row has {row_tokens}")
-    order = sorted(range(len(lengths)), key=lambda i: (i >= num_first, -lengths[i], i))
+    others = sorted(range(num_first, len(lengths)), key=lambda i: (-lengths[i], i))
+    order = [*range(min(num_first, len(lengths))), *others]
     rows: list[list[int]] = []
     left_over: list[int] = []
     room: list[tuple[int, int]] = []  # (tokens free, row), ascending

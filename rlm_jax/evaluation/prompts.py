@@ -14,7 +14,8 @@ JUDGE_QUESTION = "Is the reasoning above correct so far? Answer Yes or No."
 
 
 def encode_problem(tokenizer: Tokenizer, task: Task, problem: Problem) -> list[int]:
-    """Prompt ids: the task's chat in the model's template, or plain text where it has none.
+    """Prompt ids: the task's chat in the model's template; where it has none, the task's own
+    notation, or plain text.
 
     Raises:
       ValueError: the question is empty.
@@ -24,6 +25,9 @@ def encode_problem(tokenizer: Tokenizer, task: Task, problem: Problem) -> list[i
     messages = task.prompt(problem)
     if tokenizer.chat_template is not None:
         return encode_chat(tokenizer, messages, add_generation_prompt=True)
+    if task.notation is not None:
+        text = task.notation(problem) + "\n"
+        return tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
     turns = "\n".join(message["content"] for message in messages)
     return tokenizer.encode(turns + "\n", add_bos=tokenizer.bos_id is not None)
 

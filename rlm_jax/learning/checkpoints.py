@@ -11,6 +11,7 @@ is JSON in the same folder. Nothing is pickled, and no class that a file names i
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import logging
 import math
@@ -148,7 +149,9 @@ def open_checkpoints(
     checkpoints = Checkpoints(folder, manager, retention, read_only)
     if metric is not None:
         for step in checkpoints.steps():
-            retention.note(step, _read_about(checkpoints, step)["metrics"])
+            # What a killed run has half deleted has no score, and is deleted at the next save.
+            with contextlib.suppress(ValueError):
+                retention.note(step, _read_about(checkpoints, step)["metrics"])
     return checkpoints
 
 

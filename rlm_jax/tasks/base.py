@@ -44,11 +44,14 @@ class Verdict(NamedTuple):
       correct: None when there is nothing to judge by.
       reward: 1.0 for correct, 0.0 otherwise (Blueprint A3, binary design).
       reason: one line for a person.
+      level: finer than right or wrong, where a task grades so (x1's levels): -1 no valid answer,
+        0 wrong, 1 partly right or not yet contradicted, 2 solved.
     """
 
     correct: bool | None
     reward: float
     reason: str
+    level: int | None = None
 
 
 Example = tuple[Problem, Gold]
@@ -69,6 +72,8 @@ class Task:
       verify: (problem, gold, a solution's text) -> verdict.
       load: a file in the task's published format -> examples, where there is one.
       generate: (seed, num_problems, difficulty in [0, 1]) -> examples, where they can be made.
+      notation: problem -> the text that models trained on the task read and nothing else; where a
+        tokenizer has no chat template it takes the place of `prompt`.
       device: the checker of steps on token ids, where there is one; only self-verifying tasks.
     """
 
@@ -80,12 +85,20 @@ class Task:
     verify: Callable[[Problem, Gold, str], Verdict]
     load: Callable[[str | os.PathLike[str]], list[Example]] | None = None
     generate: Callable[[int, int, float], list[Example]] | None = None
+    notation: Callable[[Problem], str] | None = None
     device: DeviceTask | None = None
 
 
 def judge(correct: bool | None, reason: str) -> Verdict:
     """A verdict with the binary reward."""
     return Verdict(correct, 1.0 if correct else 0.0, reason)
+
+
+def grade(level: int, reason: str) -> Verdict:
+    """A verdict with the binary reward out of a level; only level 2 is correct."""
+    if level not in (-1, 0, 1, 2):
+        raise ValueError(f"level {level}: accepted are -1, 0, 1 and 2")
+    return judge(level == 2, reason)._replace(level=level)
 
 
 def make_chat(instruction: str, example: tuple[str, str], question: str) -> list[Message]:

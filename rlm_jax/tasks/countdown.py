@@ -19,6 +19,7 @@ can be solved.
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,15 @@ def prompt(problem: Problem) -> list[Message]:
     return make_chat(INSTRUCTION, EXAMPLE, problem.question)
 
 
-def write_problem(problem: Problem) -> str:
-    """The problem as models trained on the task read it: ` 24 : 4 4 7 10`."""
+def notation(problem: Problem) -> str:
+    """The problem as models trained on the task read it: `24 : 4 4 7 10`."""
     numbers, target = problem.data
-    return f" {target} : {' '.join(map(str, sorted(numbers)))}"
+    return write_state(target, sorted(numbers))
+
+
+def write_state(target: int, numbers: Sequence[int] | np.ndarray) -> str:
+    """`24 : 4 4 7 10`, the problem as models trained on the task read it."""
+    return f"{target} : {' '.join(map(str, numbers))}"
 
 
 def make_problem(numbers: tuple[int, ...], target: int, id: str = "") -> Problem:
@@ -126,21 +132,33 @@ def solve(numbers: tuple[int, ...], target: int) -> str | None:
 
 
 def draw_solvable(
-    rng: np.random.Generator, num_problems: int, size: int, targets: np.ndarray
+    rng: np.random.Generator,
+    num_problems: int,
+    size: int,
+    targets: np.ndarray,
+    *,
+    highest: int = MAX_NUMBER,
+    admit_fn: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct solvable problems: numbers [R, size], sorted, and targets [R] out of `targets`."""
-    numbers, wanted, seen = [], [], set()
-    while len(numbers) < num_problems:
-        rows = max(16, min(4096, 4 * (num_problems - len(numbers)))) >> max(0, 2 * (size - 4))
-        state = np.sort(rng.integers(1, MAX_NUMBER + 1, (max(rows, 1), size)), axis=1)
+    """Solvable problems: numbers [R, size], sorted, and targets [R] out of `targets`.
+
+    Args:
+      highest: numbers are drawn evenly from 1 to it.
+      admit_fn: (numbers, targets) -> which of them may be drawn.
+    """
+    numbers, wanted, found = [], [], 0
+    while found < num_problems:
+        rows = max(16, min(8192, 8 * (num_problems - found))) >> max(0, 2 * (size - 4))
+        state = np.sort(rng.integers(1, highest + 1, (max(rows, 1), size)), axis=1)
         target = rng.choice(targets, len(state))
-        for row in np.flatnonzero(count_solutions(state, target)):
-            key = (*state[row].tolist(), int(target[row]))
-            if key not in seen and len(numbers) < num_problems:
-                seen.add(key)
-                numbers.append(state[row])
-                wanted.append(target[row])
-    return np.stack(numbers), np.array(wanted)
+        if admit_fn is not None:
+            admitted = admit_fn(state, target)
+            state, target = state[admitted], target[admitted]
+        solvable = count_solutions(state, target) > 0
+        numbers.append(state[solvable])
+        wanted.append(target[solvable])
+        found += int(solvable.sum())
+    return np.concatenate(numbers)[:num_problems], np.concatenate(wanted)[:num_problems]
 
 
 def generate(seed: int, num_problems: int, difficulty: float) -> list[Example]:
@@ -262,4 +280,5 @@ TASK = Task(
     verify,
     load=load,
     generate=generate,
+    notation=notation,
 )

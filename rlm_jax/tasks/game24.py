@@ -13,6 +13,7 @@ import os
 import re
 from fractions import Fraction
 
+from rlm_jax.tasks import countdown
 from rlm_jax.tasks.answers import find_marked
 from rlm_jax.tasks.base import Example, Gold, Message, Problem, Task, Verdict, judge, make_chat
 from rlm_jax.tasks.expressions import parse, strip_result, write_canonically
@@ -40,12 +41,21 @@ def make_problem(numbers: tuple[int, ...], id: str = "") -> Problem:
     return Problem(f"Make {TARGET} out of {' '.join(map(str, numbers))}.", tuple(numbers), id)
 
 
+def notation(problem: Problem) -> str:
+    """The puzzle as models trained on Countdown read it: `24 : 4 4 7 10`."""
+    return countdown.write_state(TARGET, sorted(problem.data))
+
+
 def extract(text: str) -> str | None:
     """The expression behind the last answer mark; without a mark, the last line that is one.
 
     Canonical: one space around operators, none inside brackets, and without its `= 24`. A marked
-    answer that is no expression, or that claims to equal anything but 24, is no answer.
+    answer that is no expression, or that claims to equal anything but 24, is no answer. A text
+    that is a chain of Countdown's lines gives the expression that they build.
     """
+    chain = None if find_marked(text) else countdown.extract(text)
+    if chain is not None:
+        return chain
     for segment in find_marked(text)[:1] or text.splitlines()[::-1]:
         expression = strip_result(segment, TARGET)
         try:
@@ -59,6 +69,8 @@ def extract(text: str) -> str | None:
 def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
     """Checks the expression that `text` ends on against the four numbers in `problem.data`."""
     del gold
+    if not find_marked(text) and countdown.extract(text) is not None:
+        return countdown.verify_text(problem.data, TARGET, text)
     expression = extract(text)
     if expression is None:
         return judge(False, "no expression in the text")
@@ -119,4 +131,4 @@ def _combine(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> list[tu
     return results
 
 
-TASK = Task("game24", 1, True, prompt, extract, verify, load=load)
+TASK = Task("game24", 2, True, prompt, extract, verify, load=load, notation=notation)

@@ -100,6 +100,7 @@ def test_the_fullest_row_that_has_room_is_taken():
     assert pack_lengths([5, 9, 8, 1, 2], 10) == ([[0], [1, 3], [2, 4]], [])
     assert pack_lengths([3, 9, 8, 1, 2], 10, num_rows=2) == ([[1, 3], [2, 4]], [0])
     assert pack_lengths([3, 9, 8, 1, 2], 10, num_rows=2, num_first=1) == ([[0, 4], [1, 3]], [2])
+    assert pack_lengths([1, 2, 9, 10], 10, num_rows=1, num_first=2) == ([[0, 1]], [2, 3])
     assert pack_lengths([3], 10, num_rows=3) == ([[0], [], []], [])
 
 

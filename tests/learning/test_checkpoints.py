@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -345,6 +346,31 @@ def test_damage_is_one_error(tmp_path, damage):
     said = pytest.raises(ValueError, match="step 1: not a readable checkpoint")
     with open_checkpoints(tmp_path) as checkpoints, said:
         restore_checkpoint(checkpoints, state)
+
+
+@pytest.mark.parametrize("gone", ["about", "arrays", "_CHECKPOINT_METADATA", "."])
+def test_a_step_half_deleted_is_in_nobodys_way(tmp_path, gone):
+    """A run killed while an old step was being deleted goes on, and deletes the rest of it."""
+    state = {"w": jnp.arange(9.0)}
+
+    def open_them(**kw):
+        return open_checkpoints(tmp_path, keep_last=1, keep_best=1, metric="a", **kw)
+
+    with open_them() as checkpoints:
+        for step in (1, 2):
+            save_checkpoint(checkpoints, step, state, {}, {"a": step})
+    (tmp_path / "1").mkdir()
+    for name in {"about", "arrays", "_CHECKPOINT_METADATA"} - {gone}:
+        if gone != ".":
+            copy = shutil.copytree if (tmp_path / "2" / name).is_dir() else shutil.copy
+            copy(tmp_path / "2" / name, tmp_path / "1" / name)
+    for read_only in (True, False):
+        with open_them(read_only=read_only) as checkpoints:
+            assert (checkpoints.latest_step(), checkpoints.best_step()) == (2, 2)
+            assert_same(restore_checkpoint(checkpoints, state)[0], state)
+            if not read_only:
+                save_checkpoint(checkpoints, 3, state, {}, {"a": 0})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
 def kill_during_a_save(folder, num_steps, seconds):

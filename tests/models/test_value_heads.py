@@ -17,7 +17,9 @@ from rlm_jax.models.heads import (
     load_value_head,
     save_value_head,
     squash_value,
+    value_logits,
 )
+from rlm_jax.models.histogram import Histogram, bin_centres
 
 # Golden G43 of the blueprint's appendix: 2 sigmoid(z) - 1 at z = 0, 1, -2.
 G43 = [0.0, 0.462117, -0.761594]
@@ -64,6 +66,44 @@ def test_file_round_trip(tmp_path):
     assert load_file(tmp_path / "value_head.safetensors")["layers.2.weight"].shape == (1, 4)
 
 
+def test_a_categorical_head_is_the_mean_of_its_bins(tmp_path):
+    histogram = Histogram(-1.0, 2.0, 21, 0.75)
+    head = init_value_head(jax.random.key(1), 8, HeadConfig((6,), "none", histogram))
+    assert [layer.weight.shape for layer in head.layers] == [(6, 8), (21, 6)]
+    hidden = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4, 8)), jnp.float32)
+    logits = np.asarray(value_logits(head, hidden), np.float64)
+    assert logits.shape == (3, 4, 21)
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    values = jax.jit(apply_value_head)(head, hidden)
+    np.testing.assert_allclose(values, probs @ np.asarray(bin_centres(histogram)), atol=1e-5)
+    save_value_head(tmp_path, head)
+    loaded = load_value_head(tmp_path, 8)
+    assert loaded.histogram == histogram
+    jax.tree.map(np.testing.assert_array_equal, loaded, head)
+
+
+@pytest.mark.parametrize(
+    ("histogram", "message"),
+    [
+        ("[1]", "histogram"),
+        ("{", "histogram"),
+        ('{"low": 0, "high": 1, "num_bins": 21}', "sigma_bins"),
+        ('{"low": 0, "high": 0, "num_bins": 21, "sigma_bins": 1}', "low < high"),
+        ('{"low": 0, "high": "1", "num_bins": 21, "sigma_bins": 1}', "histogram"),
+        ('{"low": 0, "high": 1, "num_bins": 22, "sigma_bins": 1}', r"expected \[22, 8\]"),
+    ],
+)
+def test_a_histogram_that_does_not_fit_is_refused(tmp_path, histogram, message):
+    save(
+        tmp_path,
+        {"layers.0.weight": (21, 8), "layers.0.bias": (21,)},
+        squash="none",
+        histogram=histogram,
+    )
+    with pytest.raises(ValueError, match=message):
+        load_value_head(tmp_path, 8)
+
+
 def save(folder, arrays, **metadata):
     arrays = {name: np.zeros(shape, np.float32) for name, shape in arrays.items()}
     save_file(arrays, folder / "value_head.safetensors", metadata)
@@ -103,5 +143,7 @@ def test_bad_shapes_of_heads_are_refused():
         HeadConfig(squash="relu")
     with pytest.raises(ValueError, match="positive"):
         HeadConfig((0,))
+    with pytest.raises(ValueError, match=r"tanh.*histogram"):
+        HeadConfig(histogram=Histogram())
     description = describe_value_head(8, HeadConfig((4,)))
     assert description.layers[0].weight.axes == (None, "embed")

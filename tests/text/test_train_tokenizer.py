@@ -1,4 +1,5 @@
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -173,3 +174,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         train_puzzle_tokenizer(path, 10)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_sentencepiece_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match=r"pip install 'rlm_jax\[text\]'"):
+        train_puzzle_tokenizer(tmp_path / "a.model")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,1 @@
+"""Generated problems as TFDS data sets."""

@@ -1,0 +1,101 @@
+"""Countdown demonstrations as shards of token examples, by number."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from rlm_jax.data.demonstrations import tokenize_demonstration
+from rlm_jax.data.examples import TokenExample
+from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable
+from rlm_jax.tasks.countdown_demos import demonstrate, demonstrate_openings
+from rlm_jax.tasks.countdown_split import is_held_out_target
+from rlm_jax.tasks.demonstrations import Demonstration
+from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+PUZZLE_24_NUMBER = 13
+
+
+@dataclasses.dataclass(frozen=True)
+class CountdownMix:
+    """What a shard is made of.
+
+    Attributes:
+      tokenizer: path of the tokenizer's file or folder.
+      seed: of everything; another seed shares no problem on purpose.
+      shard_examples: examples of a shard.
+      sizes: numbers of a problem and their shares, which sum to 1.
+      opening_share: demonstrations that stop at the choice of the first move.
+      small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
+      wrong_share, sharpness: see `demonstrate`.
+    """
+
+    tokenizer: str
+    seed: int
+    shard_examples: int = 4096
+    sizes: tuple[tuple[int, float], ...] = ((3, 0.05), (4, 0.85), (5, 0.1))
+    opening_share: float = 0.4
+    small_share: float = 0.1
+    wrong_share: float = 0.2
+    sharpness: float = 0.5
+
+    def __post_init__(self):
+        if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
+            raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
+        for name in ("opening_share", "small_share", "wrong_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.shard_examples < 1:
+            raise ValueError(f"shard_examples must be >= 1, got {self.shard_examples}")
+
+
+def make_shard(mix: CountdownMix, shard: int) -> list[TokenExample]:
+    """The examples of one shard, shuffled; a pure function of its arguments."""
+    tokenizer = _load(mix.tokenizer)
+    rng = np.random.default_rng([mix.seed, shard])
+    counts = rng.multinomial(mix.shard_examples, [share for _, share in mix.sizes])
+    examples: list[TokenExample] = []
+    for (size, _), count in zip(mix.sizes, counts, strict=True):
+        num_small = rng.binomial(count, mix.small_share) if size == 4 else 0
+        for number, highest in ((count - num_small, MAX_NUMBER), (num_small, PUZZLE_24_NUMBER)):
+            for demonstration in _demonstrate(mix, rng, int(size), int(number), highest):
+                examples.append(_tokenize(tokenizer, demonstration))
+    return [examples[i] for i in rng.permutation(len(examples))]
+
+
+def make_shards(mix: CountdownMix) -> Callable[[int], list[TokenExample]]:
+    """`make_shard` of one mix, for `GeneratedSource`."""
+    return functools.partial(make_shard, mix)
+
+
+def _demonstrate(
+    mix: CountdownMix, rng: np.random.Generator, size: int, count: int, highest: int
+) -> Iterator[Demonstration]:
+    """`count` demonstrations; what is held out is drawn and left out again."""
+    targets = np.arange(TARGETS[0], TARGETS[1] + 1)
+    targets = targets[~is_held_out_target(targets)]
+    if highest == PUZZLE_24_NUMBER:
+        targets = np.concatenate([targets, np.full(len(targets) // 2, 24)])
+    options = {"sharpness": mix.sharpness}
+    num_openings = rng.binomial(count, mix.opening_share) if size > 3 else 0
+    for opens, wanted in ((False, count - num_openings), (True, num_openings)):
+        made = 0
+        while made < wanted:
+            draw = draw_solvable(rng, wanted - made, size, targets, highest=highest)
+            if opens:
+                walks = demonstrate_openings(rng, *draw, **options)
+            else:
+                walks = demonstrate(rng, *draw, wrong_share=mix.wrong_share, **options)
+            yield from walks
+            made += len(walks)
+
+
+def _tokenize(tokenizer: Tokenizer, demonstration: Demonstration) -> TokenExample:
+    eos_id = min(tokenizer.eos_ids)
+    return tokenize_demonstration(demonstration, tokenizer.encode, eos_id, tokenizer.bos_id)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: str) -> Tokenizer:
+    return load_tokenizer(path)

@@ -1,0 +1,78 @@
+"""Training examples made while the training goes on: a source without an end to speak of.
+
+The one idea: shard i is a pure function of i, so an endless generated data set is random access
+like a stored one, stands still nowhere on disk, and a resumed run meets the same examples. The
+next shard is made in a process of its own while the present one is trained on.
+"""
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Callable, Iterable
+
+from rlm_jax.data.examples import TokenExample, TokenTable
+
+MakeShard = Callable[[int], Iterable[TokenExample]]
+
+
+class GeneratedSource:
+    """Examples by number, made shard by shard; a source for `make_stream(..., shuffle=False)`.
+
+    Args:
+      make_shard: number of a shard -> its examples, always exactly `shard_examples`; a function of
+        a module (or a `functools.partial` of one), since another process calls it.
+      num_shards: how many there are, more than will be used.
+      prefetch: make the next shard in another process.
+
+    Raises:
+      ValueError: a count below 1; while reading, a shard of another size.
+    """
+
+    def __init__(
+        self, make_shard: MakeShard, *, num_shards: int, shard_examples: int, prefetch: bool = True
+    ):
+        if num_shards < 1 or shard_examples < 1:
+            raise ValueError(f"num_shards={num_shards} and shard_examples={shard_examples}: >= 1")
+        self._make_shard = make_shard
+        self._num_shards = num_shards
+        self._shard_examples = shard_examples
+        self._held: dict[int, TokenTable] = {}
+        self._coming: dict[int, concurrent.futures.Future[TokenTable]] = {}
+        self._pool: concurrent.futures.Executor | None = None
+        if prefetch:
+            # Not forked: the parent runs the threads of a compiled program.
+            context = multiprocessing.get_context("spawn")
+            self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+
+    def __len__(self) -> int:
+        return self._num_shards * self._shard_examples
+
+    def __getitem__(self, index: int) -> TokenExample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        shard, place = divmod(index, self._shard_examples)
+        if shard not in self._held:
+            self._hold(shard)
+        return self._held[shard][place]
+
+    def close(self) -> None:
+        """Ends the other process."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _hold(self, shard: int) -> None:
+        coming = self._coming.pop(shard, None)
+        table = make_table(self._make_shard, shard) if coming is None else coming.result()
+        if len(table) != self._shard_examples:
+            raise ValueError(
+                f"shard {shard} holds {len(table)} examples, expected {self._shard_examples}"
+            )
+        # The one before stays: examples that wait for their batch may come from it.
+        self._held = {number: held for number, held in self._held.items() if number == shard - 1}
+        self._held[shard] = table
+        if self._pool is not None and shard + 1 < self._num_shards:
+            self._coming = {shard + 1: self._pool.submit(make_table, self._make_shard, shard + 1)}
+
+
+def make_table(make_shard: MakeShard, shard: int) -> TokenTable:
+    """One shard's examples as a table, cheap to send between processes."""
+    return TokenTable(make_shard(shard))
