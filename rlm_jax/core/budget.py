@@ -15,13 +15,15 @@ from rlm_jax.core.types import Int32
 class Budget:
     """Counters per problem, exact and independent of the machine.
 
-    generated_tokens: tokens sampled from the policy.
+    generated_tokens: tokens sampled from the policy, in rollouts too.
     prefilled_tokens: tokens of a prompt or context forwarded once to build its KV cache.
     scored_tokens: given tokens forwarded by an evaluator (self-evaluation prompts, reward models).
     model_calls: network calls that took part in this problem; a batched call counts once for each
         problem in it. Decoding one token is one call.
     verifier_calls: calls of a task's verifier during the search.
     expansions: nodes that were expanded.
+    rollout_tokens: those of the generated tokens that no node keeps: they finished a path to see
+        what comes of it.
     """
 
     generated_tokens: Int32[jax.Array, "*B"]
@@ -30,12 +32,13 @@ class Budget:
     model_calls: Int32[jax.Array, "*B"]
     verifier_calls: Int32[jax.Array, "*B"]
     expansions: Int32[jax.Array, "*B"]
+    rollout_tokens: Int32[jax.Array, "*B"]
 
 
 def zero_budget(like: jax.Array) -> Budget:
     """A budget of nothing, with the shape of `like` [B] (and its sharding, inside shard_map)."""
     zero = jnp.zeros_like(like, dtype=jnp.int32)
-    return Budget(zero, zero, zero, zero, zero, zero)
+    return Budget(zero, zero, zero, zero, zero, zero, zero)
 
 
 def add_budgets(first: Budget, second: Budget) -> Budget:

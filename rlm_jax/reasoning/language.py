@@ -4,7 +4,7 @@
 once and nothing else; the keys, tokens and states of the new steps go into the world
 (`language_world.py`) under the indices that their nodes will have. Where the task can check a step
 from the problem alone, it is checked as soon as it is decoded (`language_task.py`), and what it
-decides is not judged any more (`language_values.py`).
+decides is not judged any more (`language_evaluate.py`).
 """
 
 import dataclasses
@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.budget import zero_budget
-from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Bool, Float32, Int32, Key, UInt32
-from rlm_jax.inference.attention import Context
+from rlm_jax.core.types import Array, Bool, Key
 from rlm_jax.inference.decode import DecodedSteps, decode_steps
 from rlm_jax.inference.pages import (
     gather_paths,
@@ -25,11 +23,12 @@ from rlm_jax.inference.pages import (
     release_pages,
     write_steps,
 )
-from rlm_jax.reasoning.language_task import Verdicts, check_steps, decided_values
-from rlm_jax.reasoning.language_values import Paths, evaluate_paths
+from rlm_jax.reasoning.language_evaluate import Judged, NewSteps, evaluate, stated_answers
+from rlm_jax.reasoning.language_task import Verdicts, check_steps
 from rlm_jax.reasoning.language_world import (
     LanguageConfig,
     LanguageModel,
+    Rows,
     World,
     admit,
     begin,
@@ -40,7 +39,6 @@ from rlm_jax.reasoning.language_world import (
 from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
 from rlm_jax.reasoning.protocol import Expand, Outcome, Request
 from rlm_jax.reasoning.structure import NO_NODE, Structure, tokens_left
-from rlm_jax.text.answers import answer_key
 
 __all__ = [
     "LanguageConfig",
@@ -67,48 +65,35 @@ def make_expand(cfg: LanguageConfig) -> Expand:
     ) -> tuple[Outcome, World]:
         slots = child_slots(structure, request)
         lanes = jnp.maximum(request.nodes, 0)
-        rows = _Rows(lanes, request.num_children)
+        rows = Rows(lanes, request.num_children)
         pages = release_pages(world.pages, structure.alive)
         world = dataclasses.replace(world, pages=pages)
         prompts = gather_prompts(world.pages)
 
-        def grow(num_pages: int) -> tuple[DecodedSteps, Verdicts, _Judged]:
+        def grow(num_pages: int) -> tuple[DecodedSteps, Verdicts, Array, Judged]:
             contexts = (prompts, gather_paths(world.pages, lanes, num_pages))
             steps = _decode(lm, cfg, keys, world, structure, request, rows, contexts)
             verdicts = _check(lm, cfg, world, steps, rows)
-            judged = _evaluate(lm, cfg, world, structure, request, steps, verdicts, rows, contexts)
-            return steps, verdicts, judged
+            duplicate = steps.length < 0
+            if request.distinct:
+                duplicate = _find_duplicates(world, structure, request, steps, verdicts)
+            left = tokens_left(structure) - steps.length.reshape(slots.shape[0], -1).sum(-1)
+            new = NewSteps(steps, verdicts, duplicate)
+            judged = evaluate(lm, cfg, keys, world, structure, request, new, rows, contexts, left)
+            return steps, verdicts, duplicate, judged
 
         # Attention costs what its keys measure: deep paths alone pay for long ones.
         buckets = path_buckets(world.pages)
         longest = jnp.take_along_axis(world.pages.table_length, lanes, 1).max()
         branch = (longest > jnp.asarray(buckets[:-1], jnp.int32)).sum()
         grow_fns = [functools.partial(grow, num_pages) for num_pages in buckets]
-        steps, verdicts, judged = jax.lax.switch(branch, grow_fns)
-        duplicate = jnp.zeros(slots.shape, bool)
-        if request.distinct:
-            duplicate = _find_duplicates(world, structure, request, steps, verdicts, slots.shape)
+        steps, verdicts, duplicate, judged = jax.lax.switch(branch, grow_fns)
+        duplicate = duplicate.reshape(slots.shape)
         outcome = _outcome(cfg, structure, request, steps, verdicts, judged, duplicate)
         keep = outcome.valid & ~duplicate
         return outcome, _store(world, structure, rows, slots, steps, verdicts, keep)
 
     return expand
-
-
-class _Rows:
-    """Takes per-node arrays [B, N, ...] to decoding rows [B*W*K, ...]: parents repeated K times."""
-
-    def __init__(self, lanes: Int32[Array, "B W"], num_children: int):
-        batch, num_lanes = lanes.shape
-        self.parents = jnp.repeat(lanes, num_children, axis=1)
-        self.structure = jnp.repeat(jnp.arange(batch), num_lanes * num_children)
-
-    def of_parent(self, array: Array) -> Array:
-        return array[self.structure, self.parents.reshape(-1)]
-
-    def step_starts(self, structure: Structure) -> Int32[Array, "R"]:
-        """Position of each row's first new token."""
-        return self.of_parent(structure.span_start + structure.span_length)
 
 
 def _row_limits(structure, request, starts, rule, cfg):
@@ -120,13 +105,13 @@ def _row_limits(structure, request, starts, rule, cfg):
     return jnp.clip(cfg.model.context_length - starts, 0, limit)
 
 
-def _find_duplicates(world, structure, request, steps, verdicts, shape) -> Bool[Array, "B W K"]:
+def _find_duplicates(world, structure, request, steps, verdicts) -> Bool[Array, "R"]:
     """Steps that equal an earlier one from the same node, of this request or of one before.
 
     They say the same, or they lead to the same state of the task.
     """
-    batch, num_lanes, num_children = shape
-    tokens = steps.tokens.reshape(batch, num_lanes * num_children, -1)
+    batch, num_children = request.nodes.shape[0], request.num_children
+    tokens = steps.tokens.reshape(batch, request.nodes.shape[1] * num_children, -1)
     length = steps.length.reshape(batch, -1)
     state = verdicts.state_key.reshape(batch, -1)
     parent = jnp.repeat(request.nodes, num_children, axis=1)
@@ -148,16 +133,7 @@ def _find_duplicates(world, structure, request, steps, verdicts, shape) -> Bool[
         return older.any(-1)
 
     found |= jax.lax.cond(again.any(), look_back, lambda: jnp.zeros_like(found))
-    return (found & (length > 0)).reshape(shape)
-
-
-@struct
-class _Judged:
-    """Values of new steps [R] and of requested nodes [B * W], and the tokens forwarded for them."""
-
-    value: Float32[Array, "R"]
-    node_value: Float32[Array, "Q"]
-    scored_tokens: Int32[Array, "B"]
+    return (found & (length > 0)).reshape(-1)
 
 
 def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> DecodedSteps:
@@ -188,101 +164,18 @@ def _check(lm, cfg, world, steps, rows) -> Verdicts:
     return check_steps(cfg.task, lm.task_tables, states, steps.tokens, steps.length, steps.terminal)
 
 
-def _evaluate(lm, cfg, world, structure, request, steps, verdicts, rows, contexts) -> _Judged:
-    """Values of the new steps, or of the requested nodes: the task's, or those of an evaluator."""
-    batch = structure.depth.shape[0]
-    settings = {
-        "model": cfg.model,
-        "evaluator": cfg.evaluator,
-        "aggregate": cfg.aggregate,
-        "value_fn": cfg.value_fn,
-    }
-    zero = jnp.zeros_like(steps.logprob)
-    if cfg.judge == "visit":
-        paths = _paths_of_nodes(world, structure, request)
-        decided = paths.terminal & (cfg.task is not None)
-        paths = dataclasses.replace(paths, fresh=paths.fresh & ~decided)
-        value, scored = evaluate_paths(
-            lm.policy, lm.value_head, lm.judge, paths, structure, contexts, **settings
-        )
-        solved = jnp.take_along_axis(structure.proven, jnp.maximum(request.nodes, 0), 1)
-        value = decided_values(value, decided, solved.reshape(-1), cfg.dead_value)
-        made = verdicts.values(zero, cfg.dead_value)
-        return _Judged(made, value, scored.reshape(batch, -1).sum(-1))
-    paths = _paths_of_steps(world, structure, steps, verdicts, rows)
-    offset = jnp.arange(steps.tokens.shape[1], dtype=jnp.int32)[None]
-    own = Context(
-        keys=steps.keys,
-        values=steps.values,
-        positions=rows.step_starts(structure)[:, None] + offset,
-        valid=offset < steps.length[:, None],
-    )
-    value, scored = evaluate_paths(
-        lm.policy, lm.value_head, lm.judge, paths, structure, (*contexts, own), **settings
-    )
-    value = verdicts.values(value, cfg.dead_value)
-    known = jnp.take_along_axis(structure.model_value, jnp.maximum(request.nodes, 0), 1)
-    return _Judged(value, known.reshape(-1), scored.reshape(batch, -1).sum(-1))
-
-
-def _paths_of_steps(world, structure, steps, verdicts, rows) -> Paths:
-    """The paths that end with the new steps."""
-    ends = rows.step_starts(structure) + steps.length
-    return Paths(
-        logprob=rows.of_parent(world.path_logprob) + steps.logprob,
-        confidence=rows.of_parent(world.path_confidence) + steps.confidence,
-        num_tokens=ends - world.prompt_length[rows.structure],
-        hidden=steps.hidden,
-        terminal=verdicts.terminal,
-        answer_key=_stated_answers(steps, verdicts),
-        depth=rows.of_parent(structure.depth) + 1,
-        above=rows.of_parent(structure.model_value),
-        ends=ends,
-        fresh=(steps.length > 0) & ~verdicts.decided,
-    )
-
-
-def _paths_of_nodes(world, structure, request) -> Paths:
-    """The paths that end with the requested nodes."""
-    index = jnp.arange(request.nodes.shape[0])[:, None]
-    nodes = jnp.maximum(request.nodes, 0)
-
-    def take(array):
-        return array[index, nodes].reshape(-1, *array.shape[2:])
-
-    ends = structure.span_start + structure.span_length
-    above = structure.model_value[index, jnp.maximum(structure.parent, 0)]
-    return Paths(
-        logprob=take(world.path_logprob),
-        confidence=take(world.path_confidence),
-        num_tokens=take(ends - world.prompt_length[:, None]),
-        hidden=take(world.hidden),
-        terminal=take(structure.terminal),
-        answer_key=take(structure.answer_key),
-        depth=take(structure.depth),
-        above=take(above),
-        ends=take(ends),
-        fresh=request.active.reshape(-1),
-    )
-
-
-def _stated_answers(steps, verdicts) -> UInt32[Array, "R"]:
-    """Answer keys; what is refuted states no answer."""
-    refuted = verdicts.decided & ~verdicts.solved
-    return jnp.where(refuted, 0, answer_key(steps.answers)).astype(jnp.uint32)
-
-
 def _outcome(cfg, structure, request, steps, verdicts, judged, duplicate) -> Outcome:
     shape = duplicate.shape
     batch = shape[0]
     length = steps.length.reshape(batch, -1)
     cost = dataclasses.replace(
         zero_budget(structure.num_nodes),
-        generated_tokens=length.sum(-1),
+        generated_tokens=length.sum(-1) + judged.rollout_tokens,
+        rollout_tokens=judged.rollout_tokens,
         scored_tokens=judged.scored_tokens,
         # A structure takes part in the calls up to its own longest step, not its neighbours'.
-        model_calls=length.max(-1) + (judged.scored_tokens > 0),
-        verifier_calls=verdicts.num_checks.reshape(batch, -1).sum(-1),
+        model_calls=length.max(-1) + judged.model_calls,
+        verifier_calls=verdicts.num_checks.reshape(batch, -1).sum(-1) + judged.verifier_calls,
         expansions=request.grows.sum(-1).astype(jnp.int32),
     )
     dropped = verdicts.illegal & cfg.drop_illegal
@@ -294,7 +187,7 @@ def _outcome(cfg, structure, request, steps, verdicts, judged, duplicate) -> Out
         value=judged.value.reshape(shape),
         reward=jnp.where(verdicts.solved, cfg.solved_reward, 0.0).reshape(shape),
         terminal=verdicts.terminal.reshape(shape),
-        answer_key=_stated_answers(steps, verdicts).reshape(shape),
+        answer_key=stated_answers(steps, verdicts).reshape(shape),
         state_key=verdicts.state_key.reshape(shape),
         proven=verdicts.solved.reshape(shape),
         node_value=judged.node_value.reshape(shape[:2]),

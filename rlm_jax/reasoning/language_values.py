@@ -1,30 +1,35 @@
 """What a language model's paths are worth: the evaluators behind `language.py` (Blueprint 4.3.4).
 
-All values are in [0, 1] but for a value head of another range:
+All values are in [0, 1] but for a value head or a `dead_value` of another range:
   confidence  mean token confidence of the path (Marco-o1, arXiv 2411.14405; spec B12.10)
   likelihood  exp of the path's mean token log-probability
   consistency the share of the structure's finished solutions that state the same answer (rStar's
               terminal reward, arXiv 2408.06195); an unfinished path is worth 0 until one finishes
   p_yes       the policy's own P(yes) when asked whether the reasoning so far is right
   value_head  a value head on the state after the step (spec B3)
+  rollout     what comes of the path when the policy finishes it (`language_rollout.py`)
   none        0
-A score of p_yes or value_head judges one step; `aggregate` makes the path's value of them.
+A score of p_yes or value_head judges one step; `aggregate` makes the path's value of them. Several
+evaluators are mixed by weights: "value_head=0.5,rollout=0.5".
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, PyTree, UInt32
+from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key, PyTree, UInt32
 from rlm_jax.inference.attention import Context
 from rlm_jax.inference.extend import extend, last_hidden, yes_probability
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency
 from rlm_jax.reasoning.structure import Structure
+from rlm_jax.text.answers import AnswerState
 
-EVALUATORS = ("confidence", "likelihood", "consistency", "p_yes", "value_head", "none")
+EVALUATORS = ("confidence", "likelihood", "consistency", "p_yes", "value_head", "rollout", "none")
+STEP_SCORES = ("p_yes", "value_head")
 ValueFn = Callable[[PyTree, Array], Array]
 
 
@@ -51,6 +56,7 @@ class Paths:
     logprob, confidence: sums over the generated tokens. num_tokens: how many. hidden: the state
     after the last. terminal, answer_key: as in `Structure`. depth: its steps. above: the value of
     the path less its last step. ends: position behind the last token. fresh: worth judging at all.
+    answers, task_state: where the answer's automaton and the task stand. keys: one per path.
     """
 
     logprob: Float32[Array, "R"]
@@ -63,6 +69,47 @@ class Paths:
     above: Float32[Array, "R"]
     ends: Int32[Array, "R"]
     fresh: Bool[Array, "R"]
+    answers: AnswerState
+    task_state: PyTree
+    keys: Key[Array, "R"]
+
+
+def parse_evaluator(evaluator: str | Mapping[str, float]) -> dict[str, float]:
+    """The weight of each evaluator that a setting names: "confidence", "p_yes=1,rollout=3".
+
+    Raises:
+      ValueError: an unknown evaluator, one named twice, a weight that is no number or negative, or
+        weights that are all 0.
+    """
+    pairs = (
+        [item.partition("=")[::2] for item in evaluator.split(",")]
+        if isinstance(evaluator, str)
+        else list(evaluator.items())
+    )
+    weights: dict[str, float] = {}
+    for name, weight in pairs:
+        name = name.strip()
+        if name not in EVALUATORS or name in weights:
+            accepted = ", ".join(EVALUATORS)
+            raise ValueError(
+                f"evaluator {name!r} in {evaluator!r}: accepted are {accepted}, each once"
+            )
+        try:
+            weights[name] = float(weight) if weight != "" else 1.0
+        except (TypeError, ValueError):
+            raise ValueError(f"evaluator weight {name}={weight!r}: accepted is a number") from None
+        if not 0 <= weights[name] < math.inf:
+            raise ValueError(f"evaluator weight {name}={weight!r}: accepted is a number >= 0")
+    if not sum(weights.values()) > 0:
+        raise ValueError(f"evaluator {evaluator!r}: its weights must sum to more than 0")
+    return weights
+
+
+def write_evaluator(weights: Mapping[str, float]) -> str:
+    """The setting that `parse_evaluator` reads."""
+    if len(weights) == 1:
+        return next(iter(weights))
+    return ",".join(f"{name}={weight:g}" for name, weight in weights.items())
 
 
 def evaluate_paths(
@@ -78,7 +125,7 @@ def evaluate_paths(
     aggregate: str,
     value_fn: ValueFn | None,
 ) -> tuple[Float32[Array, "R"], Int32[Array, "R"]]:
-    """Values of the paths, and the tokens forwarded for each to get them.
+    """Values of the paths by any evaluator but "rollout", and the tokens forwarded for each.
 
     Args:
       contexts: keys and values of all that stands before position `ends`.

@@ -26,8 +26,8 @@ from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.reasoning.language_task import begin_states, empty_states
-from rlm_jax.reasoning.language_values import EVALUATORS, Judge, ValueFn
-from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
+from rlm_jax.reasoning.language_values import STEP_SCORES, Judge, ValueFn, parse_evaluator
+from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS, MIXTURES
 from rlm_jax.reasoning.operators.structure import take_nodes
 from rlm_jax.reasoning.protocol import JUDGEMENTS
 from rlm_jax.reasoning.structure import UNLIMITED, Structure, make_structure
@@ -42,8 +42,11 @@ class LanguageConfig:
 
     max_depth: steps of the longest path. num_nodes: capacity N. max_new_tokens: most tokens a
     structure may generate (its own limit may be lower). page_tokens: tokens of a KV page.
-    evaluator, aggregate: see `language_values.py` and `accumulate_score`. judge: new steps are
-    judged at "expansion", or requested nodes on "visit".
+    evaluator, aggregate: see `language_values.py` and `accumulate_score`. mixture: how several
+    evaluators make one value, see `mix_values`. judge: new steps are judged at "expansion", or
+    requested nodes on "visit".
+    num_rollouts, rollout_tokens, rollout_discount: for evaluator "rollout": how many of each path,
+    the most tokens of one, and what a step of one discounts its value by.
     value_fn: for evaluator "value_head": (head parameters, hidden [..., D]) -> values [...].
     task: checks every step against the problem alone (`language_task.py`); None checks nothing.
     dead_value: what the steps it refutes are worth. drop_illegal: steps that do not follow become
@@ -55,11 +58,15 @@ class LanguageConfig:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     evaluator: str = "confidence"
     aggregate: str = "last"
+    mixture: str = "mean"
     judge: str = "expansion"
     num_nodes: int = 65
     max_depth: int = 16
     max_new_tokens: int = 2048
     page_tokens: int = 8
+    num_rollouts: int = 4
+    rollout_tokens: int = 64
+    rollout_discount: float = 1.0
     value_fn: ValueFn | None = None
     task: DeviceTask | None = None
     dead_value: float = 0.0
@@ -67,17 +74,25 @@ class LanguageConfig:
     solved_reward: float = 0.0
 
     def __post_init__(self):
-        if self.evaluator not in EVALUATORS:
-            raise ValueError(f"evaluator {self.evaluator!r}: accepted are {EVALUATORS}")
+        weights = parse_evaluator(self.evaluator)
         if self.aggregate not in AGGREGATIONS:
             raise ValueError(f"aggregate {self.aggregate!r}: accepted are {AGGREGATIONS}")
         if self.judge not in JUDGEMENTS:
             raise ValueError(f"judge {self.judge!r}: accepted are {JUDGEMENTS}")
-        if (self.evaluator == "value_head") != (self.value_fn is not None):
+        if self.mixture not in MIXTURES:
+            raise ValueError(f"mixture {self.mixture!r}: accepted are {MIXTURES}")
+        if len(weights) > 1 and self.aggregate != "last" and set(weights) & set(STEP_SCORES):
+            raise ValueError(
+                f"aggregate {self.aggregate!r} of the mixture {self.evaluator!r}: accepted is last"
+            )
+        if ("value_head" in weights) != (self.value_fn is not None):
             raise ValueError(f"evaluator {self.evaluator!r} with value_fn={self.value_fn}")
-        for name in ("num_nodes", "max_depth", "max_new_tokens", "page_tokens"):
+        sizes = ("num_nodes", "max_depth", "max_new_tokens", "page_tokens")
+        for name in (*sizes, "num_rollouts", "rollout_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 <= self.rollout_discount <= 1:
+            raise ValueError(f"rollout_discount must be in [0, 1], got {self.rollout_discount}")
 
 
 @struct
@@ -113,6 +128,22 @@ class World:
     answers: AnswerState
     prompt_length: Int32[Array, "B"]
     task_state: PyTree = None
+
+
+class Rows:
+    """Takes per-node arrays [B, N, ...] to decoding rows [B*W*K, ...]: parents repeated K times."""
+
+    def __init__(self, lanes: Int32[Array, "B W"], num_children: int):
+        batch, num_lanes = lanes.shape
+        self.parents = jnp.repeat(lanes, num_children, axis=1)
+        self.structure = jnp.repeat(jnp.arange(batch), num_lanes * num_children)
+
+    def of_parent(self, array: Array) -> Array:
+        return array[self.structure, self.parents.reshape(-1)]
+
+    def step_starts(self, structure: Structure) -> Int32[Array, "R"]:
+        """Position of each row's first new token."""
+        return self.of_parent(structure.span_start + structure.span_length)
 
 
 def step_slots(rule: StepRule, page_tokens: int) -> int:

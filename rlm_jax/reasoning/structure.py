@@ -266,8 +266,8 @@ def check(structure: Structure) -> None:
         "visits are counts": ((s.visits >= 0) & (s.visits == np.round(s.visits))).all(-1),
         "values are finite": np.isfinite(s.value).all(-1) & np.isfinite(s.model_value).all(-1),
         "the budget holds": s.budget.generated_tokens <= s.token_limit,
-        "generated tokens are the tokens of the nodes": s.budget.generated_tokens
-        == np.where(inner, s.span_length, 0).sum(-1) + s.dropped_tokens,
+        "generated tokens are those of nodes and rollouts": s.budget.generated_tokens
+        == np.where(inner, s.span_length, 0).sum(-1) + s.dropped_tokens + s.budget.rollout_tokens,
         "nodes made are kept or dropped": s.num_created >= s.num_nodes,
         "what is proven is a solution": (~s.proven | s.terminal).all(-1),
     }

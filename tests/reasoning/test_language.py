@@ -224,7 +224,6 @@ def test_evaluators_equal_the_full_forward(model, evaluator):
             finished = bool(structure.terminal[row, node])
             judged = bool(structure.alive[row, node])
             if not judged:
-                scored += 4 if structure.span_length[row, node] else 0
                 continue
             ids = path_ids(structure, world, row, node)
             hidden, logprobs = dense(model, ids)

@@ -1,11 +1,13 @@
 """Evaluate operators: from statistics of a step or a solution to a value (Blueprint 4.3.4).
 
 Pure functions of what a search holds already: the policy's prior over sampled steps, a solution's
-score from the scores of its steps, and the share of finished solutions that agree
-(self-consistency, as rStar's terminal reward, arXiv 2408.06195). What needs the network (token
-confidence, self-evaluation, value heads) comes from the expander, `language.py`.
+score from the scores of its steps, the share of finished solutions that agree
+(self-consistency, as rStar's terminal reward, arXiv 2408.06195), the Monte-Carlo value of a state
+from its rollouts, and mixtures of several values. What needs the network (token confidence,
+self-evaluation, value heads, rollouts themselves) comes from the expander, `language.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from rlm_jax.core.types import Bool, Float32, Int32, UInt32
 
 Rule = str  # one of AGGREGATIONS
 AGGREGATIONS = ("min", "prod", "last", "mean", "max")
+MIXTURES = ("mean", "geometric")
 
 
 def step_prior(
@@ -96,3 +99,41 @@ def self_consistency(
     same = (answers[:, :, None] == votes[:, None, :]) & (answers != 0)[:, :, None]
     count = jnp.maximum(voters.sum(-1, keepdims=True), 1)
     return (same & voters[:, None, :]).sum(-1).astype(jnp.float32) / count
+
+
+def average_rollouts(
+    rewards: Float32[jax.Array, "*R M"],
+    num_steps: Int32[jax.Array, "*R M"],
+    made: Bool[jax.Array, "*R M"],
+    *,
+    discount: float,
+) -> Float32[jax.Array, "*R"]:
+    """The mean of discount^steps * reward over a state's rollouts (spec B4, golden G08).
+
+    Args:
+      rewards: what each rollout ended with. num_steps: steps it took from the state to its end.
+        made: rollouts that count; a state without any is worth 0.
+    """
+    returns = jnp.where(made, jnp.float32(discount) ** num_steps * rewards, 0.0)
+    return returns.sum(-1) / jnp.maximum(made.sum(-1), 1)
+
+
+def mix_values(
+    values: Sequence[Float32[jax.Array, "*R"]], weights: Sequence[float], rule: str = "mean"
+) -> Float32[jax.Array, "*R"]:
+    """One value out of several estimates of it, by weights that need not sum to 1.
+
+    "mean" is sum w v / sum w (AlphaGo's and AlphaMath's (1 - l) V + l rollout); "geometric" is
+    prod v^(w / sum w) (RAP's u^a c^(1-a)), where a value below 0 counts as 0.
+
+    Raises:
+      ValueError: `rule` is neither.
+    """
+    total = float(sum(weights))
+    shares = [weight / total for weight in weights]
+    if rule == "mean":
+        return jnp.tensordot(jnp.asarray(shares), jnp.stack(values), 1)
+    if rule == "geometric":
+        powers = jnp.reshape(jnp.asarray(shares), (-1, *(1 for _ in values[0].shape)))
+        return (jnp.maximum(jnp.stack(values), 0.0) ** powers).prod(0)
+    raise ValueError(f"mixture {rule!r}: accepted are {MIXTURES}")
