@@ -62,6 +62,28 @@ def mix(texts, rng):
     return [*texts, *pairs]
 
 
+@functools.cache
+def compile_checker(device, pieces_fn):
+    """A task's checker on one vocabulary, compiled once for all tests of a process."""
+    return Checker(device, pieces_fn())
+
+
+def trace_sharded(device, pieces):
+    """The shapes of a check whose rows are split over two devices."""
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    rows, everywhere = jax.P("data"), jax.P()
+
+    def check(tables, ids, lengths, ends):
+        state = jax.vmap(device.begin, (None, 0, 0))(tables, ids, lengths)
+        return jax.vmap(device.step, (None, 0, 0, 0, 0))(tables, state, ids, lengths, ends)
+
+    sharded = jax.shard_map(
+        check, mesh=mesh, in_specs=(everywhere, rows, rows, rows), out_specs=rows
+    )
+    ids, lengths = jnp.zeros((4, 8), jnp.int32), jnp.zeros(4, jnp.int32)
+    return jax.eval_shape(sharded, device.make_tables(pieces), ids, lengths, lengths == 0)
+
+
 class Checker:
     """A device task on one vocabulary, compiled once for batches of NUM_ROWS texts."""
 
