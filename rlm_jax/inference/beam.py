@@ -77,7 +77,7 @@ def begin_beams(
     usable = grouped > 0
     smallest = jnp.where(usable, grouped, grouped.max(-1, keepdims=True)).min(-1, keepdims=True)
     first = usable & (jnp.cumsum(usable, -1) == 1)
-    score = grouped[:, :1] * 0.0
+    score = grouped[:, :1].astype(jnp.float32) * 0
     if cfg.method == "stochastic_beam":
         # Tokens fold their index, which stays below `num_slots`, into the same keys.
         fresh = jax.vmap(jax.random.fold_in, (0, None))(keys[::num_siblings], num_slots)
@@ -113,7 +113,7 @@ def grow_beams(
     fresh = jnp.where(ended[:, None], -jnp.inf, offers.score)
     itself = jnp.where(ended, score, -jnp.inf)[:, None]
     race = jnp.concatenate([fresh, itself], -1).reshape(-1, num_siblings * (num_offers + 1))
-    best, at = jax.lax.optimization_barrier(jax.lax.top_k(race, num_siblings))
+    best, at = top_tokens(race, num_siblings)
     # The best beams take the usable rows in order.
     usable = usable.reshape(best.shape)
     rank = jnp.maximum(jnp.cumsum(usable, -1) - 1, 0)

@@ -125,7 +125,8 @@ def top_tokens(
 ) -> tuple[Float32[Array, "R C"], Int32[Array, "R C"]]:
     """The best scores and their token ids, best first."""
     # The barrier keeps uses that slice the result from turning it into a sort of the vocabulary.
-    return jax.lax.optimization_barrier(jax.lax.top_k(scores, num_top))
+    top, ids = jax.lax.optimization_barrier(jax.lax.top_k(scores, num_top))
+    return top, ids
 
 
 def filter_candidates(
