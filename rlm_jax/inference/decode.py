@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key
 from rlm_jax.inference.attention import Context, make_decode_attend
-from rlm_jax.inference.beam import BEAM_METHODS, begin_beams, follow, grow_beams
+from rlm_jax.inference.beam import BEAM_METHODS, Growth, begin_beams, follow, grow_beams
 from rlm_jax.inference.sampling import Choice, SamplingConfig, choose_tokens, token_confidence
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
@@ -114,13 +114,21 @@ def decode_steps(
     def body(loop: _Loop) -> _Loop:
         logits = unembed(params, loop.out.hidden, cfg=cfg)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.index)
-        if sampling.method in BEAM_METHODS:
-            loop, active, choice = _move_beams(
-                loop, row_keys, logits, limits, sampling, num_siblings
-            )
-        else:
+        if loop.out.score is None:
             active = ~loop.ended
             choice = choose_tokens(row_keys, logits, active, sampling, num_siblings=num_siblings)
+        else:
+            growth = grow_beams(
+                row_keys,
+                logits,
+                loop.out.score,
+                loop.out.behaviour_logprob,
+                loop.ended,
+                limits > 0,
+                sampling,
+                num_siblings=num_siblings,
+            )
+            loop, active, choice = _move_beams(loop, growth), growth.grew, growth.choice
         token = jnp.where(active, choice.token, 0)
         attend = make_decode_attend(cfg, contexts, positions, loop.index)
         new_hidden, caches = forward(
@@ -141,28 +149,17 @@ def decode_steps(
     return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
 
 
-def _move_beams(
-    loop: _Loop, keys, logits, limits, sampling: SamplingConfig, num_siblings: int
-) -> tuple[_Loop, Bool[Array, "R"], Choice]:
-    """Rows as the beams that go on leave them, which of them take a token, and the tokens."""
+def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
+    """Gives every row what the beam that takes it has written so far."""
     old = loop.out
-    growth = grow_beams(
-        keys,
-        logits,
-        old.score,
-        old.behaviour_logprob,
-        loop.ended,
-        limits > 0,
-        sampling,
-        num_siblings=num_siblings,
-    )
+    own_rows = jnp.arange(growth.parent.shape[1])
 
     def move(tree):
         return jax.tree.map(lambda array: follow(array, growth.parent), tree)
 
     # Stochastic beams keep their order as long as none is dropped: the best offer of each has its
     # beam's own score. Before the first token there is nothing to move.
-    moved = (growth.parent != jnp.arange(num_siblings)).any() & (loop.index > 0)
+    moved = (growth.parent != own_rows).any() & (loop.index > 0)
     caches = jax.lax.cond(moved, move, lambda tree: tree, (old.keys, old.values))
     out = dataclasses.replace(
         old,
@@ -171,8 +168,7 @@ def _move_beams(
         score=growth.score,
         **{name: move(getattr(old, name)) for name in _BEAM_FIELDS},
     )
-    loop = dataclasses.replace(loop, step=move(loop.step), out=out)
-    return loop, growth.grew, growth.choice
+    return dataclasses.replace(loop, step=move(loop.step), out=out)
 
 
 def _add_token(
