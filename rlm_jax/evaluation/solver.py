@@ -290,7 +290,8 @@ def _fill(solver: Solver, programs: Programs, batch: Sequence[Encoded], running:
     free = [rows if len(rows) >= wanted else [] for rows in _count_free(programs, slots)]
     while waiting and any(free):
         # Seats are filled group by group, that no group goes without while another has two.
-        seats: list[tuple[int, int] | None] = [None] * programs.num_groups * programs.num_seats
+        seats: list[tuple[int, int] | None] = []
+        seats += [None] * programs.num_groups * programs.num_seats
         for seat in range(programs.num_seats):
             for group, rows in enumerate(free):
                 if rows and waiting:
