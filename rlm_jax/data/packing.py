@@ -12,12 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Float32, Int32
+from rlm_jax.core.types import Float32, Int32
 from rlm_jax.data.examples import TokenExample, pad_soft
 
 
@@ -36,14 +36,14 @@ class TokenBatch:
       value_weight: weight of that target.
     """
 
-    tokens: Int32[Array | np.ndarray, "B T"]
-    segments: Int32[Array | np.ndarray, "B T"]
-    positions: Int32[Array | np.ndarray, "B T"]
-    loss_weight: Float32[Array | np.ndarray, "B T"]
-    soft_ids: Int32[Array | np.ndarray, "B T M"]
-    soft_weights: Float32[Array | np.ndarray, "B T M"]
-    value_target: Float32[Array | np.ndarray, "B T"]
-    value_weight: Float32[Array | np.ndarray, "B T"]
+    tokens: Int32[Any, "B T"]
+    segments: Int32[Any, "B T"]
+    positions: Int32[Any, "B T"]
+    loss_weight: Float32[Any, "B T"]
+    soft_ids: Int32[Any, "B T M"]
+    soft_weights: Float32[Any, "B T M"]
+    value_target: Float32[Any, "B T"]
+    value_weight: Float32[Any, "B T"]
 
 
 class Plan(NamedTuple):

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -126,10 +126,10 @@ def make_optimizer(cfg: OptimizerConfig, params: PyTree) -> optax.GradientTransf
     def init(params: PyTree) -> PyTree:
         return chained.init(name_leaves(params))
 
-    def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        updates, state = chained.update(name_leaves(grads), state, name_leaves(params))
-        leaves = [updates[name] for name in name_leaves(grads)]  # pyright: ignore
-        return jax.tree.unflatten(jax.tree.structure(grads), leaves), state
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        named, state = chained.update(name_leaves(updates), state, name_leaves(params))
+        leaves = [cast(dict, named)[name] for name in name_leaves(updates)]
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves), state
 
     return optax.GradientTransformation(init, update)
 

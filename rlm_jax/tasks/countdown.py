@@ -203,7 +203,7 @@ def _read_row(row: Any, id: str) -> Problem:
     for number in (*row["numbers"], row.get("target")):
         if isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(f"{number!r} is no whole number")
-    return make_problem(tuple(row["numbers"]), row.get("target"), str(row.get("id", id)))
+    return make_problem(tuple(row["numbers"]), row["target"], str(row.get("id", id)))
 
 
 def _read_expression(segment: str) -> str | None:

@@ -1,0 +1,196 @@
+"""Search inside the training step: problems in, better networks out, one compiled program.
+
+    problems -> search with the current networks -> device verification -> targets -> replay
+             -> losses -> updates
+
+The one idea: the searches, their verdicts, the replay buffer and the updates are functions on one
+device-resident state, so that nothing returns to the host between a problem and what was learned
+from it. `collect` and `learn` are the two halves; `search_and_learn` is one after the other, and
+two programs give the same state as one where a search is too large to share a program.
+
+Papers: AlphaZero (1712.01815), Expert Iteration (1705.08439), Gumbel MuZero (Danihelka 2022) for
+the improved policy; Blueprint 2501.11223, C.3 (phase 2). Deviation: the policy learns the search's
+preferences over sampled steps, and the replay buffer holds finished rows instead of trees.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rlm_jax.core.masked import MaskedSum
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Int32, Key
+from rlm_jax.data.packing import TokenBatch
+from rlm_jax.learning.collect import CollectConfig, collect_rows
+from rlm_jax.learning.networks import Networks
+from rlm_jax.learning.replay import Replay, add_rows, make_replay, sample_rows
+from rlm_jax.learning.update import Loss, TrainState, sum_metrics, update_state
+from rlm_jax.reasoning.drive import Limits, run_compiled
+from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, begin, make_expand
+from rlm_jax.reasoning.protocol import Keys, Strategy
+from rlm_jax.reasoning.sharding import shard_search
+
+Metrics = dict[str, MaskedSum]
+
+
+@struct
+class SearchState:
+    """What search-training carries from step to step. key: of this step's sampling from replay."""
+
+    train: TrainState
+    replay: Replay
+    key: Key[Array, ""]
+
+
+@struct
+class Collected:
+    """New rows of B structures, and counts of each structure.
+
+    teaches: rows that teach anything. solved: a right solution was found. solved_first: on the path
+    that the improved policy likes best. generated_tokens, expansions: what the search took.
+    """
+
+    rows: TokenBatch
+    teaches: Bool[Array, "rows"]
+    solved: Bool[Array, "B"]
+    generated_tokens: Int32[Array, "B"]
+    expansions: Int32[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchStepConfig:
+    """batch_rows: rows of an update's batch. num_updates: updates after each search.
+    replay_rows: of the buffer (of each shard). budget_tokens: of each structure's search.
+    """
+
+    batch_rows: int = 256
+    num_updates: int = 2
+    replay_rows: int = 8192
+    budget_tokens: int = 512
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be >= 1, got {getattr(self, field.name)}")
+
+
+Collect = Callable[[Networks, Keys, Array, Array], Collected]
+
+
+def make_collect(
+    rules: LanguageModel,
+    *,
+    language: LanguageConfig,
+    strategy: Strategy,
+    cfg: CollectConfig,
+    budget_tokens: int,
+    mesh: Mesh | None = None,
+) -> Collect:
+    """`collect(networks, keys [B], prompts [B, T], lengths [B]) -> Collected`.
+
+    Args:
+      rules: a language model whose networks are replaced by those that learn.
+      mesh: the batch is split over its axes, without a collective.
+
+    Raises:
+      ValueError: `language` has no task to verify with.
+    """
+    if language.task is None:
+        raise ValueError("search training needs a task that verifies on the device")
+    expand = make_expand(language)
+    limits = Limits(step_tokens=rules.step_rule.max_tokens)
+
+    def collect(networks: Networks, keys: Keys, prompts: Array, lengths: Array) -> Collected:
+        lm = dataclasses.replace(rules, policy=networks.policy, value_head=networks.value_head)
+        structure, world = begin(lm, prompts, lengths, budget_tokens, cfg=language)
+        structure, world = run_compiled(strategy, expand, lm, keys, world, structure, limits=limits)
+        rows, teaches = collect_rows(structure, world.tokens, prompts, keys, cfg=cfg)
+        return Collected(
+            rows=rows,
+            teaches=teaches,
+            solved=structure.proven.any(-1),
+            generated_tokens=structure.budget.generated_tokens,
+            expansions=structure.budget.expansions,
+        )
+
+    return collect if mesh is None else shard_search(collect, mesh)
+
+
+def init_search_state(
+    train: TrainState,
+    key: Key[Array, ""],
+    collect: Collect,
+    batch: tuple[Keys, Array, Array],
+    cfg: SearchStepConfig,
+) -> SearchState:
+    """The state before the first search. `batch`: keys, prompts and lengths, or their shapes."""
+    shapes = jax.eval_shape(collect, train.params, *batch).rows
+    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes)
+    return SearchState(train=train, replay=make_replay(row, cfg.replay_rows), key=key)
+
+
+def learn(
+    state: SearchState,
+    collected: Collected,
+    *,
+    cfg: SearchStepConfig,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+) -> tuple[SearchState, Metrics]:
+    """Puts new rows into the buffer and updates the networks on rows drawn from all of it."""
+    replay = add_rows(state.replay, collected.rows, collected.teaches)
+    key, draw = jax.random.split(state.key)
+    train, steps = state.train, []
+    for number in range(cfg.num_updates):
+        sample = sample_rows(replay, jax.random.fold_in(draw, number), cfg.batch_rows)
+        train, metrics = update_state(train, sample.rows, loss=loss, optimizer=optimizer)
+        steps.append(metrics)
+    metrics = sum_metrics(steps) | _count(collected)
+    return SearchState(train=train, replay=replay, key=key), metrics
+
+
+def search_and_learn(
+    state: SearchState,
+    keys: Keys,
+    prompts: Int32[Array, "B T"],
+    lengths: Int32[Array, "B"],
+    *,
+    collect: Collect,
+    cfg: SearchStepConfig,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+) -> tuple[SearchState, Metrics]:
+    """One step: `collect`, then `learn`. To be jitted with the state donated."""
+    collected = collect(state.train.params, keys, prompts, lengths)
+    return learn(state, collected, cfg=cfg, loss=loss, optimizer=optimizer)
+
+
+def make_search_step(
+    collect: Collect,
+    *,
+    cfg: SearchStepConfig,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+) -> Callable[..., tuple[SearchState, Metrics]]:
+    """`search_and_learn` compiled: (state, keys, prompts, lengths) -> (state, metrics)."""
+    step = functools.partial(
+        search_and_learn, collect=collect, cfg=cfg, loss=loss, optimizer=optimizer
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def _count(collected: Collected) -> Metrics:
+    def mean(values: Array) -> MaskedSum:
+        return MaskedSum(values.astype(jnp.float32).sum(), jnp.float32(values.shape[0]))
+
+    return {
+        "search_solved": mean(collected.solved),
+        "search_tokens": mean(collected.generated_tokens),
+        "search_expansions": mean(collected.expansions),
+        "search_rows": mean(collected.teaches),
+    }
