@@ -1,5 +1,6 @@
 """Arithmetic on token ids against the Python verifier: thousands of hostile texts, cut anyhow."""
 
+import itertools
 import random
 
 import pytest
@@ -42,6 +43,11 @@ ALPHABET = "0123456789-+=#.,:*/ \n$x\N{MINUS SIGN}\N{ARABIC-INDIC DIGIT THREE}"
 @pytest.fixture(scope="module", params=[byte_pieces, multi_byte_pieces])
 def checker(request):
     return compile_checker(arithmetic.TASK.device, request.param)
+
+
+@pytest.fixture(scope="module")
+def byte_checker():
+    return compile_checker(arithmetic.TASK.device, byte_pieces)
 
 
 def make_prompt(rng):
@@ -112,6 +118,23 @@ def test_the_prompt_s_value_is_the_python_one(checker):
     assert expected[-12:] == [10**8, None, None, 10**8, None, None, None, 0, 1, None, None, -3]
 
 
+@pytest.mark.parametrize(
+    ("value", "fragments", "length"),
+    [(7, ["7", ",", ".", "-", "+", "*", "x", " ", "=", "\N{MINUS SIGN}"], 4),
+     (1007, ["1,007", "1", "007", "07", ",", ".", "*", "x", " ", "0"], 3)],
+)  # fmt: skip
+def test_every_short_answer(byte_checker, value, fragments, length):
+    rng, problem = random.Random(0), Problem(f"Compute {value} + 0.")
+    state = byte_checker.begin([problem.question] * NUM_ROWS, rng)
+    texts = ["#### " + "".join(parts) for parts in itertools.product(fragments, repeat=length)]
+    assert len(texts) % NUM_ROWS == 0
+    for start in range(0, len(texts), NUM_ROWS):
+        batch = texts[start : start + NUM_ROWS]
+        found = byte_checker.step(state, [text.encode() for text in batch], rng).solved.tolist()
+        expected = [arithmetic.verify(problem, Gold(), text).correct for text in batch]
+        assert found == expected
+
+
 def make_step(rng):
     """Calculations, true and false ones, and what is nearly one."""
     a, b = (rng.choice([0, 1, -1, 7, -12, 360, 46341, MAX_VALUE, MAX_VALUE + 1]) for _ in range(2))
@@ -135,12 +158,7 @@ def test_only_false_calculations_are_illegal(checker):
     assert not wrong, [(texts[i], expected[i]) for i in wrong[:3]]
 
 
-@pytest.fixture(scope="module")
-def byte_checker():
-    return compile_checker(arithmetic.TASK.device, byte_pieces)
-
-
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.lists(st.text(ALPHABET, max_size=60), min_size=1, max_size=50), st.integers(0, 2**32))
 def test_any_text_is_judged_alike(byte_checker, texts, seed):
     rng = random.Random(seed)

@@ -104,7 +104,7 @@ def byte_checker():
     return compile_checker(sorting.TASK.device, byte_pieces)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.lists(st.text(ALPHABET, max_size=40), min_size=1, max_size=50), st.integers(0, 2**32))
 def test_any_text_is_judged_alike(byte_checker, texts, seed):
     rng = random.Random(seed)
