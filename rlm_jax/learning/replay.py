@@ -154,8 +154,10 @@ def sample_rows(
     last = jnp.argmax(ends >= total).astype(jnp.int32)
     slots = jnp.minimum(_first_above(ends, places), last)
     least = jnp.where(mass > 0, mass, jnp.inf).min()
-    share = least / jnp.where(mass[slots] > 0, mass[slots], least)
-    weights = jnp.where(total > 0, share**correction, 0.0)
+    # Sums are rounded in an order of their own, so a place may just fall on a slot without mass.
+    drawn = mass[slots]
+    share = least / jnp.where(drawn > 0, drawn, 1.0)
+    weights = jnp.where(drawn > 0, share**correction, 0.0)
     return ReplaySample(jax.tree.map(lambda leaf: leaf[slots], replay.rows), slots, weights)
 
 

@@ -46,12 +46,6 @@ def test_expectations_and_gradients_are_those_the_docstring_names():
         weights = jax.lax.stop_gradient(jnp.exp(logs))
         return kl_penalty(logs, jnp.asarray(ref), weights, name).total
 
-    logits = jnp.asarray(LOGITS, jnp.float32)
-    for name in ("k1", "k3"):
-        assert float(expected(logits, name)) == pytest.approx(kl(pi, ref), abs=1e-5)
-    ratio = np.exp(ref) * (ref - pi)
-    assert float(expected(logits, "x1")) == pytest.approx((np.exp(pi) * ratio).sum(), abs=1e-5)
-
     def reverse(logits):
         logs = jax.nn.log_softmax(logits)
         return (jnp.exp(logs) * (logs - ref)).sum()
@@ -59,20 +53,32 @@ def test_expectations_and_gradients_are_those_the_docstring_names():
     def forward(logits):
         return (np.exp(ref) * (ref - jax.nn.log_softmax(logits))).sum()
 
-    grads = {name: jax.grad(expected)(logits, name) for name in ("k1", "k2", "k3")}
-    np.testing.assert_allclose(grads["k1"], 0.0, atol=1e-6)
-    np.testing.assert_allclose(grads["k2"], jax.grad(reverse)(logits), atol=1e-5)
-    np.testing.assert_allclose(grads["k3"], jax.grad(forward)(logits), atol=1e-5)
-    exact = exact_kl(logits[None], jnp.asarray(REFERENCE, jnp.float32)[None], jnp.ones(1))
-    assert float(exact.total) == pytest.approx(kl(pi, ref), abs=1e-5)
+    @jax.jit
+    def run(logits):
+        found = {name: jax.value_and_grad(expected)(logits, name) for name in ESTIMATORS}
+        exact = exact_kl(logits[None], jnp.asarray(REFERENCE, jnp.float32)[None], jnp.ones(1))
+        return found, jax.grad(reverse)(logits), jax.grad(forward)(logits), exact.total
+
+    found, reverse_gradient, forward_gradient, exact = run(jnp.asarray(LOGITS, jnp.float32))
+    values = {name: float(value) for name, (value, _) in found.items()}
+    assert values["k1"] == pytest.approx(kl(pi, ref), abs=1e-5)
+    assert values["k3"] == pytest.approx(kl(pi, ref), abs=1e-5)
+    ratio = np.exp(ref) * (ref - pi)
+    assert values["x1"] == pytest.approx((np.exp(pi) * ratio).sum(), abs=1e-5)
+    np.testing.assert_allclose(found["k1"][1], 0.0, atol=1e-6)
+    np.testing.assert_allclose(found["k2"][1], reverse_gradient, atol=1e-5)
+    np.testing.assert_allclose(found["k3"][1], forward_gradient, atol=1e-5)
+    assert float(exact) == pytest.approx(kl(pi, ref), abs=1e-5)
 
 
 def test_the_reference_gets_no_gradient():
-    def loss(reference):
+    @jax.jit
+    @jax.grad
+    def gradient(reference):
         tokens = kl_penalty(jnp.zeros(3), reference[0, :3], jnp.ones(3), "k2").total
         return tokens + exact_kl(jnp.zeros((1, 6)), reference, jnp.ones(1)).total
 
-    assert not np.asarray(jax.grad(loss)(jnp.asarray(REFERENCE, jnp.float32)[None])).any()
+    assert not np.asarray(gradient(jnp.asarray(REFERENCE, jnp.float32)[None])).any()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -80,13 +86,20 @@ def test_masked_tokens_and_extremes_leave_everything_finite(estimator):
     logprob = jnp.asarray([-1e4, -1e-3, jnp.nan, -2.0])
     reference = jnp.asarray([-1e-3, -1e4, -1.0, jnp.nan])
     weights = jnp.asarray([1.0, 0.5, 0.0, 0.0])
-    value, grad = jax.value_and_grad(lambda x: kl_penalty(x, reference, weights, estimator).total)(
-        logprob
-    )
+
+    @jax.jit
+    def run(logprob):
+        def loss(logprob):
+            found = kl_penalty(logprob, reference, weights, estimator)
+            return found.total, found.count
+
+        return jax.value_and_grad(loss, has_aux=True)(logprob)
+
+    (value, count), grad = run(logprob)
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
     assert not np.asarray(grad)[2:].any()
-    assert float(kl_penalty(logprob, reference, weights, estimator).count) == 1.5
+    assert float(count) == 1.5
 
 
 def test_an_unknown_estimator_is_refused():

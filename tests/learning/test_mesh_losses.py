@@ -1,4 +1,4 @@
-"""Every loss on eight devices: its sums and gradients are those of one, and no mean hides in it."""
+"""Every loss on eight devices, and row by row: its sums are those of the whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +59,13 @@ def test_eight_devices_add_up_to_one():
         np.testing.assert_allclose(there[name].total, each.total, rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(there[name].count, each.count, rtol=1e-5, err_msg=name)
         assert float(each.count) == pytest.approx(float(MASK.sum()), rel=1e-5)
+
+
+def test_rows_of_a_vmap_add_up_to_the_batch():
+    batch = (LOGITS, OTHERS, IDS, MASK, UNIT, WEIGHTS)
+    rows = jax.jit(jax.vmap(all_losses))(*batch)
+    _, whole = run(*batch)
+    for name, each in whole.items():
+        assert rows[name].total.shape == (8,)
+        np.testing.assert_allclose(rows[name].total.sum(), each.total, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(rows[name].count.sum(), each.count, rtol=1e-5, err_msg=name)
