@@ -24,12 +24,21 @@ CORE = [
 TEXT = ["sentencepiece>=0.2", "tokenizers>=0.21"]
 GGUF = ["gguf>=0.17"]
 HUB = ["huggingface_hub>=0.30"]
-TRAIN = ["orbax-checkpoint>=0.11", "tensorflow-datasets>=4.9.10"]
+TRAIN = [
+    "array_record>=0.8",
+    "grain>=0.2.12",
+    "importlib_resources>=6",
+    "orbax-checkpoint>=0.11",
+    "sentencepiece>=0.2",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.10",
+]
+REASONING_GYM = ["reasoning-gym>=0.1.19"]
 DEMO = TEXT + GGUF
 # Compiles for TPU on any such machine, for the tests that read what the compiler made.
 AOT = ['libtpu; platform_system == "Linux" and platform_machine == "x86_64"']
 # mctx: what the searches are held against.
-TEST = [*DEMO, *HUB, *AOT, "beartype>=0.20", "hypothesis>=6", "mctx>=0.0.6", "pytest>=8"]
+TEST = [*DEMO, *HUB, *AOT, *TRAIN, "beartype>=0.20", "hypothesis>=6", "mctx>=0.0.6", "pytest>=8"]
 TEST += ["pytest-xdist>=3"]
 DEV = [*TEST, "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.11"]
 
@@ -48,6 +57,7 @@ setup(
         "gguf": GGUF,
         "hub": HUB,
         "train": TRAIN,
+        "reasoning_gym": REASONING_GYM,
         "demo": DEMO,
         "test": TEST,
         "dev": DEV,

@@ -34,7 +34,18 @@ from rlm_jax.reasoning.strategies import (
     td_mcts,
     uct,
 )
-from rlm_jax.tasks import arithmetic, countdown, free, game24, gsm8k
+from rlm_jax.tasks import (
+    arithmetic,
+    countdown,
+    free,
+    game24,
+    gsm8k,
+    knapsack,
+    prontoqa,
+    riddles,
+    sat,
+    sorting,
+)
 from rlm_jax.tasks.base import Task
 from rlm_jax.tasks.device import DeviceTask
 from rlm_jax.text.answers import make_answer_rule
@@ -51,7 +62,19 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
 }
 STRATEGIES = ("greedy", "best_of_n", *TREE_SEARCHES)
 TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (free, gsm8k, arithmetic, countdown, game24)
+    module.TASK.name: module.TASK
+    for module in (
+        free,
+        gsm8k,
+        arithmetic,
+        countdown,
+        game24,
+        sorting,
+        sat,
+        knapsack,
+        riddles,
+        prontoqa,
+    )
 }
 _RANDOM = "random:"
 _NOT_SETTINGS = ("sampling",)

@@ -69,7 +69,7 @@ def make_replay(example: PyTree, capacity: int, num_shards: int = 1) -> Replay:
     if capacity < 1 or num_shards < 1:
         raise ValueError(f"capacity and num_shards must be >= 1, got {capacity}, {num_shards}")
 
-    def room(leaf: Array) -> Array:
+    def room(leaf: Array | jax.ShapeDtypeStruct) -> Array:
         return jnp.zeros((num_shards * capacity, *leaf.shape), leaf.dtype)
 
     return Replay(
