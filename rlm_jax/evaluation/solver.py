@@ -282,7 +282,9 @@ def _count_enough(programs: Programs, running: Running) -> list[int]:
     return [wanted - len(rows) if wanted > 0 else size for rows in free]
 
 
-def _fill(solver: Solver, programs: Programs, batch: Sequence[Encoded], running: Running):
+def _fill(
+    solver: Solver, programs: Programs, batch: Sequence[Encoded], running: Running
+) -> Running:
     """Hands free rows to waiting problems, in groups where a quarter of the rows is free."""
     search, slots, waiting = running.search, list(running.slots), list(running.waiting)
     size = len(slots) // programs.num_groups

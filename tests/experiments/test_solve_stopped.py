@@ -52,7 +52,7 @@ def test_an_interruption_between_records_keeps_them(
 
 def test_signals_in_the_middle_of_searches_lose_nothing(solve, cache, tmp_path, monkeypatch):
     """Two processes of their own, ended by Ctrl-C and SIGTERM, and a third run to the end."""
-    problems = [{"id": f"q{i}", "question": f"What is {i} + 1?"} for i in range(40)]
+    problems = [{"id": f"q{i}", "question": f"What is {i} + 1?"} for i in range(20)]
     out = tmp_path / "out"
     longer = ("--strategy=puct", "--budget_tokens=240", "--config.puct.num_nodes=65")
     flags = (*SMOKE, *longer, write_problems(tmp_path / "p.jsonl", problems))
