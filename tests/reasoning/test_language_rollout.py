@@ -282,7 +282,7 @@ def test_an_evaluator_setting_is_read_as_it_is_written():
     ("changes", "message"),
     [
         ({"evaluator": "rollout=1,vibes=2"}, "'vibes'"),
-        ({"evaluator": "rollout=1,rollout=2"}, "each once"),
+        ({"evaluator": "rollout=1,rollout=2"}, "named twice"),
         ({"evaluator": "rollout=much"}, "rollout='much': accepted is a number"),
         ({"evaluator": "rollout=-1"}, "rollout='-1': accepted is a number >= 0"),
         ({"evaluator": "rollout=nan"}, "rollout='nan'"),
