@@ -21,7 +21,10 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
+
+from rlm_jax.core.mesh import AXES, make_mesh
 
 _CACHE = flags.DEFINE_string(
     "compilation_cache", "~/.cache/rlm_jax/xla", "Folder of compiled programs; empty for none."
@@ -108,11 +111,77 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def wait(tree: Any) -> None:
-    """Waits for a running program in short naps, so that Ctrl-C gets through at once."""
+def wait(tree: Any, nap_fn: Callable[[], None] = lambda: None) -> None:
+    """Waits for a running program in short naps, so that Ctrl-C gets through at once.
+
+    Args:
+      nap_fn: called before each nap.
+    """
     for array in jax.tree.leaves(tree):
         while not array.is_ready():
+            nap_fn()
             time.sleep(0.01)
+
+
+def read_mesh(text: str | None) -> Mesh | None:
+    """The mesh of a flag such as "data=8" or "replica=2,data=2,model=2"; None where it is not set.
+
+    An axis that is not named has one device, but for `data`, which has all that are left.
+
+    Raises:
+      ValueError: not of that form, or not as many devices as there are.
+    """
+    if text is None:
+        return None
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if name not in AXES or name in sizes or not re.fullmatch(r"-?\d+", size):
+            raise ValueError(
+                f"--mesh={text}: {part!r} is not accepted: name each of {', '.join(AXES)} once at "
+                "most, as in replica=2,data=4,model=1"
+            )
+        sizes[name] = int(size)
+    try:
+        return make_mesh(**sizes)
+    except ValueError as error:
+        raise ValueError(f"--mesh={text}: {error}") from None
+
+
+class Patience:
+    """Within it the first Ctrl-C or SIGTERM is only noted; a second one interrupts at once.
+
+    For work that wants to come to a good end: it asks `requested` now and then.
+    """
+
+    def __init__(self, notice: str):
+        """notice: what to say on stderr once the wish to stop is seen."""
+        self.requested = False
+        self._notice, self._said = notice, False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Patience":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait(self, tree: Any) -> None:
+        """Waits for a running program, and says the notice when it is time for it."""
+        wait(tree, self._speak)
+
+    def _speak(self) -> None:
+        if self.requested and not self._said:
+            self._said = True
+            print(f"\n{self._notice}", file=sys.stderr, flush=True)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
 
 
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:

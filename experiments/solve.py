@@ -5,38 +5,35 @@
 
 One question prints its reasoning tree; a file of problems (one JSON object a line: `question`,
 optional `answer`, optional `id`) gets one record a problem in DIR/records.jsonl. Records are
-written as they are finished; the same command started again goes on where it stopped.
+written as they are finished. Ctrl-C or SIGTERM saves the searches that are running, in
+DIR/records.jsonl.STRATEGY.search.npz, and the same command goes on where it stopped; a second one
+leaves at once. With --trace, DIR/trace.jsonl tells every operator call of each search.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import launching
-import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 from rich.console import Console
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from watching import Watch, say
 
 from rlm_jax.data.problems import read_problems
 from rlm_jax.data.records import Record, RecordWriter, read_records
-from rlm_jax.evaluation import build, solver
+from rlm_jax.evaluation import build, pause, solver
+from rlm_jax.reasoning.drive import Limits
+from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.tasks.base import Example, Gold, Problem
-from rlm_jax.viz import progress
 from rlm_jax.viz.text import render_summary, render_tree
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -55,6 +52,22 @@ _SEED = flags.DEFINE_integer(
 _DRIVER = flags.DEFINE_enum(
     "driver", "compiled", ["compiled", "host"], "Loop on the device, or on the host round by round."
 )
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Devices, as data=8 or replica=2,data=2,model=2 (default: the first one)."
+)
+_STOP_VALUE = flags.DEFINE_float(
+    "stop_value", None, "End a search with the first solution worth at least that."
+)
+_STOP_SHARE = flags.DEFINE_float(
+    "stop_share", None, "End a search when one answer has this share of the votes."
+)
+_STOP_SOLUTIONS = flags.DEFINE_integer(
+    "stop_solutions", 3, "Solutions that --stop_share waits for.", lower_bound=1
+)
+_STOP_PROVEN = flags.DEFINE_bool(
+    "stop_proven", True, "End a search with the first answer that its task proves right."
+)
+_TRACE = flags.DEFINE_bool("trace", False, "Write every operator call to trace.jsonl.")
 _OUT = flags.DEFINE_string("out", None, "Folder for records.jsonl.")
 _LIMIT = flags.DEFINE_integer(
     "limit", None, "Take only the first problems of the file.", lower_bound=1
@@ -65,10 +78,29 @@ _MAX_LINES = flags.DEFINE_integer(
 )
 flags.adopt_module_key_flags(launching)
 
-# Rounds between two looks at a running search.
-CHUNK_ROUNDS = 16
+# Rounds between two looks at a running search, each of which it may be stopped at.
+CHUNK_ROUNDS = 4
 
-Job = tuple[str, build.Plan, list[Example]]
+
+class Job(NamedTuple):
+    """A strategy, what is left for it to do, and the searches it was in the middle of.
+
+    path: where those are saved; None without a folder. settings: what they depend on.
+    """
+
+    name: str
+    plan: build.Plan
+    examples: list[Example]
+    path: pathlib.Path | None
+    settings: dict[str, Any]
+    saved: pause.Saved | None
+
+
+class Files(NamedTuple):
+    """What a run writes: its records, and its operator log where one is wanted."""
+
+    records: RecordWriter
+    trace: RecordWriter | None
 
 
 def main() -> None:
@@ -77,36 +109,79 @@ def main() -> None:
     config = launching.read_config(_CONFIG)
     if _BUDGET_TOKENS.value is not None:
         config["budget_tokens"] = _BUDGET_TOKENS.value
-    plans = _plan_strategies(config)
+    limits = _read_limits()
+    plans = _plan_strategies(config, limits)
     examples = _read_examples(console)
-    with _open_records() as writer:
+    mesh = launching.read_mesh(_MESH.value)
+    # Of the file, not of what is left of it: a restart computes what an undisturbed run would have
+    # computed, in batches of the same size.
+    batch_size = _choose_batch_size(config["batch_size"], len(examples), mesh)
+    with _open_files() as files:
         jobs = [
-            (name, plan, _unfinished(writer, name, plan, examples)) for name, plan in plans.items()
+            _plan_job(config, name, plan, examples, files, batch_size)
+            for name, plan in plans.items()
         ]
-        if writer is not None and not any(todo for _, _, todo in jobs):
-            _say(console, f"nothing left to do: {writer.path} has all {len(examples)} problems")
+        if files is not None and not any(job.examples for job in jobs):
+            say(
+                console,
+                f"nothing left to do: {files.records.path} has all {len(examples)} problems",
+            )
         else:
             launching.use_compilation_cache()
             started = time.monotonic()
             policy = build.load_policy(config["model"], config["dtype"], config["quantize"])
-            _say(
+            say(
                 console,
                 f"loaded {policy.version} in {time.monotonic() - started:.1f} s "
                 f"({jax.default_backend()}, {config['dtype']})",
             )
-            # Of the file, not of what is left of it: a restart computes what an undisturbed run
-            # would have computed, in batches of the same size.
-            batch_size = min(config["batch_size"], len(examples))
-            _solve_all(console, config, jobs, policy, writer, batch_size)
-        if writer is not None:
-            _print_file_summary(console, writer, plans)
+
+            def make_solver(plan: build.Plan) -> solver.Solver:
+                return _make_solver(config, plan, policy, batch_size, limits, mesh)
+
+            problems = [problem for problem, _ in examples]
+            _solve_all(console, jobs, make_solver, files, problems)
+        if files is not None:
+            _print_file_summary(console, files.records, plans)
 
 
-def _plan_strategies(config: dict[str, Any]) -> dict[str, build.Plan]:
+def _read_limits() -> Limits:
+    value, share = _STOP_VALUE.value, _STOP_SHARE.value
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"--stop_value={value}: accepted are finite numbers")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"--stop_share={share}: accepted is above 0 and at most 1")
+    return Limits(
+        proven=_STOP_PROVEN.value,
+        min_value=value,
+        min_share=share,
+        min_solutions=_STOP_SOLUTIONS.value,
+    )
+
+
+def _plan_strategies(config: dict[str, Any], limits: Limits) -> dict[str, build.Plan]:
     names = [name.strip() for name in _STRATEGY.value if name.strip()]
     if not names:
         raise ValueError(f"--strategy is empty: accepted are {', '.join(build.STRATEGIES)}")
-    return {name: build.plan_strategy(config, name) for name in dict.fromkeys(names)}
+    stops = {
+        "stop_value": limits.min_value,
+        "stop_share": limits.min_share,
+        "stop_solutions": limits.min_solutions,
+        "stop_proven": limits.proven,
+    }
+    plans = {name: build.plan_strategy(config, name) for name in dict.fromkeys(names)}
+    return {name: plan._replace(settings=plan.settings | stops) for name, plan in plans.items()}
+
+
+def _choose_batch_size(most: int, num_problems: int, mesh: Mesh | None) -> int:
+    """As many rows as the problems need, in equal parts for the shards of a mesh."""
+    shards = 1 if mesh is None else count_shards(mesh)
+    if most % shards:
+        raise ValueError(
+            f"batch_size={most} cannot be split over --mesh={_MESH.value}: accepted are multiples "
+            f"of replica * data = {shards}"
+        )
+    return min(most, -(-num_problems // shards) * shards)
 
 
 def _read_examples(console: Console) -> list[Example]:
@@ -122,10 +197,10 @@ def _read_examples(console: Console) -> list[Example]:
         raise ValueError("--answer belongs to --question; a file holds its own answers")
     found = read_problems(path)
     for line in found.malformed:
-        _say(console, f"{path}: line {line.line} skipped: {line.reason}")
+        say(console, f"{path}: line {line.line} skipped: {line.reason}")
     if found.malformed:
         count = len(found.malformed)
-        _say(console, f"{count} malformed {'line' if count == 1 else 'lines'} skipped")
+        say(console, f"{count} malformed {'line' if count == 1 else 'lines'} skipped")
     if not found.examples:
         raise ValueError(f"--problems={path} holds no problem")
     return found.examples[: _LIMIT.value]
@@ -142,21 +217,56 @@ def _read_question(question: str) -> Example:
 
 
 @contextlib.contextmanager
-def _open_records() -> Iterator[RecordWriter | None]:
-    """The writer of records.jsonl; none for a single question without --out."""
+def _open_files() -> Iterator[Files | None]:
+    """The files of a run's folder; none for a single question without --out."""
     if _OUT.value is None and _PROBLEMS.value is None:
+        if _TRACE.value:
+            raise ValueError("--trace needs a folder: name one by --out")
         yield None
         return
     default = pathlib.Path("runs") / f"solve-{pathlib.Path(_PROBLEMS.value or 'question').stem}"
     folder = pathlib.Path(_OUT.value) if _OUT.value else default
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out={folder} is a file; accepted is a folder")
-    with RecordWriter(folder / "records.jsonl") as writer:
-        yield writer
+    with contextlib.ExitStack() as stack:
+        records = stack.enter_context(RecordWriter(folder / "records.jsonl"))
+        trace = None
+        if _TRACE.value:
+            trace = stack.enter_context(RecordWriter(folder / "trace.jsonl", lambda line: None))
+        yield Files(records, trace)
+
+
+def _plan_job(
+    config: dict[str, Any],
+    name: str,
+    plan: build.Plan,
+    examples: list[Example],
+    files: Files | None,
+    batch_size: int,
+) -> Job:
+    """What is left of the examples, and what a run before was in the middle of.
+
+    Raises:
+      ValueError: records or running searches of that run do not go with this one.
+    """
+    settings = plan.settings | {
+        "seed": _SEED.value,
+        "batch_size": batch_size,
+        "bucket_tokens": config["bucket_tokens"],
+        "mesh": _MESH.value,
+        "trace": _TRACE.value,
+    }
+    if files is None:
+        return Job(name, plan, examples, None, settings, None)
+    left = _unfinished(files.records, name, plan, examples)
+    path = files.records.path.with_name(f"{files.records.path.name}.{name}.search.npz")
+    problems = [problem for problem, _ in examples]
+    saved = pause.find_saved(path, settings, problems)
+    return Job(name, plan, left, path, settings, saved)
 
 
 def _unfinished(
-    writer: RecordWriter | None, name: str, plan: build.Plan, examples: list[Example]
+    writer: RecordWriter, name: str, plan: build.Plan, examples: list[Example]
 ) -> list[Example]:
     """Problems without a record of this strategy yet.
 
@@ -164,8 +274,6 @@ def _unfinished(
       ValueError: the file holds records of the strategy under other settings or another seed,
         or another question under the id of one of the examples.
     """
-    if writer is None:
-        return examples
     questions = {problem.id: problem.question for problem, _ in examples}
     done = set()
     for record in read_records(writer.path):
@@ -196,122 +304,128 @@ def _check_same_run(path: pathlib.Path, record: Record, plan: build.Plan) -> Non
         )
 
 
+def _make_solver(
+    config: dict[str, Any],
+    plan: build.Plan,
+    policy: build.Policy,
+    batch_size: int,
+    limits: Limits,
+    mesh: Mesh | None,
+) -> solver.Solver:
+    one = build.build_solver(
+        config,
+        plan,
+        policy,
+        seed=_SEED.value,
+        batch_size=batch_size,
+        driver=_DRIVER.value,
+        chunk_rounds=1 if _WATCH.value else CHUNK_ROUNDS,
+    )
+    one = dataclasses.replace(one, limits=limits, trace=_TRACE.value)
+    return one if mesh is None else solver.spread_solver(one, mesh)
+
+
 def _solve_all(
     console: Console,
-    config: dict[str, Any],
     jobs: Sequence[Job],
-    policy: build.Policy,
-    writer: RecordWriter | None,
-    batch_size: int,
+    make_solver: Callable[[build.Plan], solver.Solver],
+    files: Files | None,
+    problems: Sequence[Problem],
 ) -> None:
     shown = []
-    for name, plan, examples in jobs:
-        if not examples:
-            continue
-        one = build.build_solver(
-            config,
-            plan,
-            policy,
-            seed=_SEED.value,
-            batch_size=batch_size,
-            driver=_DRIVER.value,
-            chunk_rounds=1 if _WATCH.value else CHUNK_ROUNDS,
-        )
-        for record in _solve_examples(console, name, one, examples):
-            if writer is not None:
-                writer.write(record)
-            if _QUESTION.value is not None:
-                shown.append(record)
-                console.rule(f"[bold]{name}", align="left")
-                console.print(render_tree(record, max_lines=_MAX_LINES.value))
+    for job in jobs:
+        if job.examples:
+            one = make_solver(job.plan)
+            for solved in _solve_examples(console, one, job, problems):
+                if files is not None:
+                    _write(files, solved)
+                if _QUESTION.value is not None:
+                    shown.append(solved.record)
+                    console.rule(f"[bold]{job.name}", align="left")
+                    console.print(render_tree(solved.record, max_lines=_MAX_LINES.value))
+        if job.path is not None:
+            job.path.unlink(missing_ok=True)
     if shown:
         console.rule("[bold]compared", align="left")
         console.print(render_summary(shown))
 
 
+def _write(files: Files, solved: solver.Solved) -> None:
+    """The events first: a record says that all of its problem is written."""
+    if files.trace is not None and solved.events is not None:
+        events = [
+            {"round": event.round, "op": event.operator, "nodes": list(event.nodes)}
+            for event in solved.events
+        ]
+        about = {name: solved.record[name] for name in ("id", "strategy", "seed")}
+        files.trace.write({**about, "events": events})
+    files.records.write(solved.record)
+
+
 def _solve_examples(
-    console: Console, name: str, one: solver.Solver, examples: list[Example]
-) -> Iterator[Record]:
+    console: Console, one: solver.Solver, job: Job, problems: Sequence[Problem]
+) -> Iterator[solver.Solved]:
     """Records in the order they are finished: problems of one prompt bucket go together."""
     encoded = []
-    for problem, gold in examples:
+    for problem, gold in job.examples:
         try:
             encoded.append((solver.encode(one, problem), gold))
         except ValueError as error:
             if _QUESTION.value is not None:
                 raise
-            _say(console, f"problem {problem.id!r:.80} skipped: {error}")
-    encoded.sort(key=lambda pair: solver.bucket_width(one, pair[0]))
-    watch = _Watch(console, name, len(encoded))
+            say(console, f"problem {problem.id!r:.80} skipped: {error}")
+    # Searches that were stopped go on before others begin.
+    first = job.saved.width if job.saved is not None else 0
+
+    def order(pair: tuple[solver.Encoded, Gold]) -> tuple[bool, int]:
+        width = solver.bucket_width(one, pair[0])
+        return width != first, width
+
+    watch = Watch(console, job.name, len(encoded), rounds=_WATCH.value)
     with watch.live:
-        for _, group in itertools.groupby(encoded, lambda pair: solver.bucket_width(one, pair[0])):
+        for (_, width), group in itertools.groupby(sorted(encoded, key=order), order):
             items, golds = zip(*group, strict=True)
             watch.say("compiling")
-            solver.prepare(one, solver.bucket_width(one, items[0]))
+            programs = solver.prepare(one, width)
             watch.start()
-            stream = solver.solve_stream(
-                one, items, golds, launching.wait, functools.partial(watch.look, items)
-            )
-            for _, record in stream:
-                watch.count(record)
-                yield record
+            resume = None
+            if job.saved is not None and job.saved.width == width:
+                resume = pause.load_running(job.saved, programs, items)
+            look = functools.partial(watch.look, items)
+            for solved in _solve_bucket(one, job, items, golds, look, resume, problems):
+                watch.count(solved.record)
+                yield solved
 
 
-class _Watch:
-    """Shows how a search is getting on: a bar, or with --watch a table of what is running."""
+def _solve_bucket(
+    one: solver.Solver,
+    job: Job,
+    items: Sequence[solver.Encoded],
+    golds: Sequence[Gold],
+    look: solver.OnChunk,
+    resume: solver.Running | None,
+    problems: Sequence[Problem],
+) -> Iterator[solver.Solved]:
+    """The problems of one bucket. Where there is a file for it, stopping saves what is running."""
+    path = job.path
+    if path is None:
+        yield from solver.solve_stream(one, items, golds, launching.wait, look)
+        return
+    name = pathlib.Path(__file__).name
+    notice = f"{name}: saving the running searches; once more to leave at once"
+    with launching.Patience(notice) as patience:
 
-    def __init__(self, console: Console, name: str, num_problems: int):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+        def save_if_asked(running: solver.Running) -> None:
+            if patience.requested:
+                width = solver.bucket_width(one, items[0])
+                pause.save_running(path, running, items, width, job.settings, problems)
+                raise KeyboardInterrupt
+
+        yield from solver.solve_stream(
+            one, items, golds, patience.wait, look, save_if_asked, resume
         )
-        self.console = console
-        self.bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        )
-        self.task = self.bar.add_task(name, total=num_problems, status="")
-        self.table = Live(console=console, transient=True)
-        self.in_table = _WATCH.value and console.is_terminal
-        self.live = self.table if self.in_table else self.bar
-        self.num_problems, self.num_done, self.tokens = num_problems, 0, 0
-        self.started = 0.0
-
-    def start(self) -> None:
-        """The clock runs from here: compilation is not the search's pace."""
-        self.say("searching")
-        self.started = self.started or time.monotonic()
-
-    def say(self, status: str) -> None:
-        self.bar.update(self.task, status=status)
-
-    def count(self, record: Record) -> None:
-        self.num_done += 1
-        self.tokens += record["budget"]["generated_tokens"]
-        self.bar.advance(self.task)
-
-    def look(self, items: Sequence[solver.Encoded], search: Any, places: Sequence[int]) -> None:
-        """Called after each chunk of rounds."""
-        rows = [row for row, place in enumerate(places) if place >= 0]
-        now = progress.measure_progress(
-            jax.tree.map(lambda array: np.asarray(array)[rows], search.structure),
-            [items[places[row]].problem.id for row in rows],
-            rounds=np.asarray(search.rounds)[rows],
-            running=np.asarray(search.running)[rows],
-            problems_done=self.num_done,
-            num_problems=self.num_problems,
-            earlier_tokens=self.tokens,
-            seconds=time.monotonic() - self.started,
-        )
-        if self.in_table:
-            self.table.update(progress.render_progress(now))
-        elif _WATCH.value:
-            _say(self.console, progress.format_progress(now))
-        else:
-            self.say(f"round {now.rounds.max()}, {now.total_tokens} tokens")
+        if patience.requested:
+            raise KeyboardInterrupt
 
 
 def _print_file_summary(console: Console, writer: RecordWriter, names: Iterable[str]) -> None:
@@ -320,14 +434,9 @@ def _print_file_summary(console: Console, writer: RecordWriter, names: Iterable[
         graded = [r["correct"] for r in records if r["correct"] is not None]
         tokens = sum(r["budget"]["generated_tokens"] for r in records)
         right = f", {sum(graded)}/{len(graded)} correct" if graded else ""
-        _say(console, f"{name}: {len(records)} records{right}, {tokens} tokens generated")
-    _say(console, f"records: {writer.path}")
-
-
-def _say(console: Console, line: str) -> None:
-    """Prints a line as it is: never styled, and never broken where a file takes the output."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{name}: {len(records)} records{right}, {tokens} tokens generated")
+    say(console, f"records: {writer.path}")
 
 
 if __name__ == "__main__":
-    launching.launch(main, "stopped; finished records are kept, the same command goes on")
+    launching.launch(main, "stopped; what is done is kept, the same command goes on")

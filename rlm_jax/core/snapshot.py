@@ -1,13 +1,17 @@
 """Trees of arrays to a file and back, whole or not at all.
 
 For a running search that is to go on after a restart. A snapshot holds numbers only (an npz without
-pickles): what they mean, the tree's structure, comes from the program that reads it.
+pickles): what they mean, the tree's structure, comes from the program that reads it. A few words
+of JSON may lie beside them, to say what the snapshot is of.
 """
 
 import json
 import os
 import pathlib
 import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +19,19 @@ import numpy as np
 
 from rlm_jax.core.types import PyTree
 
-_NAMES = "names.json"
+_NAMES, _ABOUT = "names.json", "about.json"
+_BROKEN = (zipfile.BadZipFile, KeyError, EOFError, zlib.error, json.JSONDecodeError)
 
 
-def save_snapshot(path: str | os.PathLike, tree: PyTree) -> None:
+def save_snapshot(
+    path: str | os.PathLike, tree: PyTree, about: Mapping[str, Any] | None = None
+) -> None:
     """Writes every array of a tree; an older file of that name is replaced at the end, atomically.
 
     RNG keys and number types that numpy does not know (bfloat16) are stored as their bits.
+
+    Args:
+      about: what `read_about` is to find, in terms of JSON.
     """
     path = pathlib.Path(path)
     arrays, kinds = {}, []
@@ -37,9 +47,26 @@ def save_snapshot(path: str | os.PathLike, tree: PyTree) -> None:
             os.fsync(file.fileno())
         with zipfile.ZipFile(beside, "a") as archive:
             archive.writestr(_NAMES, json.dumps(kinds))
+            archive.writestr(_ABOUT, json.dumps(dict(about or {})))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def read_about(path: str | os.PathLike) -> dict[str, Any]:
+    """What a snapshot says of itself, without its arrays.
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: the file is no snapshot.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            about = json.loads(archive.read(_ABOUT))
+    except _BROKEN as error:
+        raise ValueError(f"{path} is no snapshot: {error}") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is no snapshot: {_ABOUT} holds no object")
+    return about
 
 
 def load_snapshot(path: str | os.PathLike, like: PyTree) -> PyTree:
@@ -55,7 +82,7 @@ def load_snapshot(path: str | os.PathLike, like: PyTree) -> PyTree:
             kinds = json.loads(archive.read(_NAMES))
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[f"a{place}"] for place in range(len(kinds))]
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path} is no snapshot: {error}") from None
     if len(kinds) != len(named):
         raise ValueError(f"{path} holds {len(kinds)} arrays, wanted are {len(named)}")

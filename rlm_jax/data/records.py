@@ -42,7 +42,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -164,9 +164,17 @@ class RecordWriter:
     power loss. On opening, a torn last line (the trace of a crash) is cut away.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        """Opens `path`, made with its folders where they are missing."""
-        self.path = pathlib.Path(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        check_fn: Callable[[object], None] = validate_record,
+    ):
+        """Opens `path`, made with its folders where they are missing.
+
+        Args:
+          check_fn: raises ValueError for what is no line of this file.
+        """
+        self.path, self._check_fn = pathlib.Path(path), check_fn
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._mend()
@@ -178,7 +186,7 @@ class RecordWriter:
           ValueError: the record breaks the schema; nothing is written.
           OSError: the disk refused it; the file is as it was before.
         """
-        validate_record(record)
+        self._check_fn(record)
         line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         size = os.fstat(self._file).st_size
         written = os.write(self._file, line)

@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, Record, make_record
+from rlm_jax.data.records import Record, make_record
+from rlm_jax.evaluation.programs import Programs, Seats, Shape, compile_programs
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
-from rlm_jax.reasoning.drive import Limits, Search, advance, replace_rows, run_host, start
-from rlm_jax.reasoning.language import (
-    LanguageConfig,
-    LanguageModel,
-    World,
-    admit,
-    make_expand,
-    make_world,
-)
+from rlm_jax.evaluation.reading import read_findings
+from rlm_jax.models.params import param_axes
+from rlm_jax.models.quantize import QuantizedMatrix, quantized_axes
+from rlm_jax.reasoning.drive import Limits, Search
+from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, World
 from rlm_jax.reasoning.protocol import Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, path_to_root
+from rlm_jax.reasoning.sharding import count_shards, place_params
+from rlm_jax.reasoning.structure import Structure
+from rlm_jax.reasoning.trace import Event, read_events
 from rlm_jax.tasks.base import Gold, Problem, Task
 from rlm_jax.text.tokenizer import Tokenizer
 
@@ -42,7 +42,8 @@ class Solver:
 
     settings: flat scalars that describe the run, for the records. bucket_tokens: prompts are
     padded to a multiple of it. driver: "compiled" or "host". limits: when a search stops early.
-    chunk_rounds: rounds between two looks at a running search.
+    chunk_rounds: rounds between two looks at a running search. trace: whether to keep the operator
+    log. mesh: see `spread_solver`.
     """
 
     task: Task
@@ -59,7 +60,9 @@ class Solver:
     driver: str = "compiled"
     limits: Limits = dataclasses.field(default_factory=Limits)
     chunk_rounds: int = 16
-    programs: dict[tuple[int, int], "Programs"] = dataclasses.field(default_factory=dict)
+    trace: bool = False
+    mesh: Mesh | None = None
+    programs: dict[int, Programs] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.driver not in ("compiled", "host"):
@@ -82,6 +85,28 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
             f"bucket_tokens={sizes['bucket_tokens']} is no multiple of "
             f"page_tokens={sizes['page_tokens']}"
         )
+
+
+def spread_solver(solver: Solver, mesh: Mesh) -> Solver:
+    """The solver over a mesh: its batch over "replica" and "data", its policy over "model".
+
+    Every shard of the batch searches its own rows. Results do not depend on the mesh.
+
+    Raises:
+      ValueError: the shards do not divide batch_size.
+    """
+    shards = count_shards(mesh)
+    if solver.batch_size % shards:
+        raise ValueError(
+            f"batch_size={solver.batch_size} cannot be split over replica={mesh.shape['replica']} "
+            f"* data={mesh.shape['data']} = {shards} shards: accepted are multiples of {shards}"
+        )
+    lm, cfg = solver.lm, solver.language.model
+    quantized = isinstance(lm.policy.embed, QuantizedMatrix)
+    axes = quantized_axes(cfg) if quantized else param_axes(cfg, mesh.shape["model"])
+    return dataclasses.replace(
+        solver, lm=place_params(mesh, lm, policy=axes), mesh=mesh, programs={}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,50 +146,72 @@ class Slot(NamedTuple):
     seconds: float
 
 
+class Running(NamedTuple):
+    """A batch of searches under way: all that is needed to go on with it.
+
+    slots: of each row, None where it is free. waiting: places of the problems not begun.
+    """
+
+    search: Search
+    slots: tuple[Slot | None, ...]
+    waiting: tuple[int, ...]
+
+
+class Solved(NamedTuple):
+    """A finished problem: its place in the batch, and its events where the solver keeps them."""
+
+    place: int
+    record: Record
+    events: list[Event] | None = None
+
+
 def solve_stream(
     solver: Solver,
     batch: Sequence[Encoded],
     golds: Sequence[Gold],
     wait_fn: WaitFn = jax.block_until_ready,
     on_chunk: OnChunk | None = None,
-) -> Iterator[tuple[int, Record]]:
+    on_pause: Callable[[Running], None] | None = None,
+    resume: Running | None = None,
+) -> Iterator[Solved]:
     """Solves problems of one bucket, any number of them; yields each as it is finished.
 
-    The search runs in chunks of rounds. Between chunks, rows whose problem is finished are handed
-    to the next ones, so that a long list keeps all rows busy.
+    The search runs in chunks of rounds. Rows whose problem is finished are handed to the next ones,
+    so that a long list keeps all rows busy; when, depends on the searches and not on the chunks.
 
     Args:
-      golds: read after the search, to grade.
+      golds: read after the search, to grade; a record's `seconds` is the problem's share of the
+        wall clock.
       wait_fn: waits for a tree of arrays (one that polls lets Ctrl-C through).
       on_chunk: called after each chunk with the search and the place in `batch` of each row's
         problem (-1: none), for progress.
-
-    Yields:
-      Place in `batch`, and the record; its `seconds` is the problem's share of the wall clock.
+      on_pause: called after each chunk too, once what it finished was taken, with all that a later
+        call needs to `resume`; to end there it raises.
     """
     if not batch:
         return
     programs = prepare(solver, max(bucket_width(solver, one) for one in batch))
-    waiting = list(range(len(batch)))
-    search = programs.open()
-    slots: list[Slot | None] = [None] * solver.batch_size
+    running = resume or _open(solver, programs, len(batch))
     while True:
-        search, waiting, slots = _fill(solver, programs, batch, search, waiting, slots)
+        running = _fill(solver, programs, batch, running)
         started = time.monotonic()
-        search = programs.advance(solver.lm, search, bool(waiting))
+        search = programs.advance(solver.lm, running.search, _count_enough(programs, running))
         wait_fn(search.structure)
-        running = np.asarray(search.running)
-        taken = [slot for slot in slots if slot is not None]
-        share = (time.monotonic() - started) / max(len(taken), 1)
-        slots = [slot and Slot(slot.place, slot.seconds + share) for slot in slots]
+        num_taken = sum(slot is not None for slot in running.slots)
+        share = (time.monotonic() - started) / max(num_taken, 1)
+        slots = [slot and Slot(slot.place, slot.seconds + share) for slot in running.slots]
         if on_chunk is not None:
             on_chunk(search, [-1 if slot is None else slot.place for slot in slots])
-        done = [row for row, slot in enumerate(slots) if slot is not None and not running[row]]
+        goes_on = np.asarray(search.running)
+        done = {row: slot for row, slot in enumerate(slots) if slot and not goes_on[row]}
         if done:
-            yield from _read_rows(solver, batch, golds, search, slots, done)
-            slots = [None if row in done else slot for row, slot in enumerate(slots)]
-        if not waiting and not any(slots):
+            yield from _read_rows(solver, batch, golds, search, done)
+        slots = [None if row in done else slot for row, slot in enumerate(slots)]
+        running = Running(search, tuple(slots), running.waiting)
+        if not running.waiting and not any(slots):
             return
+        if on_pause is not None:
+            on_pause(running)
 
 
 def solve_batch(
@@ -174,18 +221,16 @@ def solve_batch(
     wait_fn: WaitFn = jax.block_until_ready,
 ) -> list[Record]:
     """The records of `solve_stream`, in the order of the problems."""
-    done = dict(solve_stream(solver, batch, golds, wait_fn))
+    done = {one.place: one.record for one in solve_stream(solver, batch, golds, wait_fn)}
     return [done[place] for place in range(len(batch))]
 
 
 def search_batch(solver: Solver, batch: Sequence[Encoded]) -> tuple[Structure, World]:
     """The search alone: finished structures of up to batch_size problems, and their world."""
     programs = prepare(solver, max(bucket_width(solver, one) for one in batch))
-    slots: list[Slot | None] = [None] * solver.batch_size
-    waiting = list(range(len(batch)))
-    search, waiting, _ = _fill(solver, programs, batch, programs.open(), waiting, slots)
+    search = _fill(solver, programs, batch, _open(solver, programs, len(batch))).search
     while np.asarray(search.running).any():
-        search = programs.advance(solver.lm, search, False)
+        search = programs.advance(solver.lm, search, [solver.batch_size] * programs.num_groups)
     return search.structure, search.world
 
 
@@ -195,238 +240,129 @@ def problem_keys(seed: int, problem_ids: Sequence[str]) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
 
 
-def path_tokens(structure: Structure, tokens: np.ndarray, row: int, node: int) -> list[int]:
-    """Generated token ids from below the root to `node`."""
-    ids: list[int] = []
-    for step in path_to_root(structure, row, node)[1:]:
-        ids += [int(t) for t in tokens[row, step, : structure.span_length[row, step]]]
-    return ids
-
-
-class Programs(NamedTuple):
-    """What a bucket compiles to.
-
-    width: of its prompts. open() -> a search without problems. admit(lm, search, rows, keys,
-    prompts, lengths, limits) -> the search with new problems in these rows, `num_admitted` at a
-    time. advance(lm, search, problems_wait) -> the search one chunk on.
-    """
-
-    width: int
-    open: Callable[..., Search]
-    admit: Callable[..., Search]
-    advance: Callable[..., Search]
-    num_admitted: int
-
-
 def prepare(solver: Solver, width: int) -> Programs:
     """The programs of one bucket, made once and compiled ahead of the clock."""
-    shape = (solver.batch_size, width)
-    if shape in solver.programs:
-        return solver.programs[shape]
-    cfg, strategy, expand = solver.language, solver.strategy, make_expand(solver.language)
-    limits = dataclasses.replace(solver.limits, step_tokens=solver.lm.step_rule.max_tokens)
-    num_admitted = -(-solver.batch_size // _REFILLS)
-
-    def open_batch(lm, keys):
-        structure, world = make_world(lm, jnp.zeros(keys.shape, jnp.int32), width, cfg=cfg)
-        return start(strategy, keys, world, structure, limits=limits)
-
-    def admit_rows(lm, search, rows, keys, prompts, lengths, budgets):
-        structure, world = admit(
-            lm, search.structure, search.world, rows, prompts, lengths, budgets, cfg=cfg
+    if width not in solver.programs:
+        shape = Shape(
+            language=solver.language,
+            strategy=solver.strategy,
+            limits=dataclasses.replace(solver.limits, step_tokens=solver.lm.step_rule.max_tokens),
+            batch_size=solver.batch_size,
+            width=width,
+            driver=solver.driver,
+            chunk_rounds=solver.chunk_rounds,
+            trace_rounds=_count_rounds(solver) if solver.trace else 0,
+            mesh=solver.mesh,
         )
-        return replace_rows(strategy, search, rows, keys, structure, world, limits=limits)
-
-    def advance_chunk(lm, search, max_rounds, min_finished):
-        return advance(
-            strategy,
-            expand,
-            lm,
-            search,
-            limits=limits,
-            max_rounds=max_rounds,
-            min_finished=min_finished,
-        )
-
-    keys = problem_keys(solver.seed, [""] * solver.batch_size)
-    empty = jax.eval_shape(open_batch, solver.lm, keys)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    some = jax.ShapeDtypeStruct((num_admitted,), jnp.int32)
-    prompts = jax.ShapeDtypeStruct((num_admitted, width), jnp.int32)
-    opened = jax.jit(open_batch).lower(solver.lm, keys).compile()
-    admitted = jax.jit(admit_rows, donate_argnums=1)
-    admitted = admitted.lower(solver.lm, empty, some, keys[:num_admitted], prompts, some, some)
-    if solver.driver == "compiled":
-        chunk = jax.jit(advance_chunk, donate_argnums=1)
-        chunk = chunk.lower(solver.lm, empty, number, number).compile()
-    step = jax.jit(expand, donate_argnums=2)
-
-    def advance_fn(lm, search, problems_wait):
-        if solver.driver == "compiled":
-            enough = num_admitted if problems_wait else solver.batch_size
-            return chunk(lm, search, np.int32(solver.chunk_rounds), np.int32(enough))
-        structure, world = run_host(
-            strategy, step, lm, search.keys, search.world, search.structure, limits=limits
-        )
-        nodes = jnp.full_like(search.request.nodes, NO_NODE)
-        request = dataclasses.replace(search.request, nodes=nodes)
-        return dataclasses.replace(search, structure=structure, world=world, request=request)
-
-    programs = Programs(
-        width, lambda: opened(solver.lm, keys), admitted.compile(), advance_fn, num_admitted
-    )
-    solver.programs[shape] = programs
-    return programs
+        solver.programs[width] = compile_programs(solver.lm, shape)
+    return solver.programs[width]
 
 
-_REFILLS = 4  # Finished rows are handed on when a quarter of the batch is.
+def _count_rounds(solver: Solver) -> int:
+    """No search takes more: each round grows a node, judges one anew, or simulates once."""
+    return 2 * solver.language.num_nodes + (solver.settings.get("num_simulations") or 0)
 
 
-def _fill(solver, programs, batch, search, waiting, slots):
-    """Hands free rows to waiting problems, a group at a time."""
-    count = programs.num_admitted
-    free = [row for row, slot in enumerate(slots) if slot is None]
-    slots = list(slots)
-    while free and waiting:
-        group = min(count, len(free), len(waiting))
-        rows, places = free[:group], waiting[:group]
-        free, waiting = free[group:], waiting[group:]
-        spare = count - group
-        # A spare place holds a one-token prompt and goes to no row.
-        ids = [batch[place].problem.id for place in places] + [""] * spare
-        prompts, lengths = pad_prompts(
-            [batch[place].prompt for place in places] + [(0,)] * spare, programs.width
-        )
+def _open(solver: Solver, programs: Programs, num_problems: int) -> Running:
+    return Running(programs.open(), (None,) * solver.batch_size, tuple(range(num_problems)))
+
+
+def _count_free(programs: Programs, slots: Sequence[Slot | None]) -> list[list[int]]:
+    """Of each group, the rows without a problem, numbered within the group."""
+    size = len(slots) // programs.num_groups
+    groups = [slots[g * size : (g + 1) * size] for g in range(programs.num_groups)]
+    return [[row for row, slot in enumerate(group) if slot is None] for group in groups]
+
+
+def _count_enough(programs: Programs, running: Running) -> list[int]:
+    """Structures of each group that are to finish before its rows are handed on."""
+    wanted = min(programs.num_seats, len(running.waiting))
+    size = len(running.slots) // programs.num_groups
+    free = _count_free(programs, running.slots)
+    return [wanted - len(rows) if wanted > 0 else size for rows in free]
+
+
+def _fill(solver: Solver, programs: Programs, batch: Sequence[Encoded], running: Running):
+    """Hands free rows to waiting problems, in groups where a quarter of the rows is free."""
+    search, slots, waiting = running.search, list(running.slots), list(running.waiting)
+    size = len(slots) // programs.num_groups
+    wanted = min(programs.num_seats, len(waiting))
+    free = [rows if len(rows) >= wanted else [] for rows in _count_free(programs, slots)]
+    while waiting and any(free):
+        # Seats are filled group by group, that no group goes without while another has two.
+        seats: list[tuple[int, int] | None] = []
+        seats += [None] * programs.num_groups * programs.num_seats
+        for seat in range(programs.num_seats):
+            for group, rows in enumerate(free):
+                if rows and waiting:
+                    row, place = rows.pop(0), waiting.pop(0)
+                    seats[group * programs.num_seats + seat] = row, place
+                    slots[group * size + row] = Slot(place, 0.0)
         search = programs.admit(
-            solver.lm,
-            search,
-            np.asarray(rows + [solver.batch_size] * spare, np.int32),
-            problem_keys(solver.seed, ids),
-            prompts,
-            lengths,
-            np.full(count, solver.budget_tokens, np.int32),
+            solver.lm, search, _make_seats(solver, programs, batch, seats, size)
         )
-        for row, place in zip(rows, places, strict=True):
-            slots[row] = Slot(place, 0.0)
-    return search, waiting, slots
+    return Running(search, tuple(slots), tuple(waiting))
 
 
-def _read_rows(solver, batch, golds, search, slots, rows) -> Iterator[tuple[int, Record]]:
-    """Places and records of finished rows."""
-    structure, tokens = jax.device_get((search.structure, search.world.tokens))
-    ids, names = np.full(structure.depth.shape, -1, np.int32), {}
-    for row in rows:
-        _name_answers(solver, structure, tokens, row, ids, names)
-    chosen = jax.device_get(jax.jit(solver.strategy.answer)(structure, ids)).node
-    for row in rows:
-        place, seconds = slots[row]
-        texts = _node_texts(solver, structure, tokens, row)
-        record = _make_record(
-            solver,
-            batch[place],
-            golds[place],
-            structure,
-            tokens,
-            row,
-            texts,
-            int(chosen[row]),
-            names,
-            seconds,
-        )
-        yield place, record
-
-
-def _node_texts(solver: Solver, structure: Structure, tokens: np.ndarray, row: int) -> list[str]:
-    lengths = structure.span_length[row]
-    steps = [tokens[row, node, : lengths[node]] for node in range(structure.num_nodes[row])]
-    return [solver.tokenizer.decode([int(t) for t in step], skip_special=True) for step in steps]
-
-
-def _name_answers(
+def _make_seats(
     solver: Solver,
-    structure: Structure,
-    tokens: np.ndarray,
-    row: int,
-    ids: np.ndarray,
-    names: dict[tuple[int, int], str],
-) -> None:
-    """Gives equal ids to equal answers among a structure's leaves, and keeps their wording."""
-    known: dict[str, int] = {}
-    alive = np.flatnonzero(structure.alive[row])
-    inner = set(structure.parent[row, alive].tolist())
-    for node in alive:
-        if node == 0 or node in inner:
-            continue
-        path = path_tokens(structure, tokens, row, int(node))
-        answer = solver.task.extract(solver.tokenizer.decode(path, skip_special=True))
-        if answer is not None:
-            ids[row, node] = known.setdefault(answer, len(known))
-            names[row, int(node)] = answer
-
-
-def _make_record(
-    solver: Solver,
-    encoded: Encoded,
-    gold: Gold,
-    structure: Structure,
-    tokens: np.ndarray,
-    row: int,
-    texts: list[str],
-    node: int,
-    names: Mapping[tuple[int, int], str],
-    seconds: float,
-) -> Record:
-    problem = encoded.problem
-    chosen = path_to_root(structure, row, node) if node >= 0 else []
-    solution = path_tokens(structure, tokens, row, max(node, 0))
-    text = solver.tokenizer.decode(solution, skip_special=True)
-    verdict = solver.task.verify(problem, gold, text)
-    budget = {name: int(getattr(structure.budget, name)[row]) for name in BUDGET_FIELDS}
-    return make_record(
-        id=problem.id,
-        question=problem.question,
-        answer=names.get((row, node)),
-        correct=verdict.correct,
-        strategy=solver.strategy.name,
-        config=solver.settings,
-        seed=solver.seed,
-        policy_version=solver.policy_version,
-        value_version=None if solver.language.evaluator == "none" else solver.language.evaluator,
-        budget=budget,
-        seconds=seconds,
-        nodes=_node_columns(solver, encoded, structure, tokens, row, texts),
-        chosen=chosen,
+    programs: Programs,
+    batch: Sequence[Encoded],
+    seats: Sequence[tuple[int, int] | None],
+    size: int,
+) -> Seats:
+    """The arrays of (row, place) pairs; an empty seat holds a one-token prompt and no row."""
+    taken = [None if seat is None else batch[seat[1]] for seat in seats]
+    ids = ["" if one is None else one.problem.id for one in taken]
+    prompts, lengths = pad_prompts(
+        [(0,) if one is None else one.prompt for one in taken], programs.width
+    )
+    return Seats(
+        rows=np.asarray([size if seat is None else seat[0] for seat in seats], np.int32),
+        keys=problem_keys(solver.seed, ids),
+        prompts=prompts,
+        lengths=lengths,
+        limits=np.full(len(seats), solver.budget_tokens, np.int32),
     )
 
 
-def _node_columns(
+def _read_rows(
     solver: Solver,
-    encoded: Encoded,
-    structure: Structure,
-    tokens: np.ndarray,
-    row: int,
-    texts: list[str],
-) -> NodeColumns:
-    count = int(structure.num_nodes[row])
-
-    def column(name: str) -> np.ndarray:
-        return getattr(structure, name)[row, :count]
-
-    lengths = column("span_length")
-    steps = [tokens[row, node, : lengths[node]] for node in range(count)]
-    return NodeColumns(
-        parents=np.asarray(structure.parents[row, :count]),
-        op=[Operator(op).name.lower() for op in column("operator")],
-        owner=column("owner"),
-        depth=column("depth"),
-        text=[solver.tokenizer.decode(list(encoded.prompt)), *texts[1:]],
-        tokens=[encoded.prompt, *steps[1:]],
-        logprob=column("logprob"),
-        visits=column("visits"),
-        value={"model": column("model_value"), "search": column("value")},
-        prior=column("prior"),
-        reward=column("reward"),
-        terminal=column("terminal"),
-        alive=column("alive"),
-        budget=column("created_at"),
+    batch: Sequence[Encoded],
+    golds: Sequence[Gold],
+    search: Search,
+    done: Mapping[int, Slot],
+) -> Iterator[Solved]:
+    """Records of finished rows."""
+    structure, tokens, trace = jax.device_get((search.structure, search.world.tokens, search.trace))
+    findings = read_findings(
+        solver.strategy,
+        solver.task,
+        solver.tokenizer,
+        structure,
+        tokens,
+        {row: batch[slot.place].prompt for row, slot in done.items()},
     )
+    evaluator = solver.language.evaluator
+    for row, slot in done.items():
+        problem, found = batch[slot.place].problem, findings[row]
+        verdict = solver.task.verify(problem, golds[slot.place], found.solution)
+        record = make_record(
+            id=problem.id,
+            question=problem.question,
+            answer=found.answer,
+            correct=verdict.correct,
+            strategy=solver.strategy.name,
+            config=solver.settings,
+            seed=solver.seed,
+            policy_version=solver.policy_version,
+            value_version=None if evaluator == "none" else evaluator,
+            budget=found.budget,
+            seconds=slot.seconds,
+            nodes=found.nodes,
+            chosen=found.chosen,
+        )
+        events = None
+        if trace is not None:
+            events = read_events(trace, structure, row, solver.strategy.num_children)
+        yield Solved(slot.place, record, events)

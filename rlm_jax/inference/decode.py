@@ -4,6 +4,10 @@ Row r continues a context it shares with other rows. Its first token is sampled 
 state its context ended with, so no token of the context is forwarded again; every sampled token,
 the last one of the step too, is forwarded exactly once, which leaves the step's keys and values
 and the hidden state its children start from. The loop ends when all rows have ended.
+
+With a beam method (`beam.py`) the rows of a node are beams: between two tokens a row may take over
+what another row of its group has written so far, its step's own keys and values included. The
+context, which the group shares, never moves.
 """
 
 import dataclasses
@@ -14,7 +18,8 @@ import jax.numpy as jnp
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key
 from rlm_jax.inference.attention import Context, make_decode_attend
-from rlm_jax.inference.sampling import SamplingConfig, choose_tokens, token_confidence
+from rlm_jax.inference.beam import BEAM_METHODS, Growth, begin_beams, follow, grow_beams
+from rlm_jax.inference.sampling import Choice, SamplingConfig, choose_tokens, token_confidence
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.models.transformer import forward, unembed
@@ -30,6 +35,10 @@ class DecodedSteps:
     logprob, behaviour_logprob: sums over its tokens. confidence: sum of token confidences.
     hidden: the state after the last token. keys, values: per layer [R, G, S, E]. answers: what the
     path has stated so far. num_calls: iterations the loop ran, for all rows together.
+    forwarded_tokens: what went through the network in this row; with beams not what the row's step
+    measures, for beams are dropped and others share their first tokens.
+    score: by which beams are ranked, best first in each group: log-probability, with its Gumbel
+    noise if the beam is stochastic; -inf where there is no step. None with other methods.
     """
 
     tokens: Int32[Array, "R S"]
@@ -43,6 +52,8 @@ class DecodedSteps:
     values: tuple[Float[Array, "R G S E"], ...]
     answers: AnswerState
     num_calls: Int32[Array, ""]
+    forwarded_tokens: Int32[Array, "R"]
+    score: Float32[Array, "R"] | None = None
 
 
 @struct
@@ -51,6 +62,13 @@ class _Loop:
     ended: Bool[Array, "R"]
     step: StepState
     out: DecodedSteps
+
+
+# What moves with a beam, the caches and the score apart.
+_BEAM_FIELDS = (
+    "tokens", "length", "terminal", "logprob", "behaviour_logprob", "confidence", "hidden",
+    "answers",
+)  # fmt: skip
 
 
 def decode_steps(
@@ -72,23 +90,48 @@ def decode_steps(
     """Samples one step for every row.
 
     Args:
-      keys: one per row; token t of a row depends on its key and t alone.
+      keys: one per row; token t of a row depends on its key and t alone, or on those of the first
+        row of its group if the method is a beam.
       hidden: the state each row's context ended with.
       starts: position of each row's first new token.
-      limits: most tokens a row may take (0: the row is idle).
-      num_siblings: consecutive rows that grow from one node (diverse beam search compares them).
+      limits: most tokens a row may take (0: the row is idle). Beams of one group have one limit,
+        the smallest of the rows that are not idle.
+      num_siblings: consecutive rows that grow from one node; beam methods compare them.
       num_slots: S of the step caches, at least the rule's max_tokens; a whole number of pages.
+
+    Raises:
+      ValueError: the rows are no whole number of groups.
     """
+    if limits.shape[0] % num_siblings:
+        raise ValueError(f"{limits.shape[0]} rows are no multiple of num_siblings={num_siblings}")
     positions = starts[:, None] + jnp.arange(num_slots, dtype=jnp.int32)
+    score = None
+    if sampling.method in BEAM_METHODS:
+        limits, score = begin_beams(
+            keys, limits, sampling, num_siblings=num_siblings, num_slots=num_slots
+        )
 
     def body(loop: _Loop) -> _Loop:
-        active = ~loop.ended
         logits = unembed(params, loop.out.hidden, cfg=cfg)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.index)
-        choice = choose_tokens(row_keys, logits, active, sampling, num_siblings=num_siblings)
+        if loop.out.score is None:
+            active = ~loop.ended
+            choice = choose_tokens(row_keys, logits, active, sampling, num_siblings=num_siblings)
+        else:
+            growth = grow_beams(
+                row_keys,
+                logits,
+                loop.out.score,
+                loop.out.behaviour_logprob,
+                loop.ended,
+                limits > 0,
+                sampling,
+                num_siblings=num_siblings,
+            )
+            loop, active, choice = _move_beams(loop, growth), growth.grew, growth.choice
         token = jnp.where(active, choice.token, 0)
         attend = make_decode_attend(cfg, contexts, positions, loop.index)
-        new_hidden, (new_keys, new_values) = forward(
+        new_hidden, caches = forward(
             params,
             token[:, None],
             jax.lax.dynamic_slice_in_dim(positions, loop.index, 1, axis=1),
@@ -97,30 +140,58 @@ def decode_steps(
             state=(loop.out.keys, loop.out.values),
         )
         step, ended, terminal = update_step(rule, loop.step, token)
-        length = loop.out.length + active
-        confidence = token_confidence(choice.logprob, choice.top_logprobs)
-        kept = active.astype(jnp.float32)
-        out = dataclasses.replace(
-            loop.out,
-            tokens=jax.lax.dynamic_update_slice_in_dim(
-                loop.out.tokens, token[:, None], loop.index, axis=1
-            ),
-            length=length,
-            terminal=loop.out.terminal | (active & terminal),
-            logprob=loop.out.logprob + kept * choice.logprob,
-            behaviour_logprob=loop.out.behaviour_logprob + kept * choice.behaviour_logprob,
-            confidence=loop.out.confidence + kept * confidence,
-            hidden=jnp.where(active[:, None], new_hidden[:, 0], loop.out.hidden),
-            keys=new_keys,
-            values=new_values,
-            answers=_keep(active, update_answer(answer_rule, loop.out.answers, token), loop),
-            num_calls=loop.out.num_calls + 1,
-        )
-        ended = loop.ended | ended | (length >= limits)
+        answers = _keep(active, update_answer(answer_rule, loop.out.answers, token), loop)
+        out = _add_token(loop, active, choice, token, terminal, new_hidden[:, 0], answers, caches)
+        ended = ~active | ended | (out.length >= limits)
         return _Loop(loop.index + 1, ended, step, out)
 
-    loop = _begin(hidden, answers, limits, cfg, num_slots)
+    loop = _begin(hidden, answers, limits, score, cfg, num_slots)
     return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
+
+
+def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
+    """Gives every row what the beam that takes it has written so far."""
+    old = loop.out
+    own_rows = jnp.arange(growth.parent.shape[1])
+
+    def move(tree):
+        return jax.tree.map(lambda array: follow(array, growth.parent), tree)
+
+    # Stochastic beams keep their order as long as none is dropped: the best offer of each has its
+    # beam's own score. Before the first token there is nothing to move.
+    moved = (growth.parent != own_rows).any() & (loop.index > 0)
+    caches = jax.lax.cond(moved, move, lambda tree: tree, (old.keys, old.values))
+    out = dataclasses.replace(
+        old,
+        keys=caches[0],
+        values=caches[1],
+        score=growth.score,
+        **{name: move(getattr(old, name)) for name in _BEAM_FIELDS},
+    )
+    return dataclasses.replace(loop, step=move(loop.step), out=out)
+
+
+def _add_token(
+    loop: _Loop, active, choice: Choice, token, terminal, hidden, answers, caches
+) -> DecodedSteps:
+    """The steps with the new token behind them in active rows."""
+    old, kept = loop.out, active.astype(jnp.float32)
+    confidence = token_confidence(choice.logprob, choice.top_logprobs)
+    return dataclasses.replace(
+        old,
+        tokens=jax.lax.dynamic_update_slice_in_dim(old.tokens, token[:, None], loop.index, axis=1),
+        length=old.length + active,
+        terminal=old.terminal | (active & terminal),
+        logprob=old.logprob + kept * choice.logprob,
+        behaviour_logprob=old.behaviour_logprob + kept * choice.behaviour_logprob,
+        confidence=old.confidence + kept * confidence,
+        hidden=jnp.where(active[:, None], hidden, old.hidden),
+        keys=caches[0],
+        values=caches[1],
+        answers=answers,
+        num_calls=old.num_calls + 1,
+        forwarded_tokens=old.forwarded_tokens + active,
+    )
 
 
 def _keep(active, new: AnswerState, loop: _Loop) -> AnswerState:
@@ -132,7 +203,7 @@ def _keep(active, new: AnswerState, loop: _Loop) -> AnswerState:
     return jax.tree.map(pick, new, loop.out.answers)
 
 
-def _begin(hidden, answers, limits, cfg, num_slots) -> _Loop:
+def _begin(hidden, answers, limits, score, cfg, num_slots) -> _Loop:
     rows = limits.shape[0]
     number = jnp.zeros_like(limits)
     real = number.astype(jnp.float32)
@@ -150,5 +221,8 @@ def _begin(hidden, answers, limits, cfg, num_slots) -> _Loop:
         values=(empty,) * cfg.num_layers,
         answers=answers,
         num_calls=number.sum(),
+        forwarded_tokens=number,
+        score=score,
     )
-    return _Loop(number.sum(), limits <= 0, init_step_state(number), out)
+    idle = limits <= 0 if score is None else score == -jnp.inf
+    return _Loop(number.sum(), idle, init_step_state(number), out)

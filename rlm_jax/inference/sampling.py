@@ -8,7 +8,7 @@ after temperature and truncation), which policy gradients need.
 
 Filters apply in the order temperature, top-k, top-p, min-p, each on the distribution that the one
 before left (spec A10, golden G41). Diverse beam search is arXiv 1610.02424 with one beam a group,
-as x1 uses it (golden G40).
+as x1 uses it (golden G40). Beams that displace one another are the business of `beam.py`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, Key
 
-METHODS = ("sample", "greedy", "diverse_beam")
+METHODS = ("sample", "greedy", "diverse_beam", "beam", "stochastic_beam")
 NUM_ALTERNATIVES = 5
 _BLOCK = 256
 
@@ -29,8 +29,11 @@ _BLOCK = 256
 class SamplingConfig:
     """How tokens are chosen.
 
-    method: "sample", "greedy", or "diverse_beam" (siblings are decoded in order, and each earlier
-    sibling that took a token at the same place costs it `diversity`). temperature > 0.
+    method: "sample"; "greedy"; "diverse_beam" (siblings are decoded in order, and each earlier
+    sibling that took a token at the same place costs it `diversity`); "stochastic_beam" (siblings
+    are a sample of whole steps without replacement) and "beam" (the likeliest steps), both of what
+    temperature and truncation leave, best first, rows empty if there are fewer (`beam.py`).
+    temperature > 0.
     top_k: 0 for all. top_p in (0, 1]. min_p in [0, 1). max_candidates: how many of the likeliest
     tokens top-p and min-p may choose among when no top_k bounds them.
     """
@@ -88,11 +91,10 @@ def choose_tokens(
     """One token for each row; siblings are `num_siblings` consecutive rows.
 
     `active` matters to diverse beam search alone: rows that have ended take no token from others.
+    Beams, which change rows, are `beam.grow_beams`' to extend.
     """
     norm = jax.nn.logsumexp(logits, -1)
-    num_top = min(_num_candidates(cfg, logits.shape[-1], num_siblings), logits.shape[-1])
-    # The barrier keeps uses that slice the result from turning it into a sort of the vocabulary.
-    top, top_ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, num_top))
+    top, top_ids = top_tokens(logits, num_candidates(cfg, logits.shape[-1], num_siblings))
     top_logprobs = top - norm[:, None]
     if cfg.method == "greedy":
         token, behaviour = top_ids[:, 0], jnp.zeros_like(norm)
@@ -105,6 +107,26 @@ def choose_tokens(
         token, behaviour = _sample_all(keys, logits / cfg.temperature)
     logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - norm
     return Choice(token, logprob, behaviour, top_logprobs[:, :NUM_ALTERNATIVES])
+
+
+def num_candidates(cfg: SamplingConfig, num_vocab: int, num_siblings: int) -> int:
+    """How many of the likeliest tokens a method looks at, those that confidence needs included."""
+    needed = NUM_ALTERNATIVES
+    if cfg.method in ("diverse_beam", "beam"):
+        # Siblings can keep num_siblings - 1 tokens from one of them, or all come from one beam.
+        needed = max(needed, num_siblings)
+    if cfg.method in ("sample", "beam", "stochastic_beam") and cfg.truncates:
+        needed = max(needed, cfg.top_k or cfg.max_candidates)
+    return min(needed, num_vocab)
+
+
+def top_tokens(
+    scores: Float32[Array, "R V"], num_top: int
+) -> tuple[Float32[Array, "R C"], Int32[Array, "R C"]]:
+    """The best scores and their token ids, best first."""
+    # The barrier keeps uses that slice the result from turning it into a sort of the vocabulary.
+    top, ids = jax.lax.optimization_barrier(jax.lax.top_k(scores, num_top))
+    return top, ids
 
 
 def filter_candidates(
@@ -145,16 +167,6 @@ def token_confidence(
     last = jnp.where(among, top_logprobs[..., -1], chosen_logprob)
     top = jnp.concatenate([top_logprobs[..., :-1], last[..., None]], -1)
     return jnp.exp(chosen_logprob - jax.nn.logsumexp(top, -1))
-
-
-def _num_candidates(cfg: SamplingConfig, num_vocab: int, num_siblings: int) -> int:
-    needed = NUM_ALTERNATIVES
-    if cfg.method == "diverse_beam":
-        # num_siblings - 1 penalised tokens leave the best other one among the top num_siblings.
-        needed = max(needed, num_siblings)
-    elif cfg.method == "sample" and cfg.truncates:
-        needed = max(needed, cfg.top_k or cfg.max_candidates)
-    return min(needed, num_vocab)
 
 
 def _sample_candidates(keys, logits, top, top_ids, cfg):

@@ -19,6 +19,8 @@ by side, and every array's leading dimension splits over the batch axes, so that
 its own and without collectives.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -165,7 +167,8 @@ def update_priorities(
     cleared = replay.priority.at[slots].set(0.0)
     raised = cleared.at[slots].max(_clean(priority))
     # An empty buffer was sampled at slots that hold nothing.
-    return replay.replace(priority=jnp.where(_is_used(replay), raised, replay.priority))
+    raised = jnp.where(_is_used(replay), raised, replay.priority)
+    return dataclasses.replace(replay, priority=raised)
 
 
 def _clean(priority: Array) -> Array:

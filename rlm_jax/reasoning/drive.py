@@ -3,9 +3,10 @@
 The compiled driver is a `lax.while_loop` over expand, tell and ask: nothing leaves the device until
 every structure of the batch is done, or a chunk of rounds is (`advance`), after which the host may
 look, save, or hand finished slots to new problems. The host drivers are Python loops over the same
-functions, for expanders that are not JAX programs (remote models, tools): `run_host` in step,
-`run_apart` with every structure at its own pace and many requests in flight. All give equal
-structures for equal keys: a node's randomness is its problem's key and its own number.
+functions, for expanders that are not JAX programs (remote models, tools): `advance_host` and
+`run_host` in step, `run_apart` with every structure at its own pace and many requests in flight.
+All give equal structures for equal keys: a node's randomness is its problem's key and its own
+number.
 """
 
 import concurrent.futures
@@ -16,12 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Int32, Key, PyTree
 from rlm_jax.reasoning.operators.traversal import share_votes
 from rlm_jax.reasoning.protocol import Expand, Keys, Request, State, Strategy, World
 from rlm_jax.reasoning.structure import NO_NODE, Structure, tokens_left
+from rlm_jax.reasoning.trace import Trace, clear_rows, log_round, make_trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +49,6 @@ class Limits:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.min_share is not None and not 0 < self.min_share <= 1:
             raise ValueError(f"min_share must be in (0, 1] or None, got {self.min_share}")
-
-
-@struct
-class Trace:
-    """What was requested, round by round: the operator log in its compact form.
-
-    nodes, operators: [B, R, W]; rounds beyond R are not kept.
-    """
-
-    nodes: Int32[Array, "B R W"]
-    operators: Int32[Array, "B R W"]
 
 
 @struct
@@ -102,12 +94,7 @@ def start(
     state = strategy.init(structure, keys)
     proven = structure.proven.any(-1)
     request = _ask(strategy, state, structure, keys, proven, limits)
-    trace = None
-    if trace_rounds:
-        empty = jnp.broadcast_to(
-            request.nodes[:, None] * 0, (keys.shape[0], trace_rounds, strategy.num_lanes)
-        )
-        trace = Trace(empty + NO_NODE, empty)
+    trace = make_trace(structure, request, trace_rounds) if trace_rounds else None
     rounds = structure.num_nodes * 0
     return Search(keys, structure, state, world, request, proven, rounds, trace)
 
@@ -177,7 +164,7 @@ def replace_rows(
     keys, state = jax.tree.map(put, (search.keys, search.state), (keys, fresh))
     trace = search.trace
     if trace is not None:
-        trace = jax.tree.map(lambda log: put(log, jnp.full_like(log[:1], NO_NODE)), trace)
+        trace = clear_rows(trace, rows, structure)
     proven = structure.proven.any(-1)
     return Search(
         keys=keys,
@@ -207,6 +194,40 @@ def run_compiled(
     return search.structure, search.world
 
 
+def advance_host(
+    strategy: Strategy,
+    expand: Expand,
+    params: PyTree,
+    search: Search,
+    on_round: Callable[[int, Structure], None] | None = None,
+    *,
+    limits: Limits = Limits(),
+    max_rounds: int | None = None,
+    min_finished: int | None = None,
+) -> Search:
+    """`advance` with the loop on the host; `expand` may be any Python function.
+
+    Args:
+      on_round: called after each round with its number and the structure so far.
+    """
+    tell_and_ask, _ = _host_functions(strategy, limits)
+    still = np.asarray(search.running)
+    num_rounds = 0
+    while True:
+        running = np.asarray(search.running)
+        finished = (still & ~running).sum()
+        enough = max_rounds is not None and num_rounds >= max_rounds
+        if enough or not running.any() or (min_finished is not None and finished >= min_finished):
+            return search
+        outcome, world = expand(params, search.keys, search.world, search.structure, search.request)
+        # Worlds of other expanders are no arrays: they go around what is compiled.
+        search = tell_and_ask(dataclasses.replace(search, world=None), outcome)
+        search = dataclasses.replace(search, world=world)
+        num_rounds += 1
+        if on_round is not None:
+            on_round(num_rounds, search.structure)
+
+
 def run_host(
     strategy: Strategy,
     expand: Expand,
@@ -218,23 +239,11 @@ def run_host(
     *,
     limits: Limits = Limits(),
 ) -> tuple[Structure, World]:
-    """The same search with the loop on the host; `expand` may be any Python function.
-
-    Args:
-      on_round: called after each round with its number and the structure so far.
-    """
-    ask, tell, init = _host_functions(strategy, limits)
-    state = init(structure, keys)
-    num_rounds = 0
-    while True:
-        request = ask(state, structure, keys)
-        if not bool(request.active.any()):
-            return structure, world
-        outcome, world = expand(params, keys, world, structure, request)
-        state, structure = tell(state, structure, request, outcome)
-        num_rounds += 1
-        if on_round is not None:
-            on_round(num_rounds, structure)
+    """`start` and `advance_host` to the end."""
+    _, begin = _host_functions(strategy, limits)
+    search = dataclasses.replace(begin(keys, None, structure), world=world)
+    search = advance_host(strategy, expand, params, search, on_round, limits=limits)
+    return search.structure, search.world
 
 
 def run_apart(
@@ -368,24 +377,23 @@ def _grow(strategy, expand, params, search, width) -> Search:
             asked, nodes=asked.nodes[:, :width], operator=asked.operator[:, :width]
         )
     outcome, world = expand(params, search.keys, search.world, search.structure, request)
+    return dataclasses.replace(_tell(strategy, search, request, outcome), world=world)
+
+
+def _tell(strategy, search, request, outcome) -> Search:
+    """The search with an outcome in it; its request and its world are left as they were."""
     state, structure = strategy.tell(search.state, search.structure, request, outcome)
     solved = outcome.proven & outcome.terminal & outcome.valid & ~outcome.duplicate
-    proven = search.proven | solved.any((1, 2))
     trace = search.trace
     if trace is not None:
-        rows = jnp.arange(asked.nodes.shape[0])
-        at = jnp.where(search.running, search.rounds, trace.nodes.shape[1])
-        trace = Trace(
-            trace.nodes.at[rows, at].set(asked.nodes, mode="drop"),
-            trace.operators.at[rows, at].set(asked.operator, mode="drop"),
+        trace = log_round(
+            trace, search.rounds, search.request, outcome, search.structure, structure
         )
-    return Search(
-        keys=search.keys,
+    return dataclasses.replace(
+        search,
         structure=structure,
         state=state,
-        world=world,
-        request=asked,
-        proven=proven,
+        proven=search.proven | solved.any((1, 2)),
         rounds=search.rounds + search.running,
         trace=trace,
     )
@@ -437,6 +445,11 @@ def _is_settled(structure: Structure, proven: Bool[Array, "B"], limits: Limits) 
 
 @functools.cache
 def _host_functions(strategy: Strategy, limits: Limits):
-    """Jitted ask, tell and init of a strategy: searches of one shape share their programs."""
-    ask = functools.partial(next_request, strategy, limits=limits)
-    return jax.jit(ask), jax.jit(strategy.tell), jax.jit(strategy.init)
+    """Jitted parts of a host search: searches of one shape share their programs."""
+
+    def tell_and_ask(search, outcome):
+        search = _tell(strategy, search, search.request, outcome)
+        request = _ask(strategy, search.state, search.structure, search.keys, search.proven, limits)
+        return dataclasses.replace(search, request=request)
+
+    return jax.jit(tell_and_ask), jax.jit(functools.partial(start, strategy, limits=limits))

@@ -32,7 +32,7 @@ class TokenBytes:
       starts: where each token's bytes begin; one more entry for where the last end.
     """
 
-    pieces: Shaped[Array, "N"]
+    pieces: Shaped[Array, "Y"]
     starts: Int32[Array, "U"]
 
 

@@ -160,9 +160,11 @@ def work_out(expression: str) -> tuple[int, list[str]]:
             want_number = False
         else:
             raise ValueError(f"{token!r} in {expression!r} is none of 0-9 + - * / ( )")
-    _reduce(values, pending, 0, lines)
-    if want_number or pending:
+    if want_number:
         raise ValueError(f"{expression!r} ends too early")
+    _reduce(values, pending, 0, lines)
+    if pending:
+        raise ValueError(f"a bracket is left open in {expression!r}")
     return values[0], lines
 
 

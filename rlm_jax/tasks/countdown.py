@@ -26,6 +26,7 @@ import numpy as np
 
 from rlm_jax.tasks.answers import find_marked
 from rlm_jax.tasks.base import Example, Gold, Message, Problem, Task, Verdict, judge, make_chat
+from rlm_jax.tasks.countdown_device import DEVICE_TASK
 from rlm_jax.tasks.countdown_solver import OPERATORS, count_below, count_solutions
 from rlm_jax.tasks.expressions import parse, strip_result, write_canonically
 
@@ -66,10 +67,10 @@ def make_problem(numbers: tuple[int, ...], target: int, id: str = "") -> Problem
     """The puzzle of `numbers` and `target`, which also stand in its `data`.
 
     Raises:
-      ValueError: fewer than two numbers, or one that is no whole number >= 0.
+      ValueError: fewer than two numbers, or one outside of 0 to 999999.
     """
     for number in (*numbers, target):
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 10**6:
+        if not 0 <= number < 10**6:
             raise ValueError(f"{number!r} is no whole number from 0 to 999999")
     if len(numbers) < 2:
         raise ValueError(f"Countdown takes two numbers or more, got {list(numbers)}")
@@ -199,6 +200,9 @@ def load(path: str | os.PathLike[str]) -> list[Example]:
 def _read_row(row: Any, id: str) -> Problem:
     if not isinstance(row, dict) or not isinstance(row.get("numbers"), list):
         raise ValueError('expected an object with "numbers" (a list) and "target"')
+    for number in (*row["numbers"], row.get("target")):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"{number!r} is no whole number")
     return make_problem(tuple(row["numbers"]), row.get("target"), str(row.get("id", id)))
 
 
@@ -222,14 +226,16 @@ Line = tuple[int, str, int, int, "list[int] | None"]
 def _read_lines(text: str) -> list[Line] | None:
     """left, operator, right, result and what is left, of every line; None where one is none."""
     lines: list[Line] = []
-    for line in text.strip(" \n").split("\n"):
+    for line in text.split("\n"):
+        if not line.strip(" "):
+            continue
         match = _LINE.fullmatch(line.lstrip(" "))
         if match is None or max(map(len, re.findall("[0-9]+", line))) > 9:
             return None
         left, sign, right, result, rest = match.groups()
         kept = None if rest is None else sorted(map(int, rest.split()))
         lines.append((int(left), sign, int(right), int(result), kept))
-    return lines
+    return lines or None
 
 
 def _find_wrong_line(state: list[int], target: int, lines: list[Line]) -> str | None:
@@ -281,4 +287,5 @@ TASK = Task(
     load=load,
     generate=generate,
     notation=notation,
+    device=DEVICE_TASK,
 )

@@ -39,10 +39,10 @@ def demonstrate(
         wrong = (moves.legal & (below == 0)).astype(float)
         errs = (rng.random(len(rows)) < wrong_share) & (wrong.sum(-1) > 0) & (states.shape[1] > 2)
         taken = _draw(rng, np.where(errs[:, None], wrong, weight))
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows.tolist()):
             choices = tuple(
                 (write_move(moves, i, move), float(weight[i, move]))
-                for move in np.flatnonzero(weight[i])
+                for move in np.flatnonzero(weight[i]).tolist()
             )
             text = write_move(moves, i, int(taken[i]))
             steps[row].append(Step(text, choices, 0.0 if errs[i] else 1.0))
@@ -54,7 +54,7 @@ def demonstrate(
     return [
         Demonstration(write_state(target, state) + "\n", tuple(walk), not failed, None)
         for target, state, walk, failed, keep in zip(
-            targets, numbers, steps, lost, clean, strict=True
+            targets.tolist(), numbers, steps, lost, clean, strict=True
         )
         if keep
     ]
@@ -73,10 +73,10 @@ def demonstrate_openings(
     weight = weigh_moves(below, sharpness)
     taken = _draw(rng, weight)
     demonstrations = []
-    for row, (state, target) in enumerate(zip(numbers, targets, strict=True)):
+    for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
         choices = tuple(
             (_write_opening(moves, row, move), float(weight[row, move]))
-            for move in np.flatnonzero(weight[row])
+            for move in np.flatnonzero(weight[row]).tolist()
         )
         step = Step(_write_opening(moves, row, int(taken[row])), choices, None)
         demonstrations.append(

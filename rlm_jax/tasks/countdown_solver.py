@@ -36,7 +36,7 @@ class Moves(NamedTuple):
 
 def list_moves(states: np.ndarray) -> Moves:
     """The moves of `states` [R, n], sorted rows of whole numbers >= 0, n >= 2."""
-    num_rows, size = states.shape
+    size = states.shape[1]
     low, high = np.triu_indices(size, 1)
     smaller = np.repeat(states[:, low], len(OPERATORS), axis=1)
     larger = np.repeat(states[:, high], len(OPERATORS), axis=1)
@@ -52,7 +52,7 @@ def list_moves(states: np.ndarray) -> Moves:
     rest = np.array([[k for k in range(size) if k not in pair] for pair in pairs], int)
     kept = np.repeat(states[:, rest.reshape(len(low), -1)], len(OPERATORS), axis=1)
     children = np.sort(np.concatenate([kept, result[..., None]], axis=-1), axis=-1)
-    return Moves(larger, smaller, operator, result, legal, children.reshape(num_rows, -1, size - 1))
+    return Moves(larger, smaller, operator, result, legal, children)
 
 
 def count_solutions(states: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -131,4 +131,14 @@ def _combine(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> list[tu
     return results
 
 
-TASK = Task("game24", 2, True, prompt, extract, verify, load=load, notation=notation)
+TASK = Task(
+    "game24",
+    2,
+    True,
+    prompt,
+    extract,
+    verify,
+    load=load,
+    notation=notation,
+    device=countdown.DEVICE_TASK,
+)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 from running import run_program
+from solving import NUM_PROBLEMS, PROBLEMS, SMOKE, write_problems
 
 from rlm_jax.evaluation import build
 
@@ -34,3 +35,15 @@ def no_model(monkeypatch):
         raise AssertionError(f"a model was loaded: {args}")
 
     monkeypatch.setattr(build, "load_policy", load)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(solve, tmp_path_factory):
+    """Six problems without answers, searched in one go: the folder of their records."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = solve(*SMOKE, write_problems(folder / "p.jsonl", PROBLEMS), f"--out={folder}")
+    assert done.status == 0, done.err
+    assert f"gumbel: {NUM_PROBLEMS} records, " in done.out
+    assert f"records: {folder}/records.jsonl\n" in done.out
+    assert "correct" not in done.out
+    return folder

@@ -1,71 +1,28 @@
 """experiments/solve.py as a user meets it: what it prints, keeps, refuses and survives."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from running import ROOT
+from replay import replay
+from solving import (
+    NUM_PROBLEMS,
+    PROBLEMS,
+    SMOKE,
+    assert_refused,
+    assert_same_search,
+    records_of,
+    start,
+    without,
+    write_problems,
+)
 
-from rlm_jax.data.records import RecordWriter, read_records
+from rlm_jax.data.records import read_records
 from rlm_jax.evaluation import build, solver
 from rlm_jax.text.tokenizer import ByteTokenizer
 
-# Wide buckets: all short questions share one compiled program.
-SMOKE = ("--config=configs/smollm2.py:smoke", "--config.bucket_tokens=256")
-NUM_PROBLEMS = 6
-PROBLEMS = [{"id": f"p{i}", "question": f"What is {i} + {3 * i}?"} for i in range(NUM_PROBLEMS)]
 MARKER = "ZEBRA 7261"
-
-
-def write_problems(path, problems):
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    return f"--problems={path}"
-
-
-def records_of(folder):
-    return {record["id"]: record for record in read_records(folder / "records.jsonl")}
-
-
-def without(record, *fields):
-    return {name: value for name, value in record.items() if name not in ("seconds", *fields)}
-
-
-def assert_same_search(one, other, tolerance=1e-5):
-    """Equal records but for the clock; floats within `tolerance`."""
-
-    def compare(a, b, name):
-        if isinstance(a, dict):
-            assert a.keys() == b.keys(), name
-            for key in a:
-                compare(a[key], b[key], f"{name}.{key}")
-        elif isinstance(a, list):
-            assert len(a) == len(b), name
-            for i, (x, y) in enumerate(zip(a, b, strict=True)):
-                compare(x, y, f"{name}[{i}]")
-        elif isinstance(a, float) and isinstance(b, float):
-            assert a == pytest.approx(b, abs=tolerance), name
-        else:
-            assert a == b, name
-
-    compare(without(one), without(other), "record")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(solve, tmp_path_factory):
-    """Six problems without answers, searched in one go: the folder of their records."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = solve(*SMOKE, write_problems(folder / "p.jsonl", PROBLEMS), f"--out={folder}")
-    assert done.status == 0, done.err
-    assert f"gumbel: {NUM_PROBLEMS} records, " in done.out
-    assert f"records: {folder}/records.jsonl\n" in done.out
-    assert "correct" not in done.out
-    return folder
 
 
 def test_one_question_three_ways(solve, tmp_path):
@@ -177,6 +134,15 @@ def test_the_token_that_ends_a_solution_is_no_part_of_the_answer(solve, tmp_path
     found = records_of(tmp_path / "one").values()
     ended = [r for r in found if r["answer"] and r["nodes"][r["chosen"][-1]]["terminal"]]
     assert any(r["nodes"][r["chosen"][-1]]["tokens"][-1] == 42 for r in ended)
+    early = solve(*first, f"--out={tmp_path}/early", "--stop_value=-1")
+    assert early.status == 0
+    for name, record in records_of(tmp_path / "early").items():
+        whole = records_of(tmp_path / "one")[name]
+        assert record["config"] == whole["config"] | {"stop_value": -1.0}
+        solved = [n["budget"] for n in whole["nodes"] if n["terminal"] and n["alive"]]
+        # A round is finished once it has begun.
+        spent = min(solved, default=whole["budget"]["generated_tokens"])
+        assert record["budget"]["generated_tokens"] == spent
     golds = {r["id"]: r["answer"] for r in ended}
     graded = [p | {"answer": golds[p["id"]]} for p in problems if p["id"] in golds]
     second = (*SMOKE, write_problems(tmp_path / "q.jsonl", graded), "--strategy=puct")
@@ -283,6 +249,24 @@ def test_the_seed_and_nothing_else_decides(solve, undisturbed, tmp_path):
             assert not same or without(record) == without(before[name])
 
 
+def test_a_mesh_gives_the_same_records_and_the_log_rebuilds_them(solve, undisturbed, tmp_path):
+    flags = (f"--problems={undisturbed}/p.jsonl", f"--out={tmp_path}", "--trace")
+    mesh = ("--mesh=replica=2,data=2,model=2", "--config.batch_size=4")
+    done = solve(*SMOKE, *flags, *mesh)
+    assert (done.status, done.err) == (0, "")
+    found, before = records_of(tmp_path), records_of(undisturbed)
+    assert set(found) == set(before)
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == list(found)
+    for line in lines:
+        record = found[line["id"]]
+        assert_same_search(record, before[line["id"]], tolerance=1e-4)
+        assert (line["strategy"], line["seed"]) == ("gumbel", 0)
+        alive, parents = replay([(event["op"], event["nodes"]) for event in line["events"]])
+        assert alive == [node["alive"] for node in record["nodes"]]
+        assert parents == [node["parents"] for node in record["nodes"]]
+
+
 def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undisturbed, tmp_path):
     problems = [{"id": "endless", "question": 2000 * "why "}, PROBLEMS[0]]
     flags = (*SMOKE, write_problems(tmp_path / "p.jsonl", problems), f"--out={tmp_path}")
@@ -296,75 +280,6 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
         )
         assert "gumbel: 1 records, " in done.out
     assert list(records_of(tmp_path)) == ["p0"]
-
-
-def test_an_interruption_between_records_keeps_them(solve, undisturbed, tmp_path, monkeypatch):
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    write = RecordWriter.write
-
-    def write_and_stop(self, record):
-        write(self, record)
-        if len(records_of(tmp_path)) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(RecordWriter, "write", write_and_stop)
-    done = solve(*SMOKE, f"--problems={undisturbed}/p.jsonl", f"--out={tmp_path}")
-    assert (done.status, done.err) == (130, "\nsolve.py: stopped\n")
-    assert list(records_of(tmp_path)) == list(records_of(undisturbed))[:3]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-def test_signals_anywhere_lose_nothing(solve, cache, tmp_path):
-    """Two processes of their own, ended by Ctrl-C and SIGTERM, and a third run to the end."""
-    problems = [{"id": f"q{i}", "question": f"What is {i} + 1?"} for i in range(100)]
-    out = tmp_path / "out"
-    flags = (*SMOKE, write_problems(tmp_path / "p.jsonl", problems))
-    written = b""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        process = start(*flags, f"--out={out}", f"--compilation_cache={cache}/own")
-        wait_for_growth(process, out / "records.jsonl", len(written))
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert err == "\nsolve.py: stopped; finished records are kept, the same command goes on\n"
-        after = (out / "records.jsonl").read_bytes()
-        assert after.startswith(written)
-        assert len(after) > len(written)
-        written = after
-    assert 0 < len(records_of(out)) < len(problems)
-    assert solve(*flags, f"--out={out}").status == 0
-    assert (out / "records.jsonl").read_bytes().startswith(written)
-
-    assert solve(*flags, f"--out={tmp_path}/whole").status == 0
-    found, expected = records_of(out), records_of(tmp_path / "whole")
-    assert len(list(read_records(out / "records.jsonl"))) == len(found) == len(problems)
-    for name in expected:
-        assert_same_search(found[name], expected[name])
-
-
-def start(*flags):
-    return subprocess.Popen(
-        [sys.executable, ROOT / "experiments/solve.py", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_growth(process, path, size, timeout_seconds=600):
-    deadline = time.monotonic() + timeout_seconds
-    while not path.exists() or path.stat().st_size <= size:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "nothing was written"
-        time.sleep(0.002)
-
-
-def assert_refused(done, message):
-    """Status 2, nothing printed but one line that says what is wrong."""
-    assert done.status == 2
-    assert re.fullmatch(rf"solve\.py: [^\n]*{message}[^\n]*\n", done.err), done.err
-    assert done.out == ""
 
 
 @pytest.mark.usefixtures("no_model")
@@ -390,6 +305,19 @@ def assert_refused(done, message):
         ([*SMOKE, "--question=x", "--seed=-1"], "--seed=-1: -1 is not an integer in the range"),
         ([*SMOKE, "--question=x", "--limit=0"], "--limit=0: 0 is not a positive"),
         ([*SMOKE, "--question=x", "--out=README.md"], "--out=README.md is a file"),
+        ([*SMOKE, "--question=x", "--trace"], "--trace needs a folder: name one by --out"),
+        ([*SMOKE, "--question=x", "--stop_share=0"], r"--stop_share=0\.0: accepted is above 0"),
+        ([*SMOKE, "--question=x", "--stop_share=1.1"], r"--stop_share=1\.1: accepted is above 0"),
+        ([*SMOKE, "--question=x", "--stop_value=nan"], "--stop_value=nan: accepted are finite"),
+        ([*SMOKE, "--question=x", "--stop_solutions=0"], "--stop_solutions=0: 0 is not a pos"),
+        ([*SMOKE, "--question=x", "--mesh=data=3"], "--mesh=data=3: mesh .* needs a product of 8"),
+        ([*SMOKE, "--question=x", "--mesh=rows=8"], "'rows=8' is not accepted: name each of repl"),
+        ([*SMOKE, "--question=x", "--mesh=data=4,data=2"], "'data=2' is not accepted"),
+        ([*SMOKE, "--question=x", "--mesh=data"], "--mesh=data: 'data' is not accepted"),
+        (
+            [*SMOKE, "--question=x", "--mesh=data=8"],
+            "batch_size=2 cannot be split over --mesh=data=8: accepted are multiples of .* 8",
+        ),
         ([*SMOKE, "--question=x", "--out=README.md/x"], "README.md/x: Not a directory"),
         ([*SMOKE, "--question=x", "--stratgy=puct"], "flag 'stratgy'. Did you mean: strategy"),
         ([*SMOKE, "--question=x", "puct"], "not a flag: 'puct'"),

@@ -137,7 +137,7 @@ def test_a_token_outside_the_alternatives_replaces_the_last():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "beam"},
+        {"method": "beams"},
         {"temperature": 0.0},
         {"top_k": -1},
         {"top_p": 0.0},

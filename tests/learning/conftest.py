@@ -24,15 +24,14 @@ def golden(root):
 
 @pytest.fixture(scope="session")
 def plant():
-    """plant(trees, capacity) -> Structure of trees given as lists of nodes.
+    """plant(trees) -> Structure of trees given as lists of nodes; few shapes, few compiles.
 
     A node is a dict: parents (a list, the root's empty), and any statistics of `Structure`.
     """
     return _plant
 
 
-def _plant(trees, capacity=None, num_parents=1):
-    capacity = capacity or max(len(tree) for tree in trees)
+def _plant(trees, capacity=16, num_parents=1):
     structure = make_structure(jnp.asarray([3] * len(trees)), capacity, num_parents=num_parents)
     arrays = {name: np.array(getattr(structure, name)) for name in _WRITTEN}
     for row, tree in enumerate(trees):

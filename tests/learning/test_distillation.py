@@ -19,8 +19,15 @@ from rlm_jax.learning.steps import sum_by_step
 from rlm_jax.learning.targets import value_tree
 from rlm_jax.reasoning.sharding import place_batch, shard_search
 
+SETTINGS = (
+    *("num_children", "rule", "temperature", "value_scale", "visit_offset"),
+    *("min_visits", "min_children"),
+)
+improve = jax.jit(improve_policy, static_argnames=SETTINGS)
+read = jax.jit(value_tree, static_argnames=("rule", "discount"))
 sequence = jax.jit(sequence_distillation)
 siblings_form = jax.jit(sibling_distillation)
+sibling_gradient = jax.jit(jax.grad(lambda *a: sibling_distillation(*a).total))
 
 
 def log_softmax(x):
@@ -42,12 +49,12 @@ def completed_by_hand(q, visits, prior, model_value, value_scale, visit_offset):
 
 def test_weights_of_a_tree_equal_the_definitions(plant, random_tree):
     rng = np.random.default_rng(2)
-    trees = [random_tree(rng, 16) for _ in range(5)]
+    trees = [random_tree(rng, 16) for _ in range(8)]
     structure = plant(trees)
-    rewards = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
-    tree = value_tree(structure, rewards, rule="weighted", discount=0.9)
-    by_q = improve_policy(structure, tree, num_children=16, value_scale=0.3, visit_offset=5.0)
-    by_n = improve_policy(structure, tree, num_children=16, rule="visits", temperature=0.5)
+    rewards = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
+    tree = read(structure, rewards, rule="weighted", discount=0.9)
+    by_q = improve(structure, tree, num_children=16, value_scale=0.3, visit_offset=5.0)
+    by_n = improve(structure, tree, num_children=16, rule="visits", temperature=0.5)
     taught = 0
     for row, nodes in enumerate(trees):
         for i, node in enumerate(nodes):
@@ -79,11 +86,9 @@ def test_weights_of_a_tree_equal_the_definitions(plant, random_tree):
 def test_visit_weights_equal_golden_g54(plant, golden):
     nodes = [{"parents": []}] + [{"parents": [0], "visits": n} for n in (5, 3, 2)]
     structure = plant([nodes])
-    tree = value_tree(structure, jnp.zeros((1, 4)))
+    tree = read(structure, jnp.zeros((1, 16)))
     for temperature, name in ((1.0, "G54_visit_policy_t1"), (0.5, "G54_t.5")):
-        found = improve_policy(
-            structure, tree, num_children=3, rule="visits", temperature=temperature
-        )
+        found = improve(structure, tree, num_children=3, rule="visits", temperature=temperature)
         np.testing.assert_allclose(found.weights[0, 0], golden[name], atol=1e-5)
 
 
@@ -92,8 +97,8 @@ def test_a_proven_child_takes_the_weight(plant):
     nodes = [{"parents": []}]
     nodes += [{"parents": [0], "visits": 1, "prior": p, "terminal": True} for p in (0.6, 0.3, 0.1)]
     structure = plant([nodes])
-    tree = value_tree(structure, jnp.asarray([[0.0, 0.0, 0.0, 1.0]]), rule="max")
-    found = improve_policy(structure, tree, num_children=3, value_scale=1.0)
+    tree = read(structure, jnp.zeros((1, 16)).at[0, 3].set(1.0), rule="max")
+    found = improve(structure, tree, num_children=3, value_scale=1.0)
     assert float(found.weights[0, 0, 2]) > 0.999
 
 
@@ -102,9 +107,9 @@ def test_only_the_first_children_are_kept_and_settings_hold(plant):
     nodes[2]["alive"] = False
     structure = plant([nodes])
     assert list_children(structure, 2)[0, 0].tolist() == [1, 3]
-    tree = value_tree(structure, jnp.zeros((1, 5)))
+    tree = read(structure, jnp.zeros((1, 16)))
     for settings_ in ({"min_visits": 4.0}, {"min_children": 4}):
-        found = improve_policy(structure, tree, num_children=4, **settings_)
+        found = improve(structure, tree, num_children=4, **settings_)
         assert not found.teaches.any()
         assert not found.weights.any()
     with pytest.raises(ValueError, match="boltzmann"):
@@ -139,14 +144,13 @@ def test_the_sibling_form_moves_no_mass_and_rests_at_its_target(seed, scale):
     real = jnp.asarray(rng.random((3, 4)) < 0.7)
     weights = np.where(real, rng.random((3, 4)), 0)
     weights = jnp.asarray(weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9), jnp.float32)
-    grad_fn = jax.grad(lambda x: siblings_form(x, weights, real).total)
-    grad = np.asarray(grad_fn(logprob))
+    grad = np.asarray(sibling_gradient(logprob, weights, real))
     assert np.isfinite(grad).all()
     np.testing.assert_allclose(grad.sum(-1), 0.0, atol=1e-5)
     assert not grad[~np.asarray(real)].any()
     at_target = jnp.log(jnp.maximum(weights, 1e-30)) - 7.0
     assert float(siblings_form(at_target, weights, real).total) == pytest.approx(0, abs=1e-5)
-    np.testing.assert_allclose(grad_fn(at_target), 0.0, atol=1e-5)
+    np.testing.assert_allclose(sibling_gradient(at_target, weights, real), 0.0, atol=1e-5)
 
 
 def test_the_sequence_form_is_weighted_fine_tuning_on_the_steps():
@@ -164,15 +168,15 @@ def test_the_sequence_form_is_weighted_fine_tuning_on_the_steps():
     def by_tokens(logits):
         return cross_entropy(logits, tokens, jnp.where(ids >= 0, weights[:, None], 0.0)).total
 
-    first, second = jax.value_and_grad(by_steps)(logits), jax.value_and_grad(by_tokens)(logits)
+    first, second = (jax.jit(jax.value_and_grad(f))(logits) for f in (by_steps, by_tokens))
     np.testing.assert_allclose(first[0], second[0], rtol=1e-5)
     np.testing.assert_allclose(first[1], second[1], atol=1e-6)
 
 
 def test_eight_devices_see_what_one_sees(plant, random_tree):
     rng = np.random.default_rng(8)
-    structure = plant([random_tree(rng, 9) for _ in range(8)], 9)
-    rewards = jnp.asarray(rng.normal(size=(8, 9)), jnp.float32)
+    structure = plant([random_tree(rng, 9) for _ in range(8)])
+    rewards = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
 
     def run(_, structure, rewards):
         tree = value_tree(structure, rewards)
@@ -183,7 +187,7 @@ def test_eight_devices_see_what_one_sees(plant, random_tree):
     one = jax.jit(run)(jnp.zeros(()), structure, rewards)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), many, one)
     # A total over devices is the total of the batch.
-    logprob = jnp.asarray(-rng.random((8, 9, 4)), jnp.float32)
+    logprob = jnp.asarray(-rng.random((8, 16, 4)), jnp.float32)
     here = sequence(logprob, one.weights)
     there = sequence(*place_batch(mesh, (logprob, one.weights)))
     np.testing.assert_allclose(there.total, here.total, rtol=1e-5)

@@ -1,0 +1,234 @@
+"""Countdown's lines checked on token ids, inside jit: legal, solved, and where they lead.
+
+The one idea: tokens become lexemes (numbers and signs) in one scan, whatever the vocabulary cuts
+them into, and a line is then a fixed pattern of lexemes to compare with the numbers that are left.
+It says what `countdown.verify` says of the same chain of lines. Answers behind an answer mark are
+left to that function, and so are problems that are not in the task's notation: of their steps
+nothing is known here.
+
+A number of over nine digits is no number, here as there.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Int32, UInt32
+from rlm_jax.tasks.device import DeviceTask, StepCheck
+
+MAX_NUMBERS = 8
+MAX_DIGITS = 9
+_NONE = -1
+
+_SIGNS = "+-*/=;:"
+# What a token is: nothing, spaces, the end of a line, anything unknown, a number, or a sign.
+_EMPTY, _SPACE, _NEWLINE, _OTHER, _NUMBER, _SIGN = range(6)
+_PIECE = re.compile(rb"( *)(?:([0-9]{1,9})|([-+*/=;:]))")
+_LINE_PATTERN = 5
+
+
+@struct
+class Tables:
+    """What each token of a vocabulary is.
+
+    value: of a number, or a sign's place in `_SIGNS`. digits: of a number. spaced: begins with a
+    space.
+    """
+
+    kind: Int32[Array, "V"]
+    value: Int32[Array, "V"]
+    digits: Int32[Array, "V"]
+    spaced: Bool[Array, "V"]
+
+
+@struct
+class State:
+    """What is left: `numbers`, falling, -1 where there are fewer; count 0 when it is not known."""
+
+    numbers: Int32[Array, "8"]
+    count: Int32[Array, ""]
+    target: Int32[Array, ""]
+
+
+@struct
+class Lexemes:
+    """The numbers and signs of a text in order.
+
+    signs: place in `_SIGNS`, -1 at numbers and behind the last. values: of numbers. spaced: a space
+    stands before it. count: how many. bad: something else is among them, or behind a newline.
+    ended: the text ends with a newline.
+    """
+
+    signs: Int32[Array, "L"]
+    values: Int32[Array, "L"]
+    spaced: Bool[Array, "L"]
+    count: Int32[Array, ""]
+    bad: Bool[Array, ""]
+    ended: Bool[Array, ""]
+
+
+def make_tables(pieces: Sequence[bytes]) -> Tables:
+    """The tables of a vocabulary, from the bytes of its tokens."""
+    columns = np.zeros((4, len(pieces)), np.int32)
+    for token, piece in enumerate(pieces):
+        columns[:, token] = _read_piece(piece)
+    kind, value, digits, spaced = map(jnp.asarray, columns)
+    return Tables(kind, value, digits, spaced != 0)
+
+
+def begin(tables: Tables, tokens: Int32[Array, "T"], length: Int32[Array, ""]) -> State:
+    """The problem that a prompt in the task's notation states: `24 : 4 4 7 10` and a newline."""
+    # A target, a colon and the numbers.
+    found = _read(tables, tokens, length, 2 + MAX_NUMBERS)
+    count = found.count - 2
+    order = jnp.arange(2 + MAX_NUMBERS)
+    wanted = jnp.where(order == 1, _SIGNS.index(":"), _NONE)
+    known = (found.signs == wanted).all() & ~found.bad & found.ended & (count >= 2)
+    known &= (found.spaced | (order < 2) | (order >= found.count)).all()
+    numbers = jnp.where(order < found.count, found.values, _NONE)[2:]
+    return State(
+        numbers=-jnp.sort(-jnp.where(known, numbers, _NONE)),
+        count=jnp.where(known, count, 0),
+        target=jnp.where(known, found.values[0], 0),
+    )
+
+
+def step(
+    tables: Tables,
+    state: State,
+    tokens: Int32[Array, "S"],
+    length: Int32[Array, ""],
+    ends: Bool[Array, ""],
+) -> StepCheck:
+    """Checks one line, and says what is left behind it."""
+    line = _read(tables, tokens, length, _LINE_PATTERN + 1 + MAX_NUMBERS)
+    left, right, result = line.values[0], line.values[2], line.values[4]
+    sign = line.signs[1]
+    in_shape = _has_shape(line)
+    numbers, has_left = _take_away(state.numbers, left)
+    numbers, has_right = _take_away(numbers, right)
+    numbers = -jnp.sort(-numbers.at[-1].set(result))
+    is_last = state.count == 2
+    rest = _sorted_rest(line)
+    says_rest = jnp.where(is_last, line.count == _LINE_PATTERN, (rest == numbers).all())
+    follows = in_shape & has_left & has_right & _is_right(sign, left, right, result) & says_rest
+    known = state.count > 0
+    solved = known & follows & is_last & (result == state.target)
+    # A line that was cut short may read differently once it goes on.
+    legal = ~known | (follows & (line.ended | ends | solved))
+    after = State(numbers, jnp.where(known, state.count - 1, 0), state.target)
+    return StepCheck(after, legal, solved, jnp.where(known, _hash(after), 0))
+
+
+def _read_piece(piece: bytes) -> tuple[int, int, int, int]:
+    if not piece:
+        return _EMPTY, 0, 0, 0
+    if not piece.strip(b" "):
+        return _SPACE, 0, 0, 1
+    if re.fullmatch(rb" *\n[ \n]*", piece):
+        return _NEWLINE, 0, 0, 0
+    match = _PIECE.fullmatch(piece)
+    if match is None:
+        return _OTHER, 0, 0, 0
+    spaces, number, sign = match.groups()
+    if number is not None:
+        return _NUMBER, int(number), len(number), int(bool(spaces))
+    return _SIGN, _SIGNS.index(sign.decode()), 0, int(bool(spaces))
+
+
+def _read(tables: Tables, tokens: Array, length: Array, most: int) -> Lexemes:
+    """Scans tokens into at most `most` lexemes; more of them are bad."""
+    place = jnp.arange(most)
+
+    def scan(carry, token_and_index):
+        found, digits, after_space = carry
+        token, index = token_and_index
+        kind = jnp.where(index < length, tables.kind[token], _EMPTY)
+        value, width = tables.value[token], tables.digits[token]
+        spaced = after_space | tables.spaced[token]
+        goes_on = (kind == _NUMBER) & (digits > 0) & ~spaced
+        is_new = (kind == _SIGN) | ((kind == _NUMBER) & ~goes_on)
+        count = found.count + is_new
+        here = place == count - 1
+        scale = 10 ** jnp.where(digits + width > MAX_DIGITS, 0, width)
+        before = jnp.where(here, found.values, 0)
+        number = jnp.where(is_new, value, before * scale + value)
+        numeric = kind == _NUMBER
+        digits = jnp.where(numeric, jnp.where(goes_on, digits, 0) + width, digits)
+        digits = jnp.where((kind == _EMPTY) | numeric, digits, 0)
+        speaks = numeric | (kind == _SIGN)
+        bad = found.bad | (kind == _OTHER) | (count > most) | (digits > MAX_DIGITS)
+        bad |= found.ended & (speaks | (kind == _SPACE))
+        found = Lexemes(
+            signs=jnp.where(here & (kind == _SIGN), value, found.signs),
+            values=jnp.where(here & numeric, number, found.values),
+            spaced=jnp.where(here & is_new, spaced, found.spaced),
+            count=count,
+            bad=bad,
+            # A newline before anything else belongs to no line.
+            ended=found.ended | ((kind == _NEWLINE) & (count > 0)),
+        )
+        after_space = jnp.where(kind == _EMPTY, after_space, kind == _SPACE)
+        return (found, digits, after_space), None
+
+    zero = length * 0
+    none = jnp.zeros_like(place) + zero
+    start = Lexemes(none + _NONE, none, none != 0, zero, zero != 0, zero != 0)
+    index = jnp.arange(tokens.shape[0])
+    (found, _, _), _ = jax.lax.scan(scan, (start, zero, zero != 0), (tokens, index))
+    return found
+
+
+def _has_shape(line: Lexemes) -> Bool[Array, ""]:
+    """number operator number = number, and perhaps ; and numbers apart."""
+    order = jnp.arange(line.signs.shape[0])
+    operator = (line.signs[1] >= 0) & (line.signs[1] < 4)
+    wanted = jnp.where(order == 3, _SIGNS.index("="), _NONE)
+    wanted = jnp.where((order == _LINE_PATTERN) & (line.count > order), _SIGNS.index(";"), wanted)
+    fits = (line.signs == wanted) | (order == 1)
+    apart = line.spaced | (order <= _LINE_PATTERN) | (order >= line.count)
+    # A semicolon with nothing behind it is no rest.
+    whole = (line.count == _LINE_PATTERN) | (line.count > _LINE_PATTERN + 1)
+    return operator & fits.all() & apart.all() & whole & ~line.bad
+
+
+def _sorted_rest(line: Lexemes) -> Int32[Array, "8"]:
+    order = jnp.arange(line.values.shape[0])
+    rest = jnp.where(order < line.count, line.values, _NONE)[_LINE_PATTERN + 1 :]
+    return -jnp.sort(-rest)
+
+
+def _take_away(numbers: Array, number: Array) -> tuple[Array, Array]:
+    """`numbers` without one `number`, falling again, and whether it was there."""
+    same = numbers == number
+    first = same & (jnp.cumsum(same) == 1)
+    return -jnp.sort(-jnp.where(first, _NONE, numbers)), same.any() & (number >= 0)
+
+
+def _is_right(sign: Array, left: Array, right: Array, result: Array) -> Bool[Array, ""]:
+    """left sign right = result, in 32 bits without overflow; all are below 10 ** 9."""
+    fits = left.astype(jnp.float32) * right.astype(jnp.float32) < 1.1e9
+    product = jnp.where(fits, left, 0) * jnp.where(fits, right, 0)
+    divisor = jnp.maximum(right, 1)
+    divides = (right > 0) & (left % divisor == 0) & (left // divisor == result)
+    answers = [left + right == result, left - right == result, fits & (product == result), divides]
+    return functools.reduce(
+        jnp.logical_or, [(sign == place) & right_one for place, right_one in enumerate(answers)]
+    )
+
+
+def _hash(state: State) -> UInt32[Array, ""]:
+    """Of numbers and target; never 0."""
+    code = jnp.uint32(0x9E3779B9)
+    for part in (*(state.numbers[i] for i in range(MAX_NUMBERS)), state.target):
+        code = (code ^ part.astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
+        code ^= code >> 13
+    return jnp.maximum(code, 1)
+
+
+DEVICE_TASK = DeviceTask(make_tables, begin, step)

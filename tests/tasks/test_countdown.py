@@ -1,0 +1,338 @@
+"""Countdown: exact solver, chains of lines, the checker on the device, and what is held out."""
+
+import functools
+import itertools
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlm_jax.tasks import countdown, countdown_device, countdown_split, game24
+from rlm_jax.tasks.base import Gold
+from rlm_jax.tasks.countdown_demos import demonstrate, demonstrate_openings
+from rlm_jax.tasks.countdown_solver import count_below, count_solutions
+from rlm_jax.tasks.expressions import parse
+from rlm_jax.text.tokenizer import ByteTokenizer
+
+
+def _count(numbers: list[int], target: int) -> int:
+    """Move sequences by brute force, one recursion a move."""
+    if len(numbers) == 1:
+        return int(numbers[0] == target)
+    total, seen = 0, set()
+    for i, j in itertools.combinations(range(len(numbers)), 2):
+        high, low = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
+        if (high, low) in seen:
+            continue
+        seen.add((high, low))
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        results = [high + low, high - low, high * low]
+        if low and high % low == 0:
+            results.append(high // low)
+        total += sum(_count([*rest, result], target) for result in results)
+    return total
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_solutions_are_counted_as_by_brute_force(size):
+    rng = np.random.default_rng(size)
+    states = np.sort(rng.integers(1, 12, (120, size)), axis=1)
+    targets = rng.integers(1, 40, 120)
+    found = count_solutions(states, targets)
+    assert found.tolist() == [
+        _count(s, t) for s, t in zip(states.tolist(), targets.tolist(), strict=True)
+    ]
+    assert 0 < (found > 0).sum() < 120
+
+
+def test_five_numbers_are_counted_through_distinct_states():
+    rng = np.random.default_rng(5)
+    states, targets = np.sort(rng.integers(1, 10, (4, 5)), axis=1), np.array([24, 36, 50, 97])
+    expected = [_count(s, t) for s, t in zip(states.tolist(), targets.tolist(), strict=True)]
+    assert count_solutions(states, targets).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_any_number_of_rows_has_moves(size, rows):
+    states = np.sort(np.random.default_rng(0).integers(1, 20, (rows, size)), axis=1)
+    moves, below = count_below(states, np.full(rows, 24))
+    assert below.shape == (rows, 2 * size * (size - 1))
+    assert moves.states.shape == (*below.shape, size - 1)
+
+
+def test_solve_gives_an_expression_or_nothing():
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        numbers = tuple(int(n) for n in rng.integers(1, 20, 4))
+        target = int(rng.integers(10, 101))
+        expression = countdown.solve(numbers, target)
+        assert (expression is not None) == (_count(list(numbers), target) > 0)
+        if expression is not None:
+            assert parse(expression).value == target
+            assert sorted(parse(expression).numbers) == sorted(numbers)
+
+
+def test_generated_problems_are_solvable_and_seeded():
+    for difficulty, size in ((0.0, 3), (0.34, 4), (0.67, 5)):
+        examples = countdown.generate(3, 4, difficulty)
+        assert examples == countdown.generate(3, 4, difficulty)
+        for problem, gold in examples:
+            numbers, target = problem.data
+            assert len(numbers) == size
+            assert 10 <= target <= 100
+            assert gold == Gold()
+            assert countdown.solve(numbers, target) is not None
+    with pytest.raises(ValueError, match="difficulty 2"):
+        countdown.generate(0, 1, 2.0)
+
+
+PROBLEM = countdown.make_problem((4, 4, 7, 10), 24)
+CHAIN = "10 - 4 = 6 ; 4 6 7\n7 - 6 = 1 ; 1 4\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "correct", "reason"),
+    [
+        ("#### (10 - 4) * 4 * 7", False, "168"),
+        ("#### 10 * 4 - 4 * 7 = 24", False, "12"),
+        ("10 - 4 = 6 ; 4 6 7\n6 * 4 = 24 ; 7 24\n", False, "7 24 are left"),
+        ("10 - 4 = 6 ; 4 6 7\n6 * 7 = 42 ; 4 42\n42 - 4 = 38", False, "38, not on 24"),
+        ("10 - 4 = 7 ; 4 7 7", False, "is wrong"),
+        ("10 - 5 = 5 ; 4 5 7", False, "no 5 left"),
+        ("10 - 4 = 6 ; 6 7", False, "what is left is 4 6 7"),
+        ("10 - 4 = 6", False, "does not say"),
+        ("no idea", False, "no expression and no chain"),
+        ("", False, "no expression"),
+    ],
+)
+def test_wrong_answers_are_told_why(text, correct, reason):
+    verdict = countdown.TASK.verify(PROBLEM, Gold(), text)
+    assert verdict.correct is correct
+    assert reason in verdict.reason
+
+
+def test_chains_and_expressions_are_right():
+    problem = countdown.make_problem((3, 5, 6, 8), 24)
+    text = "6 - 5 = 1 ; 1 3 8\n3 * 1 = 3 ; 3 8\n8 * 3 = 24"
+    assert countdown.TASK.verify(problem, Gold(), text).correct
+    expression = countdown.TASK.extract(text)
+    assert expression == "8 * (3 * (6 - 5))"
+    assert countdown.TASK.verify(problem, Gold(), f"#### {expression} = 24").correct
+    twins = game24.make_problem((3, 5, 6, 8))
+    assert game24.TASK.verify(twins, Gold(), text).correct
+    assert game24.TASK.extract(text) == expression
+    assert game24.TASK.notation(twins) == countdown.TASK.notation(problem) == "24 : 3 5 6 8"
+
+
+def test_problem_files(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    rows = [{"numbers": [4, 4, 7, 10], "target": 24}, {"numbers": [1, 2], "target": 3, "id": "x"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    problems = [problem for problem, _ in countdown.load(path)]
+    assert [problem.id for problem in problems] == ["countdown-1", "x"]
+    assert problems[0].data == ((4, 4, 7, 10), 24)
+    for bad in ('{"numbers": [4], "target": 2}', '{"numbers": "4 4"}', "[1]", "{"):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match="line 1"):
+            countdown.load(path)
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, True, 10**6, "4", None])
+def test_problems_hold_whole_numbers(bad, tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"numbers": [4, bad], "target": 24}))
+    with pytest.raises(ValueError, match="whole number"):
+        countdown.load(path)
+
+
+def test_demonstrations_say_what_is_right():
+    rng = np.random.default_rng(2)
+    targets = np.array([24, 36, 51])
+    numbers, wanted = countdown.draw_solvable(rng, 60, 4, targets)
+    walks = demonstrate(rng, numbers, wanted, wrong_share=0.5, sharpness=0.5)
+    clean = ~countdown_split.is_held_out(numbers, wanted)
+    assert len(walks) == clean.sum()
+    assert {walk.finished for walk in walks} == {True, False}
+    for walk, state, target in zip(walks, numbers[clean], wanted[clean], strict=True):
+        problem = countdown.make_problem(tuple(state.tolist()), int(target))
+        text = "".join(step.text for step in walk.steps)
+        assert countdown.TASK.verify(problem, Gold(), text).correct is walk.finished
+        for step in walk.steps:
+            assert sum(weight for _, weight in step.choices) == pytest.approx(1)
+            is_right = step.text in [text for text, _ in step.choices]
+            assert is_right == (step.value == 1)
+            assert is_right or step is walk.steps[-1]
+    openings = demonstrate_openings(rng, numbers, wanted, sharpness=0.5)
+    whole = {walk.prompt: walk for walk in walks}
+    for opening in openings:
+        first = whole[opening.prompt].steps[0]
+        shares: dict[str, float] = {}
+        for text, weight in first.choices:
+            shares[text.split(" =")[0]] = weight
+        assert dict(opening.steps[0].choices) == pytest.approx(shares)
+
+
+def test_training_never_meets_what_is_held_out():
+    rng = np.random.default_rng(3)
+    numbers = np.sort(rng.integers(1, 14, (4000, 4)), axis=1)
+    targets = rng.choice([24, 33, 50], 4000)
+    held = countdown_split.is_held_out(numbers, targets)
+    assert held[targets == 33].all()
+    assert 0 < held[targets == 50].mean() < 0.1
+    for puzzle in countdown_split.HARD_24:
+        row = np.array([puzzle])
+        assert countdown_split.is_held_out(row, np.array([24]))[0]
+        assert game24.solve(puzzle) is not None
+    solvable = count_solutions(numbers, targets) > 0
+    walks = demonstrate(rng, numbers[solvable], targets[solvable], wrong_share=0.2, sharpness=0.5)
+    assert len(walks) == (solvable & ~held).sum()
+
+
+def test_the_hard_puzzles_are_those_of_the_published_list(shared_data):
+    rows = game24.load(shared_data / "game24" / "24.csv")
+    hard = [tuple(sorted(problem.data)) for problem, _ in rows[900:1000]]
+    assert set(hard) == countdown_split.HARD_24
+
+
+def _vocabularies() -> dict[str, list[bytes]]:
+    byte = ByteTokenizer()
+    bytewise = [byte.token_bytes(i) for i in range(byte.vocab_size)]
+    numbers = [str(n).encode() for n in range(30)]
+    pieces = [b"", b"\n", b" ", *(b" " + n for n in numbers), *numbers]
+    pieces += [s for sign in "+-*/=;:" for s in (sign.encode(), b" " + sign.encode())]
+    return {"bytes": bytewise, "pieces": [*pieces, b"a", b"#", b".", b"00"]}
+
+
+def _encode(pieces: list[bytes], text: str) -> list[int] | None:
+    """Longest match first; None where no piece fits."""
+    by_length = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
+    data, ids = text.encode(), []
+    while data:
+        found = next((i for i in by_length if pieces[i] and data.startswith(pieces[i])), None)
+        if found is None:
+            return None
+        ids.append(found)
+        data = data[len(pieces[found]) :]
+    return ids
+
+
+def _hostile_chains(num_chains: int) -> list[tuple[tuple[int, ...], int, list[str]]]:
+    """Right chains, and right chains with something changed in them."""
+    rng, rough = np.random.default_rng(7), random.Random(7)
+    chains = []
+    for size, highest in ((2, 9), (3, 20), (4, 20), (4, 99)):
+        count = num_chains // 4
+        numbers, targets = countdown.draw_solvable(
+            rng, count, size, np.arange(10, 101), highest=highest
+        )
+        walks = demonstrate(rng, numbers, targets, wrong_share=0.1, sharpness=0.0)
+        by_prompt = {
+            countdown.write_state(int(t), n) + "\n": (tuple(n.tolist()), int(t))
+            for n, t in zip(numbers, targets, strict=True)
+        }
+        for walk in walks:
+            steps = [step.text for step in walk.steps]
+            changed = rough.randrange(len(steps))
+            if rough.random() < 0.75:
+                steps[changed] = _change(rough, steps[changed])
+            chains.append((*by_prompt[walk.prompt], steps))
+    return chains
+
+
+def _change(rough: random.Random, line: str) -> str:
+    place = rough.randrange(len(line))
+    kind = rough.randrange(9)
+    if kind == 0:
+        return line[:place] + rough.choice("0123456789 +-*/=;:.a\n") + line[place:]
+    if kind == 1:
+        return line[:place] + line[place + 1 :]
+    if kind == 2:
+        return line[:place] + rough.choice("0123456789 +-*/=;") + line[place + 1 :]
+    if kind == 3:
+        return "\n " + line
+    if kind == 4:
+        return line.replace("= ", "= 00")
+    if kind == 5:
+        return line.replace(" = ", " = 4294967296")
+    if kind == 6:
+        return line.replace(" ", rough.choice(["", "  "]), rough.randrange(1, 4))
+    if kind == 7:
+        return line.replace(" ;", " ; ;").replace("=", "= =") if place % 2 else line.rstrip() + " ;"
+    return line + line
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+def test_the_device_says_what_python_says(name):
+    pieces = _vocabularies()[name]
+    task = countdown.TASK.device
+    tables = task.make_tables(pieces)
+    prompts, lines, lengths, expected = [], [], [], []
+    most_steps, width = 3, 48
+    for numbers, target, steps in _hostile_chains(10_000):
+        # A step ends with its first newline behind something, as decoding would end it.
+        text = "".join(steps)
+        cut = [part for part in text.split("\n") if part.strip(" ")]
+        ids = [_encode(pieces, part + "\n") for part in cut]
+        prompt = _encode(pieces, countdown.write_state(target, np.array(numbers)) + "\n")
+        if len(cut) > most_steps or any(i is None or len(i) > width for i in ids):
+            continue
+        ids += [[]] * (most_steps - len(ids))
+        prompts.append(prompt + [0] * (24 - len(prompt)))
+        lines.append([line + [0] * (width - len(line)) for line in ids])
+        lengths.append([len(prompt), *map(len, ids)])
+        verdict = countdown.verify_text(numbers, target, text)
+        expected.append(bool(verdict.correct))
+
+    def check(prompt, line, length):
+        state = task.begin(tables, prompt, length[0])
+        alive, solved = jnp.bool_(True), jnp.bool_(False)
+        for i in range(most_steps):
+            there = length[i + 1] > 0
+            seen = task.step(tables, state, line[i], length[i + 1], jnp.bool_(False))
+            solved = jnp.where(there, alive & seen.legal & seen.solved, solved)
+            alive &= ~there | (seen.legal & ~(solved & ~seen.solved))
+            state = jax.tree.map(functools.partial(jnp.where, there), seen.state, state)
+        return solved & alive
+
+    found = jax.jit(jax.vmap(check))(
+        jnp.array(prompts, jnp.int32), jnp.array(lines, jnp.int32), jnp.array(lengths, jnp.int32)
+    )
+    wrong = np.flatnonzero(np.asarray(found) != np.array(expected))
+    assert not len(wrong), [lines[row] for row in wrong[:5]]
+    assert len(expected) > 5000
+    assert 0.1 < np.mean(expected) < 0.7
+
+
+def test_equal_states_have_equal_keys_and_other_prompts_tell_nothing():
+    tokenizer = ByteTokenizer()
+    pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    tables = countdown_device.make_tables(pieces)
+
+    def ids(text):
+        return jnp.array(tokenizer.encode(text), jnp.int32)
+
+    def step(state, text):
+        tokens = ids(text)
+        return countdown_device.step(tables, state, tokens, jnp.int32(len(tokens)), jnp.bool_(0))
+
+    def begin(text):
+        tokens = ids(text)
+        return countdown_device.begin(tables, tokens, jnp.int32(len(tokens)))
+
+    start = begin("24 : 4 4 7 10\n")
+    first, other = step(start, "10 - 4 = 6 ; 4 6 7\n"), step(start, "10-4=6; 7 6 4\n")
+    assert bool(first.legal)
+    assert bool(other.legal)
+    assert int(first.key) == int(other.key) != 0
+    assert int(step(start, "7 - 4 = 3 ; 3 4 10\n").key) != int(first.key)
+    assert int(step(begin("25 : 4 4 7 10\n"), "10 - 4 = 6 ; 4 6 7\n").key) != int(first.key)
+    assert not bool(step(start, "10 - 4 = 6 ; 4 6").legal), "a line cut short"
+    for prompt in ("Make 24 out of 4 4 7 10.\n", "24 : 4\n", "24 : 4 4 7 10", "24 : 4 4 : 7\n"):
+        unknown = step(begin(prompt), "10 - 4 = 6 ; 4 6 7\n")
+        assert bool(unknown.legal)
+        assert not bool(unknown.solved)
+        assert int(unknown.key) == 0
