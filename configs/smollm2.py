@@ -24,18 +24,50 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = "free"
     config.use_verifier = True  # A task that can check steps without a gold answer does.
     config.step = ConfigDict({"kind": "newline", "max_tokens": 48})
-    config.evaluator = "confidence"
+    config.evaluator = "confidence"  # Or several: "confidence=0.5,rollout=0.5".
     config.aggregate = "last"
+    config.mixture = "mean"
+    config.num_rollouts = 4
+    config.rollout_tokens = 64
+    config.rollout_discount = 1.0
+    config.dead_value = 0.0
+    config.drop_illegal = True
     config.budget_tokens = 512
     config.batch_size = 4
     config.bucket_tokens = 64
     config.page_tokens = 4
     config.max_depth = 16
 
-    sampling = {"method": "sample", "temperature": 0.7, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
-    config.greedy = ConfigDict({"sampling": {"method": "greedy"}})
+    sampling = {
+        "method": "sample",
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 0.95,
+        "min_p": 0.0,
+        "max_candidates": 64,
+        "diversity": 1.0,
+    }
+    config.greedy = ConfigDict({"sampling": {**sampling, "method": "greedy"}})
     config.best_of_n = ConfigDict({"num_chains": 8, "rule": "majority", "sampling": sampling})
-    tree = {"num_children": 4, "answer_rule": "weighted", "sampling": sampling}
+    shared = {"num_children": 4, "answer_rule": "weighted", "sampling": sampling}
+    tree = {
+        **shared,
+        "num_nodes": 129,
+        "num_lanes": 2,
+        "judge": "expansion",
+        "backup": "mean",
+        "discount": 1.0,
+        "learning_rate": 1.0,
+        "terminal": "exclude",
+        "resample": True,
+        "root_lanes": 1,
+        "merge_states": False,
+        "tie_break": "first",
+        "length_power": 1.0,
+        "normalise_prior": True,
+        "root_noise": 0.0,
+        "root_alpha": 0.3,
+    }
     config.gumbel = ConfigDict(
         {
             **tree,
@@ -45,29 +77,68 @@ def get_config(variant: str = "") -> ConfigDict:
             "root_lanes": 4,
             "max_considered": 16,
             "gumbel_scale": 0.0,  # The root's children are samples already.
+            "value_scale": 0.1,
+            "visit_offset": 50.0,
+            "rescale_q": True,
         }
     )
     config.puct = ConfigDict(
         {
             **tree,
-            "num_nodes": 129,
-            "num_lanes": 2,
+            "num_simulations": placeholder(int),
             "exploration": 1.25,
-            "normalise_prior": True,
+            "base": placeholder(float),
+            "q": "raw",
         }
     )
-    config.uct = ConfigDict({**tree, "num_nodes": 129, "num_lanes": 2, "exploration": 1.0})
+    config.uct = ConfigDict(
+        {
+            **tree,
+            "num_simulations": placeholder(int),
+            "exploration": 1.0,
+            "parent_offset": 0.0,
+            "visit_offset": 0.0,
+            "unvisited": float("inf"),
+        }
+    )
     config.td_mcts = ConfigDict(
         {
             **tree,
-            "num_nodes": 129,
             "num_children": 2,
+            "num_lanes": 1,
+            "num_simulations": placeholder(int),
+            "backup": "td",
+            "discount": 0.96,
+            "resample": False,
+            "answer_rule": "best",
+            "c1": 1.25,
+            "c2": 19652.0,
             "value_low": 0.0,
-            "terminal": "exclude",
+            "value_high": 1.0,
         }
     )
-    config.beam = ConfigDict({**tree, "num_nodes": 145, "beam_width": 4})
-    config.best_first = ConfigDict({**tree, "num_nodes": 129, "num_lanes": 2})
+    config.beam = ConfigDict(
+        {
+            **shared,
+            "num_nodes": 145,
+            "beam_width": 4,
+            "shrink": False,
+            "dropped": "prune",
+            "num_solutions": placeholder(int),
+        }
+    )
+    config.best_first = ConfigDict(
+        {
+            **shared,
+            "num_nodes": 129,
+            "num_lanes": 2,
+            "depth_bonus": 0.0,
+            "threshold": placeholder(float),
+            "num_solutions": placeholder(int),
+            "resample": True,
+            "root_lanes": 1,
+        }
+    )
     if variant == "smoke":
         config.model = "random:tiny-llama"
         config.step.max_tokens = 8

@@ -1,7 +1,8 @@
 """From a config to a solver: the model, its tokenizer, a strategy and what they are run with.
 
-A config is any nested mapping with the fields of `configs/smollm2.py`. Everything is checked
-before the model is loaded, so that a wrong setting costs no time.
+A config is any nested mapping with the fields of `configs/smollm2.py`, which lists every option of
+every strategy. Everything is checked before the model is loaded, so that a wrong setting costs no
+time. Several evaluators are mixed by "p_yes=0.5,rollout=0.5", or by a mapping of their weights.
 """
 
 import dataclasses
@@ -21,8 +22,7 @@ from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.presets import preset
 from rlm_jax.models.quantize import check_quantization, quantize_params
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel
-from rlm_jax.reasoning.language_values import EVALUATORS
-from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS
+from rlm_jax.reasoning.language_values import parse_evaluator, write_evaluator
 from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.strategies import (
     beam,
@@ -61,26 +61,18 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
     "best_first": best_first.make_best_first,
 }
 STRATEGIES = ("greedy", "best_of_n", *TREE_SEARCHES)
-TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK
-    for module in (
-        free,
-        gsm8k,
-        arithmetic,
-        countdown,
-        game24,
-        sorting,
-        sat,
-        knapsack,
-        riddles,
-        prontoqa,
-    )
-}
+_TASK_MODULES = (
+    free, gsm8k, arithmetic, countdown, game24, knapsack, prontoqa, riddles, sat, sorting,
+)  # fmt: skip
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _TASK_MODULES}
 _RANDOM = "random:"
 _NOT_SETTINGS = ("sampling",)
+_VALUES = (
+    "evaluator", "aggregate", "mixture", "num_rollouts", "rollout_tokens", "rollout_discount",
+    "dead_value", "drop_illegal",
+)  # fmt: skip
 _FIELDS = (
-    *SIZES, "model", "dtype", "quantize", "task", "use_verifier", "step", "evaluator", "aggregate",
-    "max_depth",
+    *SIZES, *_VALUES, "model", "dtype", "quantize", "task", "use_verifier", "step", "max_depth",
 )  # fmt: skip
 
 
@@ -95,11 +87,13 @@ class Policy(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A checked strategy setting: what `build_solver` needs beside the model."""
+    """A checked strategy setting: what `build_solver` needs beside the model.
+
+    language: of a stand-in for the model, which is not loaded yet.
+    """
 
     strategy: Strategy
-    sampling: SamplingConfig
-    num_nodes: int
+    language: LanguageConfig
     settings: dict[str, Any]
 
 
@@ -158,35 +152,31 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     check_sizes({size: config[size] for size in SIZES})
     if config["task"] not in TASKS:
         raise ValueError(f"task {config['task']!r}: accepted are {', '.join(TASKS)}")
-    if not isinstance(config["use_verifier"], bool):
-        raise ValueError(f"use_verifier {config['use_verifier']!r}: accepted are true, false")
-    if config["evaluator"] not in EVALUATORS:
-        raise ValueError(f"evaluator {config['evaluator']!r}: accepted are {', '.join(EVALUATORS)}")
-    if config["aggregate"] not in AGGREGATIONS:
-        raise ValueError(
-            f"aggregate {config['aggregate']!r}: accepted are {', '.join(AGGREGATIONS)}"
-        )
+    for flag in ("use_verifier", "drop_illegal"):
+        if not isinstance(config[flag], bool):
+            raise ValueError(f"{flag} {config[flag]!r}: accepted are true, false")
     _make("step", StepSpec, config["step"])
     own = {key: value for key, value in config[name].items() if key not in _NOT_SETTINGS}
     strategy, num_nodes = _make_strategy(name, own, config["max_depth"])
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
+    judge = own.get("judge", "expansion")
+    language = _make_language(config, sampling, num_nodes, judge)
     shared = (
         "model",
         "dtype",
         "quantize",
         "task",
         "use_verifier",
-        "evaluator",
-        "aggregate",
+        *_VALUES,
         "budget_tokens",
         "max_depth",
         "page_tokens",
     )
-    settings = {key: config[key] for key in shared}
+    settings = {key: config[key] for key in shared} | {"evaluator": language.evaluator}
     settings |= {f"step.{key}": value for key, value in config["step"].items()}
     settings |= {f"sampling.{key}": v for key, v in config[name]["sampling"].items()}
     settings |= own
-    return Plan(strategy, sampling, num_nodes, settings)
+    return Plan(strategy, language, settings)
 
 
 def build_solver(
@@ -204,33 +194,22 @@ def build_solver(
     Raises:
       ValueError: settings that do not fit the model (an evaluator it has no head for).
     """
-    value_fn = None
-    if config["evaluator"] == "value_head":
+    language = plan.language
+    value_head = None
+    if language.value_fn is not None:
         if policy.value_head is None:
             raise ValueError(f"evaluator 'value_head': {policy.version} comes without a value head")
-        value_fn = apply_value_head
+        value_head = policy.value_head
     task = TASKS[config["task"]]
     checker = task.device if config["use_verifier"] and task.self_verifying else None
-    language = LanguageConfig(
-        model=policy.cfg,
-        sampling=plan.sampling,
-        evaluator=config["evaluator"],
-        aggregate=config["aggregate"],
-        num_nodes=plan.num_nodes,
-        judge=plan.settings.get("judge", "expansion"),
-        max_depth=config["max_depth"],
-        max_new_tokens=config["budget_tokens"],
-        page_tokens=config["page_tokens"],
-        value_fn=value_fn,
-        task=checker,
-    )
-    judge = make_judge(policy.tokenizer) if config["evaluator"] == "p_yes" else None
+    language = dataclasses.replace(language, model=policy.cfg, task=checker)
+    asks = "p_yes" in parse_evaluator(language.evaluator)
     lm = LanguageModel(
         policy=policy.params,
         step_rule=make_step_rule(StepSpec(**config["step"]), policy.tokenizer),
         answer_rule=make_answer_rule(policy.tokenizer),
-        value_head=policy.value_head if value_fn is not None else None,
-        judge=judge,
+        value_head=value_head,
+        judge=make_judge(policy.tokenizer) if asks else None,
         task_tables=None if checker is None else _make_task_tables(checker, policy),
     )
     return Solver(
@@ -247,6 +226,26 @@ def build_solver(
         policy_version=policy.version,
         driver=driver,
         chunk_rounds=chunk_rounds,
+    )
+
+
+def _make_language(
+    config: Mapping[str, Any], sampling: SamplingConfig, num_nodes: int, judge: str
+) -> LanguageConfig:
+    """What the expander is run with, checked before there is a model to run it with."""
+    weights = parse_evaluator(config["evaluator"])
+    values: dict[str, Any] = {key: config[key] for key in _VALUES}
+    values["evaluator"] = write_evaluator(weights)
+    return LanguageConfig(
+        model=preset("tiny-llama"),
+        sampling=sampling,
+        num_nodes=num_nodes,
+        judge=judge,
+        max_depth=config["max_depth"],
+        max_new_tokens=config["budget_tokens"],
+        page_tokens=config["page_tokens"],
+        value_fn=apply_value_head if "value_head" in weights else None,
+        **values,
     )
 
 

@@ -11,7 +11,8 @@ otherwise. Without one it is worth the share of the structure's finished solutio
 them, that state its answer (rStar's self-consistency reward, arXiv 2408.06195), and nothing if it
 did not finish. Either way the value is discounted by the steps a rollout took.
 
-Deviations: x1 rolls out with a gold answer and rates a failure -1 (`dead_value` -1 does).
+Deviations: x1 rolls out with a gold answer and rates a failure -1 (`dead_value` -1 does). A beam
+method rolls out by beams of one: the likeliest token, or one sample.
 """
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, PyTree, UInt32
 from rlm_jax.inference.attention import Context
+from rlm_jax.inference.beam import BEAM_METHODS
 from rlm_jax.inference.decode import decode_steps
 from rlm_jax.reasoning.language_task import check_steps
 from rlm_jax.reasoning.language_values import Paths
@@ -117,6 +119,8 @@ def roll_out(
     keys = keys.reshape(-1)
     starts, limits = jnp.repeat(paths.ends, count), jnp.repeat(limits, count)
     offset = jnp.arange(cfg.rollout_tokens, dtype=jnp.int32)[None]
+    # Beams of one node change places, and rollouts have keys and values of their own behind them.
+    alone = cfg.sampling.method in BEAM_METHODS
 
     def body(loop: _Loop) -> _Loop:
         behind = Context(
@@ -135,7 +139,7 @@ def roll_out(
             rule=lm.step_rule,
             answer_rule=lm.answer_rule,
             sampling=cfg.sampling,
-            num_siblings=count,
+            num_siblings=1 if alone else count,
             num_slots=min(lm.step_rule.max_tokens, cfg.rollout_tokens),
         )
         verdicts = check_steps(

@@ -89,11 +89,10 @@ def parse_evaluator(evaluator: str | Mapping[str, float]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for name, weight in pairs:
         name = name.strip()
-        if name not in EVALUATORS or name in weights:
-            accepted = ", ".join(EVALUATORS)
-            raise ValueError(
-                f"evaluator {name!r} in {evaluator!r}: accepted are {accepted}, each once"
-            )
+        if name not in EVALUATORS:
+            raise ValueError(f"evaluator {name!r}: accepted are {', '.join(EVALUATORS)}")
+        if name in weights:
+            raise ValueError(f"evaluator {name!r} is named twice in {evaluator!r}")
         try:
             weights[name] = float(weight) if weight != "" else 1.0
         except (TypeError, ValueError):

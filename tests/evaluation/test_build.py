@@ -1,6 +1,7 @@
 """From settings to a solver: what reaches the search, and which settings are refused."""
 
 import dataclasses
+import inspect
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 from configs.smollm2 import get_config
 from rlm_jax.evaluation import build, solver
+from rlm_jax.reasoning.strategies import best_of_n, greedy
+from rlm_jax.reasoning.tree_search import TreeConfig
 from rlm_jax.tasks import arithmetic
 from rlm_jax.tasks.base import Gold, Problem
 from rlm_jax.tasks.device import DeviceTask, StepCheck
@@ -95,3 +98,94 @@ def test_use_verifier_is_yes_or_no():
     del config["use_verifier"]
     with pytest.raises(ValueError, match="the config lacks use_verifier"):
         build.plan_strategy(config, "puct")
+
+
+MAKERS = {
+    "greedy": greedy.make_greedy,
+    "best_of_n": best_of_n.make_best_of_n,
+    **build.TREE_SEARCHES,
+}
+
+
+def keywords(name):
+    """Every keyword of a strategy's builder, those of `TreeConfig` among them."""
+    parameters = inspect.signature(MAKERS[name]).parameters.values()
+    found = {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        found |= {field.name for field in dataclasses.fields(TreeConfig)}
+    return found
+
+
+@pytest.mark.parametrize("name", build.STRATEGIES)
+def test_every_option_of_a_strategy_stands_in_the_config(name):
+    """Flags can only change what is there; the depth is the whole run's."""
+    listed = set(get_config()[name]) | {"max_depth"}
+    assert listed - {"sampling", "num_nodes"} == keywords(name)
+
+
+OTHER_VALUES = {
+    "judge": "visit", "backup": "max", "terminal": "stop", "tie_break": "random",
+    "answer_rule": "majority", "q": "siblings", "dropped": "keep", "rule": "best",
+    "num_solutions": 3, "num_simulations": 5, "base": 19652.0, "threshold": 0.25,
+    "unvisited": 1.0, "value_low": -1.0, "num_nodes": 18,
+}  # fmt: skip
+
+
+def other_value(option, old):
+    """Another value that the option accepts."""
+    if option in OTHER_VALUES:
+        return OTHER_VALUES[option]
+    if isinstance(old, int) and not isinstance(old, bool):
+        return old + 1
+    return not old if isinstance(old, bool) else old / 2 or 0.25
+
+
+@pytest.mark.parametrize("name", build.STRATEGIES)
+def test_every_option_of_a_strategy_can_be_changed(name):
+    """Each to another value, one at a time, as a flag would; it reaches the plan's settings."""
+    usual = get_config("smoke").to_dict()
+    for option, old in usual[name].items():
+        if option == "sampling":
+            continue
+        config, new = get_config("smoke"), other_value(option, old)
+        if option == "root_lanes":
+            config[name].num_lanes = 4
+        config[name][option] = new
+        changed = config.to_dict()
+        assert build.plan_strategy(changed, name).settings[option] == new != old
+        assert {one for one in usual if changed[one] != usual[one]} == {name}
+
+
+def test_an_unknown_option_is_refused_by_name():
+    config = make_config()
+    config["puct"]["explorations"] = 3
+    with pytest.raises(ValueError, match="explorations"):
+        build.plan_strategy(config, "puct")
+
+
+def test_judging_reaches_the_search(policy):
+    evaluator = {"confidence": 1, "rollout": 2}
+    changes = {"num_rollouts": 3, "rollout_tokens": 5, "rollout_discount": 0.5}
+    one = make_solver(policy, evaluator=evaluator, mixture="geometric", **changes)
+    assert one.language.evaluator == one.settings["evaluator"] == "confidence=1,rollout=2"
+    assert one.language.mixture == "geometric"
+    for name, value in changes.items():
+        assert getattr(one.language, name) == one.settings[name] == value
+    assert one.language.model == policy.cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluator": "me"}, "'me': accepted are confidence"),
+        ({"evaluator": {"rollout": -1}}, "rollout=-1: accepted is a number >= 0"),
+        ({"aggregate": "median"}, "median"),
+        ({"mixture": "median"}, "median"),
+        ({"num_rollouts": 0}, "num_rollouts must be >= 1, got 0"),
+        ({"rollout_discount": 2.0}, "rollout_discount must be in"),
+        ({"drop_illegal": 1}, "drop_illegal 1: accepted are true, false"),
+    ],
+)
+def test_bad_judging_is_refused_before_a_model_is_loaded(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build.plan_strategy(make_config(**changes), "puct")

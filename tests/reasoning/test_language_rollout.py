@@ -90,7 +90,7 @@ def roll_by_hand(model, ids, total, num_tokens):
     return steps, len(new), False, False, ids + new
 
 
-def task_state(structure, world, row, node):
+def task_state(world, row, node):
     return int(world.task_state["sum"][row, node])
 
 
@@ -109,7 +109,7 @@ def test_a_value_is_what_comes_of_the_path(model, judge):
             if not judged or (judge == "expansion" and node == 0):
                 continue
             ids = path_ids(structure, world, row, node)
-            state = task_state(structure, world, row, node)
+            state = task_state(world, row, node)
             steps, tokens, solved, _, _ = roll_by_hand(model, ids, state, 18)
             expected = 0.5**steps * (1.0 if solved else -0.25)
             np.testing.assert_allclose(structure.model_value[row, node], expected, atol=1e-6)
@@ -122,6 +122,22 @@ def test_a_value_is_what_comes_of_the_path(model, judge):
     assert min(values) < 0 < max(values)
     assert len(steps_seen) > 1
     assert_no_page_leaks(structure, world)
+
+
+def test_beams_roll_out_one_by_one(model):
+    """Two beams of one node would change places, and with them what stands behind them."""
+    beams = ROLLOUT | {"num_rollouts": 2, "sampling": SamplingConfig("beam")}
+    structure, world, _ = search(model, ONE_ROUND, **beams, **CHECKED)
+    judged = 0
+    for row in range(len(PROMPTS)):
+        for node in range(1, 4):
+            if structure.terminal[row, node] or not structure.alive[row, node]:
+                continue
+            ids, state = path_ids(structure, world, row, node), task_state(world, row, node)
+            solved = roll_by_hand(model, ids, state, 18)[2]
+            assert structure.model_value[row, node] == (1.0 if solved else -0.25)
+            judged += 1
+    assert judged > 4
 
 
 def test_without_a_task_a_value_is_the_agreement_of_answers(model):
@@ -282,7 +298,7 @@ def test_an_evaluator_setting_is_read_as_it_is_written():
     ("changes", "message"),
     [
         ({"evaluator": "rollout=1,vibes=2"}, "'vibes'"),
-        ({"evaluator": "rollout=1,rollout=2"}, "each once"),
+        ({"evaluator": "rollout=1,rollout=2"}, "named twice"),
         ({"evaluator": "rollout=much"}, "rollout='much': accepted is a number"),
         ({"evaluator": "rollout=-1"}, "rollout='-1': accepted is a number >= 0"),
         ({"evaluator": "rollout=nan"}, "rollout='nan'"),
