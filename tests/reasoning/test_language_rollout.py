@@ -251,7 +251,7 @@ def test_a_mixture_is_made_of_its_parts(model):
     mixed, world, _ = search(model, ONE_ROUND, **mixture, **CHECKED)
     head = np.asarray(apply_value_head(model[0].value_head, world.hidden))
     wanted = (head + 3 * np.asarray(lone.model_value)) / 4
-    mixes = np.asarray(mixed.alive & ~mixed.terminal)
+    mixes = np.array(mixed.alive & ~mixed.terminal)
     mixes[:, 0] = False
     assert mixes.sum() > 4
     np.testing.assert_allclose(np.asarray(mixed.model_value)[mixes], wanted[mixes], atol=1e-6)
