@@ -1,40 +1,93 @@
-"""A small transformer learns Countdown (and Game of 24) from scratch, then searches.
+"""A small transformer learns Countdown from scratch, and searches with what it learned.
 
 Command:  python experiments/train.py --config=configs/countdown.py --workdir=DIR
-Hardware: two CPU cores, 2 GB of memory.
-Expected: see docs/results.md.
+          python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy \
+              --split=countdown4-inputs --strategy=greedy,best_first --out=DIR/results
+Hardware: two CPU cores, 3 GB of memory.
+Expected: docs/results.md.
 
 `--config=configs/countdown.py:smoke` is the same program at a size that runs in seconds and learns
 nothing of use.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The settings of `train.py`; `variant` is empty or "smoke"."""
+    """The settings of train.py (`train`), and of solve.py and evaluate.py (all others)."""
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/countdown.py:{variant}: accepted is smoke, or nothing")
     config = ConfigDict()
-    config.seed = 0
-    config.num_steps = 1800
-    config.model = ConfigDict(
-        {"num_layers": 6, "model_dim": 160, "num_heads": 5, "ffn_dim": 416, "context_length": 256}
-    )
-    config.data = ConfigDict(
+    config.model = "package:countdown"
+    config.dtype = "float32"
+    config.quantize = placeholder(str)
+    config.task = "countdown"
+    config.use_verifier = True
+    config.step = ConfigDict({"kind": "newline", "max_tokens": 16})
+    config.evaluator = "value_head"
+    config.aggregate = "last"
+    config.mixture = "mean"
+    config.num_rollouts = 4
+    config.rollout_tokens = 64
+    config.rollout_discount = 1.0
+    config.dead_value = 0.0
+    config.drop_illegal = True
+    config.budget_tokens = 2000
+    config.batch_size = 64
+    config.bucket_tokens = 16
+    config.page_tokens = 4
+    config.max_depth = 6
+
+    sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    distinct = {**sampling, "method": "stochastic_beam"}
+    config.greedy = ConfigDict({"sampling": {**sampling, "method": "greedy"}})
+    config.best_of_n = ConfigDict({"num_chains": 16, "rule": "majority", "sampling": sampling})
+    tree = {"num_nodes": 257, "num_children": 8, "num_lanes": 1, "sampling": distinct}
+    config.best_first = ConfigDict({**tree, "depth_bonus": 0.0})
+    config.puct = ConfigDict({**tree, "exploration": 1.25, "merge_states": False})
+    config.uct = ConfigDict({**tree, "exploration": 1.0})
+    config.td_mcts = ConfigDict({**tree, "value_low": 0.0})
+    config.beam = ConfigDict({**tree, "beam_width": 4})
+    del config.beam.num_lanes
+    config.gumbel = ConfigDict(
         {
+            **tree,
+            "num_simulations": 32,
+            "num_lanes": 4,
+            "max_considered": 8,
+            "gumbel_scale": 0.0,
+            "value_scale": 1.0,
+        }
+    )
+    config.train = ConfigDict(_training())
+    if variant == "smoke":
+        _shrink(config)
+    return config
+
+
+def _training() -> dict:
+    return {
+        "seed": 0,
+        "num_steps": 1800,
+        "network": {
+            "num_layers": 6,
+            "model_dim": 160,
+            "num_heads": 5,
+            "ffn_dim": 416,
+            "context_length": 256,
+        },
+        "data": {
             "sizes": ((3, 0.05), (4, 0.85), (5, 0.1)),
             "opening_share": 0.4,
             "small_share": 0.1,
             "wrong_share": 0.2,
             "sharpness": 0.5,
             "shard_examples": 4096,
-        }
-    )
-    config.layout = ConfigDict({"num_rows": 160, "row_tokens": 64, "num_soft": 8})
-    config.loss = ConfigDict({"value_coef": 0.1, "value_loss": "bce", "z_coef": 0.0})
-    config.optimizer = ConfigDict(
-        {
+        },
+        "layout": {"num_rows": 160, "row_tokens": 64, "num_soft": 8},
+        "loss": {"value_coef": 0.1, "value_loss": "bce", "z_coef": 0.0},
+        "optimizer": {
             "name": "muon",
             "learning_rate": 2e-2,
             "adam_learning_rate": 3e-3,
@@ -44,21 +97,60 @@ def get_config(variant: str = "") -> ConfigDict:
             "weight_decay": 0.0,
             "clip_norm": 1.0,
             "beta2": 0.98,
-        }
-    )
-    config.num_microbatches = 1
-    config.log_steps = 20
-    config.checkpoint_steps = 100
-    config.eval_steps = 400
-    config.eval_problems = 200
-    if variant == "smoke":
-        config.num_steps = 6
-        config.model.update({"num_layers": 2, "model_dim": 32, "num_heads": 2, "ffn_dim": 48})
-        config.data.update({"sizes": ((3, 0.5), (4, 0.5)), "shard_examples": 64})
-        config.layout.update({"num_rows": 8})
-        config.optimizer.update({"warmup_steps": 2})
-        config.log_steps = 2
-        config.checkpoint_steps = 2
-        config.eval_steps = 4
-        config.eval_problems = 4
-    return config
+        },
+        "num_microbatches": 1,
+        "log_steps": 20,
+        "checkpoint_steps": 100,
+        "eval_steps": 300,
+        "eval_problems": 100,
+        "search": {
+            "num_steps": 0,  # Search-and-learn steps behind the supervised ones.
+            "strategy": "gumbel",
+            "num_problems": 64,
+            "sizes": ((4, 1.0),),
+            "step": {"batch_rows": 256, "num_updates": 2, "replay_rows": 8192},
+            "budget_tokens": 1024,
+            "collect": {
+                "num_paths": 4,
+                "row_tokens": 64,
+                "improvement": "completed_q",
+                "value_scale": 1.0,
+                "min_visits": 2.0,
+                "value_rule": "max",
+            },
+            "optimizer": {
+                "name": "muon",
+                "learning_rate": 2e-3,
+                "adam_learning_rate": 3e-4,
+                "warmup_steps": 10,
+                "decay_share": 0.2,
+                "final_share": 0.1,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+                "beta2": 0.98,
+            },
+        },
+    }
+
+
+def _shrink(config: ConfigDict) -> None:
+    config.batch_size = 4
+    config.budget_tokens = 64
+    config.best_of_n.num_chains = 2
+    for name in ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel"):
+        config[name].update({"num_nodes": 17, "num_children": 2})
+    config.beam.beam_width = 2
+    config.gumbel.update({"num_simulations": 4, "num_lanes": 2, "max_considered": 2})
+    train = config.train
+    train.num_steps = 6
+    train.network.update({"num_layers": 2, "model_dim": 32, "num_heads": 2, "ffn_dim": 48})
+    train.data.update({"sizes": ((3, 0.5), (4, 0.5)), "shard_examples": 64})
+    train.layout.num_rows = 8
+    train.optimizer.warmup_steps = 2
+    train.log_steps = 2
+    train.checkpoint_steps = 2
+    train.eval_steps = 4
+    train.eval_problems = 4
+    train.search.update({"num_steps": 2, "num_problems": 4, "budget_tokens": 64})
+    train.search.step.update({"batch_rows": 8, "num_updates": 1, "replay_rows": 64})
+    train.search.optimizer.warmup_steps = 1

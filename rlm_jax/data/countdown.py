@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from rlm_jax.data.demonstrations import tokenize_demonstration
 from rlm_jax.data.examples import TokenExample
-from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable
+from rlm_jax.tasks.base import Problem
+from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable, make_problem
 from rlm_jax.tasks.countdown_demos import demonstrate, demonstrate_openings
-from rlm_jax.tasks.countdown_split import is_held_out_target
+from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_target
 from rlm_jax.tasks.demonstrations import Demonstration
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -69,12 +70,41 @@ def make_shards(mix: CountdownMix) -> Callable[[int], list[TokenExample]]:
     return functools.partial(make_shard, mix)
 
 
+def draw_problems(
+    rng: np.random.Generator, num_problems: int, sizes: Sequence[tuple[int, float]]
+) -> list[Problem]:
+    """Solvable problems that are not held out, without their solutions; `sizes` as in the mix."""
+    counts = rng.multinomial(num_problems, [share for _, share in sizes])
+    problems = []
+    for (size, _), count in zip(sizes, counts, strict=True):
+        numbers, targets = draw_solvable(
+            rng,
+            int(count),
+            size,
+            _training_targets(),
+            admit_fn=lambda numbers, targets: ~is_held_out(numbers, targets),
+        )
+        for row, target in zip(numbers.tolist(), targets.tolist(), strict=True):
+            problems.append(make_problem(tuple(row), target, f"countdown{size}-{len(problems)}"))
+    return problems
+
+
+def problem_key(notation: str) -> tuple[int, ...]:
+    """The target and the sorted numbers of a problem in the task's notation."""
+    target, numbers = notation.split(":")
+    return (int(target), *sorted(map(int, numbers.split())))
+
+
+def _training_targets() -> np.ndarray:
+    targets = np.arange(TARGETS[0], TARGETS[1] + 1)
+    return targets[~is_held_out_target(targets)]
+
+
 def _demonstrate(
     mix: CountdownMix, rng: np.random.Generator, size: int, count: int, highest: int
 ) -> Iterator[Demonstration]:
     """`count` demonstrations; what is held out is drawn and left out again."""
-    targets = np.arange(TARGETS[0], TARGETS[1] + 1)
-    targets = targets[~is_held_out_target(targets)]
+    targets = _training_targets()
     if highest == PUZZLE_24_NUMBER:
         targets = np.concatenate([targets, np.full(len(targets) // 2, 24)])
     options = {"sharpness": mix.sharpness}

@@ -8,6 +8,7 @@ next shard is made in a process of its own while the present one is trained on.
 import concurrent.futures
 import multiprocessing
 from collections.abc import Callable, Iterable
+from types import TracebackType
 
 from rlm_jax.data.examples import TokenExample, TokenTable
 
@@ -53,6 +54,17 @@ class GeneratedSource:
         if shard not in self._held:
             self._hold(shard)
         return self._held[shard][place]
+
+    def __enter__(self) -> "GeneratedSource":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Ends the other process."""

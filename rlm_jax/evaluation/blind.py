@@ -1,0 +1,151 @@
+"""Countdown searched without a network: the row every result must stand beside.
+
+The one idea: the same strategies run over an expander that proposes legal moves at random, each as
+likely as another, and judges nothing. What a search finds then, it owes to the strategy and to the
+size of the tree, and a network has to beat it at the same expansions.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlm_jax.core.budget import zero_budget
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Int32, PyTree, UInt32
+from rlm_jax.reasoning.drive import Limits, run_compiled
+from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
+from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
+from rlm_jax.reasoning.structure import Structure, make_structure
+
+MAX_NUMBERS = 6
+_NONE = -1
+_MAX_RESULT = 10**4
+_UNKNOWN = 0.5
+
+
+@struct
+class Numbers:
+    """What is left at each node: numbers [B, N, 6] falling, -1 behind them; targets [B]."""
+
+    numbers: Int32[Array, "B N 6"]
+    target: Int32[Array, "B"]
+
+
+@struct
+class BlindResult:
+    """Of B problems: a solution was found, and the expansions it took."""
+
+    solved: Bool[Array, "B"]
+    expansions: Int32[Array, "B"]
+
+
+def search_blindly(
+    strategy: Strategy,
+    problems: Sequence[tuple[Sequence[int], int]],
+    *,
+    num_nodes: int,
+    max_expansions: int,
+    seed: int,
+) -> BlindResult:
+    """Runs a strategy on problems (numbers, target) with random legal moves and no values.
+
+    Raises:
+      ValueError: a problem of over six numbers.
+    """
+    most = max(len(numbers) for numbers, _ in problems)
+    if most > MAX_NUMBERS:
+        raise ValueError(f"a problem of {most} numbers: blind search takes up to {MAX_NUMBERS}")
+    roots = np.full((len(problems), MAX_NUMBERS), _NONE, np.int32)
+    for row, (numbers, _) in enumerate(problems):
+        roots[row, : len(numbers)] = sorted(numbers, reverse=True)
+    targets = jnp.array([target for _, target in problems], jnp.int32)
+    limits = Limits(max_expansions=max_expansions)
+
+    def run(key: Array, roots: Array, targets: Array) -> BlindResult:
+        structure = make_structure(targets * 0, num_nodes)
+        numbers = jnp.broadcast_to(roots[:, None], (len(problems), num_nodes, MAX_NUMBERS))
+        keys = jax.random.split(key, len(problems))
+        structure, _ = run_compiled(
+            strategy, expand_blindly, (), keys, Numbers(numbers, targets), structure, limits=limits
+        )
+        return BlindResult(structure.proven.any(-1), structure.budget.expansions)
+
+    return jax.jit(run)(jax.random.key(seed), jnp.asarray(roots), targets)
+
+
+def expand_blindly(
+    params: PyTree, keys: Keys, world: Numbers, structure: Structure, request: Request
+) -> tuple[Outcome, Numbers]:
+    """K distinct legal moves of each requested node, drawn evenly without replacement."""
+    del params
+    slots = child_slots(structure, request)
+    first = child_numbers(structure, request)[..., 0]
+    nodes = jnp.maximum(request.nodes, 0)
+    index = jnp.arange(nodes.shape[0])[:, None]
+
+    def draw(key: Array, number: Array, numbers: Array, target: Array):
+        states, legal = _list_moves(numbers)
+        noise = jax.random.gumbel(jax.random.fold_in(key, number), legal.shape)
+        scores, chosen = jax.lax.top_k(jnp.where(legal, noise, -jnp.inf), request.num_children)
+        children = states[chosen]
+        ended = children[:, 1] == _NONE
+        solved = ended & (children[:, 0] == target)
+        return children, jnp.isfinite(scores), ended, solved, _hash(children)
+
+    of_lanes = jax.vmap(jax.vmap(draw, (None, 0, 0, None)))
+    children, made, ended, solved, state_key = of_lanes(
+        keys, first, world.numbers[index, nodes], world.target
+    )
+    valid = made & request.grows[..., None] & (solved | ~ended)
+    zero = jnp.zeros(slots.shape, jnp.float32)
+    outcome = Outcome(
+        valid=valid,
+        duplicate=jnp.zeros(slots.shape, bool),
+        length=valid.astype(jnp.int32),
+        logprob=zero,
+        value=jnp.where(solved, 1.0, _UNKNOWN),
+        reward=zero,
+        terminal=ended,
+        answer_key=jnp.zeros(slots.shape, jnp.uint32),
+        state_key=jnp.where(ended, 0, state_key),
+        proven=solved,
+        node_value=jnp.full(slots.shape[:2], _UNKNOWN),
+        cost=dataclasses.replace(
+            zero_budget(structure.num_nodes),
+            generated_tokens=valid.sum((1, 2)).astype(jnp.int32),
+            expansions=request.grows.sum(-1).astype(jnp.int32),
+        ),
+    )
+    numbers = world.numbers.at[index[..., None], slots].set(children, mode="drop")
+    return outcome, dataclasses.replace(world, numbers=numbers)
+
+
+def _list_moves(numbers: Int32[Array, "6"]) -> tuple[Int32[Array, "A 6"], Bool[Array, "A"]]:
+    """The states behind all moves of a state, and which of them are legal and new."""
+    high, low = np.triu_indices(MAX_NUMBERS, 1)
+    left, right = numbers[high], numbers[low]
+    divisor = jnp.maximum(right, 1)
+    results = jnp.stack([left + right, left - right, left * right, left // divisor])
+    divides = (right > 0) & (left % divisor == 0)
+    fits = left.astype(jnp.float32) * right < _MAX_RESULT
+    legal = jnp.stack([right == right, right == right, fits, divides]) & (right != _NONE)
+    keep = np.ones((len(high), MAX_NUMBERS), bool)
+    keep[np.arange(len(high)), high] = keep[np.arange(len(high)), low] = False
+    kept = jnp.where(jnp.asarray(keep), numbers, _NONE)
+    states = jnp.broadcast_to(kept, (4, *kept.shape)).at[:, np.arange(len(high)), low].set(results)
+    states = -jnp.sort(-states.reshape(-1, MAX_NUMBERS))
+    # The same two numbers at other places make the same moves.
+    same = (left[:, None] == left) & (right[:, None] == right)
+    new = ~(same & np.tril(np.ones(same.shape, bool), -1)).any(-1)
+    return states, (legal & new).reshape(-1)
+
+
+def _hash(states: Int32[Array, "K 6"]) -> UInt32[Array, "K"]:
+    code = jnp.full(states.shape[0], 0x9E3779B9, jnp.uint32)
+    for place in range(MAX_NUMBERS):
+        code = (code ^ states[:, place].astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
+        code ^= code >> 13
+    return jnp.maximum(code, 1)
