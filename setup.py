@@ -51,6 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rlm_jax", "rlm_jax.*"]),
+    package_data={"rlm_jax": ["networks/*/*"]},
     install_requires=CORE,
     extras_require={
         "text": TEXT,

@@ -33,7 +33,7 @@ from rlm_jax.data.records import Record, RecordWriter, read_records
 from rlm_jax.evaluation import build, pause, solver
 from rlm_jax.reasoning.drive import Limits
 from rlm_jax.reasoning.sharding import count_shards
-from rlm_jax.tasks.base import Example, Gold, Problem
+from rlm_jax.tasks.base import Example, Gold, Problem, Task
 from rlm_jax.viz.text import render_summary, render_tree
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -111,7 +111,7 @@ def main() -> None:
         config["budget_tokens"] = _BUDGET_TOKENS.value
     limits = _read_limits()
     plans = _plan_strategies(config, limits)
-    examples = _read_examples(console)
+    examples = _read_examples(console, build.TASKS[config["task"]])
     mesh = launching.read_mesh(_MESH.value)
     # Of the file, not of what is left of it: a restart computes what an undisturbed run would have
     # computed, in batches of the same size.
@@ -184,13 +184,13 @@ def _choose_batch_size(most: int, num_problems: int, mesh: Mesh | None) -> int:
     return min(most, -(-num_problems // shards) * shards)
 
 
-def _read_examples(console: Console) -> list[Example]:
+def _read_examples(console: Console, task: Task) -> list[Example]:
     """The problems of either flag, and what was wrong with the file's other lines."""
     question, path = _QUESTION.value, _PROBLEMS.value
     if question is not None and path is not None:
         raise ValueError("--question and --problems are given: accepted is one of them")
     if question is not None:
-        return [_read_question(question.strip())]
+        return [_read_question(task, question.strip())]
     if path is None:
         raise ValueError("no problem given: accepted is --question=TEXT or --problems=FILE.jsonl")
     if _ANSWER.value is not None:
@@ -206,14 +206,15 @@ def _read_examples(console: Console) -> list[Example]:
     return found.examples[: _LIMIT.value]
 
 
-def _read_question(question: str) -> Example:
+def _read_question(task: Task, question: str) -> Example:
     if not question:
         raise ValueError("--question is empty")
     try:
         question.encode()
     except UnicodeEncodeError:
         raise ValueError("--question is not UTF-8") from None
-    return Problem(question, id="question"), Gold(_ANSWER.value)
+    problem = Problem(question, id="question") if task.read is None else task.read(question)
+    return problem, Gold(_ANSWER.value)
 
 
 @contextlib.contextmanager

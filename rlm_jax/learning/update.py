@@ -178,7 +178,7 @@ def update_state(
             return jax.tree.map(jnp.add, carry, grad_fn(state.params, part, totals)), None
 
         ((value, metrics), grads), _ = jax.lax.scan(accumulate, zeros, parts)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     healthy = state.healthy & jnp.isfinite(value) & jnp.isfinite(norm)
@@ -194,7 +194,7 @@ def update_state(
         **metrics,
         "loss": MaskedSum(value, one),
         "grad_norm": MaskedSum(norm, one),
-        "update_norm": MaskedSum(optax.global_norm(updates), one),
+        "update_norm": MaskedSum(optax.tree.norm(updates), one),
     }
 
 

@@ -72,6 +72,8 @@ class Task:
       verify: (problem, gold, a solution's text) -> verdict.
       load: a file in the task's published format -> examples, where there is one.
       generate: (seed, num_problems, difficulty in [0, 1]) -> examples, where they can be made.
+      read: a problem as a person types it -> the problem, where that takes more than its words;
+        raises ValueError for what is none.
       notation: problem -> the text that models trained on the task read and nothing else; where a
         tokenizer has no chat template it takes the place of `prompt`.
       device: the checker of steps on token ids, where there is one; only self-verifying tasks.
@@ -85,6 +87,7 @@ class Task:
     verify: Callable[[Problem, Gold, str], Verdict]
     load: Callable[[str | os.PathLike[str]], list[Example]] | None = None
     generate: Callable[[int, int, float], list[Example]] | None = None
+    read: Callable[[str], Problem] | None = None
     notation: Callable[[Problem], str] | None = None
     device: DeviceTask | None = None
 

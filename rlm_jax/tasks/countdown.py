@@ -44,6 +44,12 @@ EXAMPLE = (
     "6 - 5 = 1 ; 1 3 8\n3 * 1 = 3 ; 3 8\n3 * 8 = 24\n#### (6 - 5) * 3 * 8",
 )
 
+_MANY = r"([0-9]{1,6}(?:[ ,]+(?:and +)?[0-9]{1,6})+)"
+_FORMS = (
+    (rf"([0-9]{{1,6}}) *: *{_MANY}", True),
+    (rf"make ([0-9]{{1,6}}) (?:out of|from|with|of) {_MANY}\.?", True),
+    (rf"{_MANY} *(?:=|->) *([0-9]{{1,6}})", False),
+)
 _LINE = re.compile(r"([0-9]+) *([-+*/]) *([0-9]+) *= *([0-9]+)(?: *;((?: +[0-9]+)+))? *")
 
 
@@ -76,6 +82,21 @@ def make_problem(numbers: tuple[int, ...], target: int, id: str = "") -> Problem
         raise ValueError(f"Countdown takes two numbers or more, got {list(numbers)}")
     question = f"Make {target} out of {' '.join(map(str, numbers))}."
     return Problem(question, (tuple(numbers), target), id)
+
+
+def read(text: str) -> Problem:
+    """The problem in `24 : 4 4 7 10`, `Make 24 out of 4, 4, 7 and 10.` or `4 4 7 10 = 24`.
+
+    Raises:
+      ValueError: the text holds no target and two numbers in one of these ways.
+    """
+    for pattern, target_first in _FORMS:
+        match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
+        if match is not None:
+            first, second = (tuple(map(int, re.findall("[0-9]+", part))) for part in match.groups())
+            target, numbers = (first, second) if target_first else (second, first)
+            return make_problem(numbers, target[0], "question")
+    raise ValueError(f"{text!r:.80} is no puzzle: write it as 24 : 4 4 7 10, the target first")
 
 
 def extract(text: str) -> str | None:
@@ -288,6 +309,7 @@ TASK = Task(
     verify,
     load=load,
     generate=generate,
+    read=read,
     notation=notation,
     device=DEVICE_TASK,
 )

@@ -41,6 +41,21 @@ def make_problem(numbers: tuple[int, ...], id: str = "") -> Problem:
     return Problem(f"Make {TARGET} out of {' '.join(map(str, numbers))}.", tuple(numbers), id)
 
 
+def read(text: str) -> Problem:
+    """The puzzle of the four numbers in a text, or a puzzle as `countdown.read` takes it.
+
+    Raises:
+      ValueError: anything else, or another target than 24.
+    """
+    numbers = re.fullmatch(r"[0-9]{1,6}(?:[ ,]+[0-9]{1,6}){3}", text.strip())
+    if numbers is not None:
+        return make_problem(tuple(map(int, re.findall("[0-9]+", text))), "question")
+    data, target = countdown.read(text).data
+    if target != TARGET or len(data) != 4:
+        raise ValueError(f"{text!r:.80} is no Game of 24: four numbers, as 4 4 7 10")
+    return make_problem(data, "question")
+
+
 def notation(problem: Problem) -> str:
     """The puzzle as models trained on Countdown read it: `24 : 4 4 7 10`."""
     return countdown.write_state(TARGET, sorted(problem.data))
@@ -139,6 +154,7 @@ TASK = Task(
     extract,
     verify,
     load=load,
+    read=read,
     notation=notation,
     device=countdown.DEVICE_TASK,
 )

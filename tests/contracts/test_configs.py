@@ -89,6 +89,8 @@ def documented_command(module):
 def test_its_command_runs_small(module, path, tmp_path):
     """The documented command on the :smoke variant: for solve.py, a question from end to end."""
     program, flags = documented_command(module)
+    if program == "train.py":
+        pytest.skip("tests/experiments/test_train.py trains with it, stops and goes on")
     own = f"--config=configs/{path.name}"
     flags = [f"{own}:smoke" if flag == own else flag for flag in flags]
     running = load(ROOT / "tests/experiments/running.py")

@@ -98,7 +98,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def searched(parts):
-    model, networks, rules, strategy, language, (keys, prompts, lengths) = parts
+    _model, _networks, rules, strategy, language, (keys, prompts, lengths) = parts
 
     def search(lm):
         structure, world = begin(lm, prompts, lengths, 128, cfg=language)
@@ -214,7 +214,8 @@ def test_one_program_is_two_and_loss_falls(parts):
         assert 0 <= float(metrics["search_solved"].mean()) <= 1
     for one, two in zip(jax.tree.leaves(state.train), jax.tree.leaves(other.train), strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), atol=1e-6)
-    assert int(state.train.step) == 8 and bool(state.train.healthy)
+    assert int(state.train.step) == 8
+    assert bool(state.train.healthy)
     assert losses[-1] < losses[0]
 
 

@@ -128,6 +128,24 @@ def test_chains_and_expressions_are_right():
     assert game24.TASK.notation(twins) == countdown.TASK.notation(problem) == "24 : 3 5 6 8"
 
 
+@pytest.mark.parametrize(
+    "text", ["24 : 4 4 7 10", "Make 24 out of 4, 4, 7 and 10.", "4 4 7 10 = 24", " 4,4,7,10 -> 24 "]
+)
+def test_a_person_types_a_puzzle(text):
+    assert countdown.read(text).data == ((4, 4, 7, 10), 24)
+    assert game24.read(text).data == (4, 4, 7, 10)
+
+
+def test_what_is_no_puzzle_is_told():
+    assert game24.read("4 4 7 10").data == (4, 4, 7, 10)
+    for text in ("", "24", "24 : 4", "24 : four", "4 4 7 10"):
+        with pytest.raises(ValueError, match="is no puzzle"):
+            countdown.read(text)
+    for text in ("25 : 4 4 7 10", "24 : 4 7 10"):
+        with pytest.raises(ValueError, match="no Game of 24"):
+            game24.read(text)
+
+
 def test_problem_files(tmp_path):
     path = tmp_path / "problems.jsonl"
     rows = [{"numbers": [4, 4, 7, 10], "target": 24}, {"numbers": [1, 2], "target": 3, "id": "x"}]

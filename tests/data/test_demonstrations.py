@@ -1,0 +1,151 @@
+"""Demonstrations as token examples: soft labels against plain counting, shards, prefetching."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shard, make_shards, problem_key
+from rlm_jax.data.demonstrations import label_tokens, tokenize_demonstration
+from rlm_jax.data.examples import make_example
+from rlm_jax.data.generated import GeneratedSource
+from rlm_jax.data.iterators import make_batches
+from rlm_jax.data.packing import Packed
+from rlm_jax.data.splits import SPLITS, load_split
+from rlm_jax.tasks.base import Gold
+from rlm_jax.tasks.countdown_split import is_held_out
+from rlm_jax.tasks.demonstrations import Demonstration, Step
+from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
+
+pytest.importorskip("sentencepiece")
+
+
+def _encode(text):
+    return [ord(letter) for letter in text]
+
+
+def test_labels_share_what_agrees_so_far():
+    labels = label_tokens(_encode("abd"), [(_encode("abc"), 0.5), (_encode("axy"), 0.25)])
+    assert labels[0] == {ord("a"): 1.0}
+    assert labels[1] == pytest.approx({ord("b"): 2 / 3, ord("x"): 1 / 3})
+    assert labels[2] == {ord("c"): 1.0}
+    assert label_tokens(_encode("zz"), [(_encode("ab"), 1.0)]) == [{ord("a"): 1.0}, {}]
+    assert label_tokens(_encode("ab"), []) == [{}, {}]
+
+
+def test_a_wrong_step_teaches_the_right_ones_until_it_leaves_them():
+    steps = (
+        Step("ab\n", (("ab\n", 0.5), ("ac\n", 0.5)), 1.0),
+        Step("pq\n", (("pr\n", 1.0),), 0.0),
+    )
+    example = tokenize_demonstration(Demonstration("P\n", steps, False, None), _encode, 2, 1)
+    text = [1, *_encode("P\nab\npq\n")]
+    assert example.tokens.tolist() == text
+    assert example.loss_weight.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 0]
+    assert sorted(zip(example.soft_ids[4], example.soft_weights[4], strict=True)) == [
+        (ord("b"), 0.5),
+        (ord("c"), 0.5),
+    ]
+    # The wrong token stands in the text; its label is the right one.
+    assert example.soft_ids[7][example.soft_weights[7] > 0].tolist() == [ord("r")]
+    assert np.flatnonzero(example.value_weight).tolist() == [5, 8]
+    assert example.value_target[[5, 8]].tolist() == [1, 0]
+    finished = tokenize_demonstration(Demonstration("P\n", steps[:1], True, 0.5), _encode, 2, None)
+    assert finished.tokens.tolist() == [*_encode("P\nab\n"), 2]
+    assert finished.loss_weight[-1] == 1
+    assert finished.value_target[[1, 5]].tolist() == [0.5, 1.0]
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_puzzle_tokenizer(path, bare_numbers=False)
+    return CountdownMix(str(path), 3, shard_examples=48, sizes=((3, 0.5), (4, 0.5)))
+
+
+def test_shards_are_functions_of_their_number(mix):
+    first, again, other = make_shard(mix, 0), make_shard(mix, 0), make_shard(mix, 1)
+    assert len(first) == len(other) == 48
+    for one, two in zip(first, again, strict=True):
+        for left, right in zip(one, two, strict=True):
+            np.testing.assert_array_equal(left, right)
+    assert any(len(a.tokens) != len(b.tokens) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_generated_source_resumes(mix, prefetch):
+    def open_source():
+        return GeneratedSource(make_shards(mix), num_shards=4, shard_examples=48, prefetch=prefetch)
+
+    def batches(source):
+        return make_batches(source, Packed(8, 64, 8), seed=0, shuffle=False)
+
+    with open_source() as source:
+        stream = batches(source)
+        whole = [next(stream) for _ in range(5)]
+        assert stream.counts.examples > 48
+    with open_source() as source:
+        stream = batches(source)
+        for _ in range(2):
+            next(stream)
+        state = stream.get_state()
+    with open_source() as source:
+        stream = batches(source)
+        stream.set_state(state)
+        for batch in whole[2:]:
+            np.testing.assert_array_equal(next(stream).tokens, batch.tokens)
+
+
+def _bad_shard(shard):
+    return [make_example([1, 2])] * 3
+
+
+def test_a_shard_of_another_size_is_refused():
+    source = GeneratedSource(_bad_shard, num_shards=2, shard_examples=4, prefetch=False)
+    assert len(source) == 8
+    with pytest.raises(ValueError, match="shard 0 holds 3 examples, expected 4"):
+        source[0]
+    with pytest.raises(IndexError):
+        source[8]
+    with pytest.raises(ValueError, match="num_shards=0"):
+        GeneratedSource(_bad_shard, num_shards=0, shard_examples=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sizes": ((4, 0.5),)}, "do not sum to 1"),
+        ({"wrong_share": 1.5}, "wrong_share"),
+        ({"shard_examples": 0}, "shard_examples"),
+    ],
+)
+def test_wrong_mixes_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CountdownMix("tokenizer.model", 0, **fields)
+
+
+@pytest.mark.parametrize("name", [name for name in SPLITS if name != "countdown6"])
+def test_splits_are_fixed_held_out_and_solvable(name):
+    split = load_split(name)
+    assert len(split.examples) == {"game24": 100, "countdown5": 500}.get(name, 1000)
+    assert len({problem.id for problem, _ in split.examples}) == len(split.examples)
+    data = [p.data if split.task == "countdown" else (p.data, 24) for p, _ in split.examples]
+    numbers = np.array([sorted(row) for row, _ in data])
+    targets = np.array([target for _, target in data])
+    assert is_held_out(numbers, targets).all()
+    assert all(gold == Gold() for _, gold in split.examples)
+
+
+def test_unknown_splits_are_named():
+    with pytest.raises(ValueError, match="'gsm'"):
+        load_split("gsm")
+
+
+def test_drawn_problems_are_not_held_out():
+    problems = draw_problems(np.random.default_rng(0), 40, ((3, 0.5), (4, 0.5)))
+    assert len(problems) == 40
+    for problem in problems:
+        numbers, target = problem.data
+        assert not is_held_out(np.array([numbers]), np.array([target]))[0]
+    assert problem_key("24 : 4 4 7 10") == (24, 4, 4, 7, 10)
+    assert functools.reduce(max, (len(p.data[0]) for p in problems)) == 4
