@@ -46,7 +46,10 @@ def read_findings(
     """
     ids, names = np.full(structure.depth.shape, -1, np.int32), {}
     for row in prompts:
-        _name_answers(task, tokenizer, structure, tokens, row, ids, names)
+        # Where the task checked the steps, a solution that is not proven is refuted.
+        checked = structure.budget.verifier_calls[row] > 0
+        refuted = structure.terminal[row] & ~structure.proven[row] & checked
+        _name_answers(task, tokenizer, structure, tokens, row, refuted, ids, names)
     best = jax.device_get(jax.jit(strategy.answer)(structure, ids)).node
     findings = {}
     for row, prompt in prompts.items():
@@ -76,6 +79,7 @@ def _name_answers(
     structure: Structure,
     tokens: np.ndarray,
     row: int,
+    refuted: np.ndarray,
     ids: np.ndarray,
     names: dict[tuple[int, int], str],
 ) -> None:
@@ -84,7 +88,7 @@ def _name_answers(
     alive = np.flatnonzero(structure.alive[row])
     inner = set(structure.parent[row, alive].tolist())
     for node in alive:
-        if node == 0 or node in inner:
+        if node == 0 or node in inner or refuted[node]:
             continue
         path = path_tokens(structure, tokens, row, int(node))
         answer = task.extract(tokenizer.decode(path, skip_special=True))

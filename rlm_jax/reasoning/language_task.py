@@ -73,8 +73,9 @@ def check_steps(
         nothing = length * 0
         return Verdicts(None, none, none, ends, nothing.astype(jnp.uint32), nothing)
     checked = jax.vmap(task.step, (None, 0, 0, 0, 0))(tables, states, tokens, length, ends)
-    illegal = made & ~checked.legal
-    solved = made & checked.legal & checked.solved
+    told = made & checked.known
+    illegal = told & ~checked.legal
+    solved = told & checked.legal & checked.solved
     terminal = made & (ends | illegal | solved)
     return Verdicts(
         state=checked.state,
@@ -82,7 +83,7 @@ def check_steps(
         solved=solved,
         terminal=terminal,
         state_key=jnp.where(made & ~terminal, checked.key, 0).astype(jnp.uint32),
-        num_checks=made.astype(jnp.int32),
+        num_checks=told.astype(jnp.int32),
     )
 
 

@@ -122,7 +122,7 @@ def step(
     # A line that was cut short may read differently once it goes on.
     legal = ~known | (follows & (line.ended | ends | solved))
     after = State(numbers, jnp.where(known, state.count - 1, 0), state.target)
-    return StepCheck(after, legal, solved, jnp.where(known, _hash(after), 0))
+    return StepCheck(after, legal, solved, jnp.where(known, _hash(after), 0), known)
 
 
 def _read_piece(piece: bytes) -> tuple[int, int, int, int]:

@@ -10,7 +10,9 @@ as arrays, so that tokenizers change without a compile.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from rlm_jax.core.types import Array, Bool, Int32, PyTree, UInt32
 
@@ -23,12 +25,14 @@ class StepCheck(NamedTuple):
       legal: the step follows from the state before it. A task that cannot tell says True.
       solved: the step ends a solution that is right.
       key: hash of the state behind the step, equal for equal states; 0 where there is none.
+      known: the task could read the problem; otherwise it decides nothing about its steps.
     """
 
     state: PyTree
     legal: Bool[Array, ""]
     solved: Bool[Array, ""]
     key: UInt32[Array, ""]
+    known: Any = np.True_
 
 
 class DeviceTask(NamedTuple):

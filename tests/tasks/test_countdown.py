@@ -351,6 +351,7 @@ def test_equal_states_have_equal_keys_and_other_prompts_tell_nothing():
     assert not bool(step(start, "10 - 4 = 6 ; 4 6").legal), "a line cut short"
     for prompt in ("Make 24 out of 4 4 7 10.\n", "24 : 4\n", "24 : 4 4 7 10", "24 : 4 4 : 7\n"):
         unknown = step(begin(prompt), "10 - 4 = 6 ; 4 6 7\n")
+        assert not bool(unknown.known)
         assert bool(unknown.legal)
         assert not bool(unknown.solved)
         assert int(unknown.key) == 0
