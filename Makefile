@@ -1,14 +1,16 @@
 # Everything starts here: each target sets up what it needs in .venv, once.
 #
-#   make demo       a language model answers a question by chain, best-of-N and tree search
-#                   (QUESTION="..." asks your own; ARGS="--budget_tokens=256" is passed on)
+#   make demo       a small network solves a Game of 24 by search, then a language model answers a
+#                   question by chain, best-of-N and tree search (PUZZLE="4 7 8 8" and
+#                   QUESTION="..." ask your own; ARGS="--budget_tokens=256" is passed on)
 #   make test       the tests                       (ARGS="-k puct" is passed on to pytest)
 #   make setup      everything a contributor wants  (PYTHON=/path/to/python chooses the Python)
 
 PYTHON ?=
 ARGS ?=
 QUESTION ?= Ben has 3 boxes with 12 pens in each box. How many pens does Ben have in total?
-export QUESTION
+PUZZLE ?= 4 7 8 8
+export QUESTION PUZZLE
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
@@ -31,6 +33,8 @@ help:
 setup: $(STAMPS)/dev $(STAMPS)/model
 
 demo: $(STAMPS)/demo $(STAMPS)/model
+	$(RUN) experiments/solve.py --config=configs/game24.py --question="$$PUZZLE" \
+	  --strategy=best_first
 	$(RUN) experiments/solve.py --config=configs/smollm2.py --question="$$QUESTION" \
 	  --strategy=greedy,best_of_n,gumbel $(ARGS)
 

@@ -13,10 +13,11 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import launching
 import numpy as np
 from absl import flags
@@ -77,7 +78,8 @@ NUM_TREES = 3
 
 
 class Run(NamedTuple):
-    """What both phases need. config: the whole file; train: its part for training."""
+    """What both phases need. config: the whole file; train: its part for training. solvers: of the
+    evaluations, compiled once."""
 
     config: dict[str, Any]
     train: dict[str, Any]
@@ -85,6 +87,11 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     model: ModelConfig
     loss: Loss
+    solvers: dict[str, solver.Solver]
+
+
+# Yields (state, metrics, tokens, position) of one update after another.
+Steps = Generator[tuple[Any, Any, int, Any]]
 
 
 class Phase(NamedTuple):
@@ -97,7 +104,7 @@ class Phase(NamedTuple):
     name: str
     num_steps: int
     state: Any
-    steps: Callable[[Any, Any], Iterator[tuple[Any, Any, int, Any]]]
+    steps: Callable[[Any, Any], Steps]
     networks: Callable[[Any], Networks]
 
 
@@ -149,7 +156,7 @@ def _prepare(config: dict[str, Any], workdir: pathlib.Path) -> Run:
         bos_id=tokenizer.bos_id,
     )
     loss = functools.partial(token_loss, model=model, cfg=LossConfig(**train["loss"]))
-    return Run(config, train, workdir, tokenizer, model, loss)
+    return Run(config, train, workdir, tokenizer, model, loss, {})
 
 
 def _mix(run: Run) -> CountdownMix:
@@ -164,8 +171,9 @@ def _require_disjoint(run: Run) -> None:
     """
     prompts = [_read_prompt(run.tokenizer, example) for example in make_shard(_mix(run), 0)]
     test = [
-        problem_key(build.TASKS[split.task].notation(problem))
+        problem_key(notation(problem))
         for split in map(load_split, SPLITS[:1] + SPLITS[-1:])
+        if (notation := build.TASKS[split.task].notation) is not None
         for problem, _ in split.examples
     ]
     require_disjoint(
@@ -198,7 +206,7 @@ def _make_supervised(run: Run, networks: Networks) -> Phase:
         donate_argnums=0,
     )
 
-    def steps(state: Any, position: Any) -> Iterator[tuple[Any, Any, int, Any]]:
+    def steps(state: Any, position: Any) -> Steps:
         mix = _mix(run)
         with GeneratedSource(
             make_shards(mix), num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
@@ -250,9 +258,9 @@ def _make_search(run: Run, networks: Networks) -> Phase:
         prompts = [encode_problem(run.tokenizer, one.task, problem) for problem in problems]
         tokens, lengths = pad_prompts(prompts, run.config["bucket_tokens"])
         keys = jax.random.split(jax.random.key(number), len(problems))
-        return keys, tokens, lengths
+        return keys, jnp.asarray(tokens), jnp.asarray(lengths)
 
-    def steps(state: Any, position: Any) -> Iterator[tuple[Any, Any, int, Any]]:
+    def steps(state: Any, position: Any) -> Steps:
         number = 0 if position is None else position
         while True:
             state, metrics = step_fn(state, *draw(number))
@@ -332,14 +340,17 @@ def _evaluate(run: Run, networks: Networks) -> tuple[dict[str, float], str]:
     examples = load_split(EVAL_SPLIT).examples[: run.train["eval_problems"]]
     scores, drawn = {}, ""
     for name in ("greedy", run.train["search"]["strategy"]):
-        plan = build.plan_strategy(run.config, name)
-        one = build.build_solver(
-            run.config,
-            plan,
-            _as_policy(run, networks),
-            seed=0,
-            batch_size=min(run.config["batch_size"], len(examples)),
-        )
+        if name not in run.solvers:
+            run.solvers[name] = build.build_solver(
+                run.config,
+                build.plan_strategy(run.config, name),
+                _as_policy(run, networks),
+                seed=0,
+                batch_size=min(run.config["batch_size"], len(examples)),
+            )
+        one = run.solvers[name]
+        lm = dataclasses.replace(one.lm, policy=networks.policy, value_head=networks.value_head)
+        one = dataclasses.replace(one, lm=lm)
         encoded = [solver.encode(one, problem) for problem, _ in examples]
         records = solver.solve_batch(one, encoded, [gold for _, gold in examples])
         scores[f"{name}_accuracy"] = sum(map(_is_right, records)) / len(records)

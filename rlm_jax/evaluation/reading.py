@@ -48,7 +48,7 @@ def read_findings(
     for row in prompts:
         # Where the task checked the steps, a solution that is not proven is refuted.
         checked = structure.budget.verifier_calls[row] > 0
-        refuted = structure.terminal[row] & ~structure.proven[row] & checked
+        refuted = np.asarray(structure.terminal[row] & ~structure.proven[row] & checked)
         _name_answers(task, tokenizer, structure, tokens, row, refuted, ids, names)
     best = jax.device_get(jax.jit(strategy.answer)(structure, ids)).node
     findings = {}

@@ -49,7 +49,7 @@ def test_built_splits_hold_what_was_generated(puzzles):
         assert {gold.answer for _, gold in read} != {None}
         for problem, gold in read:
             assert arithmetic.TASK.verify(problem, gold, f"#### {gold.answer}").correct
-    assert list(folder.glob("puzzles/*/1.0.0/*.array_record-*"))
+    assert list(folder.glob("puzzles/*/*/*.array_record-*"))
     # A second call reads the files.
     again = build_puzzles(SMALL, folder)
     assert [again["train"][i] for i in range(3)] == [sources["train"][i] for i in range(3)]

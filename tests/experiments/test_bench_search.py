@@ -66,6 +66,7 @@ def policy(program):
     return policy._replace(cfg=cfg, params=init_params(jax.random.key(0), cfg))
 
 
+@pytest.mark.slow
 def test_language_model_sides_decode_the_same_number_of_tokens(program, policy, monkeypatch):
     bench = program("bench_language")
     monkeypatch.setattr(bench, "load", lambda config, name: policy)
@@ -197,6 +198,7 @@ def test_a_node_takes_little_more_than_it_needs(program, policy, tiny):
         assert 1.0 <= line["ratio"] < 1.2
 
 
+@pytest.mark.slow
 def test_capacity_and_bookkeeping_compare_equal_work(program, policy, tiny):
     bench = program("bench_memory")
     patience = program("bench_timing").Patience(1, 1.0, 0.0)

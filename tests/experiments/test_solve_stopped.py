@@ -50,6 +50,7 @@ def test_an_interruption_between_records_keeps_them(
         assert_same_search(record, records_of(undisturbed)[name])
 
 
+@pytest.mark.slow
 def test_signals_in_the_middle_of_searches_lose_nothing(solve, cache, tmp_path, monkeypatch):
     """Two processes of their own, ended by Ctrl-C and SIGTERM, and a third run to the end."""
     problems = [{"id": f"q{i}", "question": f"What is {i} + 1?"} for i in range(20)]

@@ -72,9 +72,14 @@ def networks():
 @pytest.fixture(scope="module")
 def batch() -> TokenBatch:
     rng = np.random.default_rng(0)
-    packed = pack_examples([_draw_example(rng) for _ in range(24)], 20, num_soft=3)
-    rows = packed.tokens.shape[0] // 8 * 8
-    return jax.tree.map(lambda array: jnp.asarray(array[:rows]), packed)
+    packed = pack_examples([_draw_example(rng) for _ in range(16)], 20, num_soft=3)
+    # Rows of padding, so that eight devices and four parts divide them.
+    spare = -packed.tokens.shape[0] % 8
+
+    def widen(array):
+        return jnp.pad(array, ((0, spare), *((0, 0) for _ in array.shape[1:])))
+
+    return jax.tree.map(widen, packed)
 
 
 def _loss(cfg=CFG):
@@ -220,7 +225,7 @@ def test_wrong_losses_are_named():
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adam(networks):
-    optimizer = make_optimizer(OptimizerConfig(num_steps=10), networks)
+    optimizer = make_optimizer(OptimizerConfig(num_steps=10, warmup_steps=1), networks)
     state = init_state(networks, optimizer)
     momenta = optax.tree.get_all_with_path(state.opt_state, "mu")
     sizes = sorted(sum(leaf.size for leaf in jax.tree.leaves(mu)) for _, mu in momenta)

@@ -152,6 +152,7 @@ def test_structures_at_their_own_pace_are_the_same_structures():
         run_apart(strategy, remote, None, keys, worlds[:5], structure, in_flight=1)
 
 
+@pytest.mark.slow
 def test_a_narrow_round_has_a_narrow_program():
     strategy = STRATEGIES["gumbel"]
     assert strategy.widths == (4, 3, 2, 1)

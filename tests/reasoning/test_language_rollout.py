@@ -124,6 +124,7 @@ def test_a_value_is_what_comes_of_the_path(model, judge):
     assert_no_page_leaks(structure, world)
 
 
+@pytest.mark.slow
 def test_beams_roll_out_one_by_one(model):
     """Two beams of one node would change places, and with them what stands behind them."""
     beams = ROLLOUT | {"num_rollouts": 2, "sampling": SamplingConfig("beam")}
@@ -208,6 +209,7 @@ def test_the_budget_caps_rollouts(model, limit):
         assert (structure.budget.rollout_tokens > 0).all()
 
 
+@pytest.mark.slow
 def test_many_rollouts_approach_the_probability_of_a_solution(model):
     """Steps of one token; a node is solved by ids below 50 and lost otherwise."""
 
@@ -245,6 +247,7 @@ def test_many_rollouts_approach_the_probability_of_a_solution(model):
     assert seen > 2
 
 
+@pytest.mark.slow
 def test_a_mixture_is_made_of_its_parts(model):
     lone, *_ = search(model, ONE_ROUND, **ROLLOUT, **CHECKED)
     mixture = ROLLOUT | {"evaluator": "value_head=1,rollout=3"}

@@ -166,7 +166,14 @@ def test_a_row_handed_on_searches_as_if_it_were_alone(model):
         )
 
 
-@pytest.mark.parametrize("evaluator", ["likelihood", "value_head", "p_yes"])
+@pytest.mark.parametrize(
+    "evaluator",
+    [
+        "value_head",
+        pytest.param("likelihood", marks=pytest.mark.slow),
+        pytest.param("p_yes", marks=pytest.mark.slow),
+    ],
+)
 def test_judging_on_visit_gives_the_values_of_judging_at_expansion(model, evaluator):
     lm, cfg = model
     strategy = puct.make_puct(num_children=3, num_lanes=2, max_depth=4, judge="visit")

@@ -103,7 +103,7 @@ BREAKS = {
     "a dead node has no living child": {"alive": (1, False)},
     "a child belongs where its parent does": {"owner": (6, 0)},
     "the budget holds": {"token_limit": 5},
-    "generated tokens are the tokens": {"dropped_tokens": 1},
+    "generated tokens are those of nodes and rollouts": {"dropped_tokens": 1},
     "nodes made are kept or dropped": {"num_created": 6},
     "what is proven is a solution": {"proven": (6, True)},
     "visits are counts": {"visits": (2, -1.0)},
