@@ -9,6 +9,7 @@ solve.py and evaluate.py load. The same command started again, after Ctrl-C, SIG
 power cut, goes on where it stopped and ends on the same parameters, bit for bit.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib

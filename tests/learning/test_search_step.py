@@ -188,7 +188,7 @@ STEP = SearchStepConfig(batch_rows=16, num_updates=2, replay_rows=64, budget_tok
 
 def _make_step(parts, mesh=None):
     model, networks, rules, strategy, language, batch = parts
-    cfg = OptimizerConfig(name="adamw", learning_rate=3e-3, num_steps=20, warmup_steps=2)
+    cfg = OptimizerConfig(name="adamw", learning_rate=2e-2, num_steps=20, warmup_steps=1)
     optimizer = make_optimizer(cfg, networks)
     loss = functools.partial(token_loss, model=model, cfg=LossConfig())
     collect = make_collect(
