@@ -1,6 +1,7 @@
 """The network that learned Countdown plays Game of 24: four numbers into 24.
 
-Command:  python experiments/solve.py --config=configs/game24.py --question="4 4 7 10"
+Command:  python experiments/solve.py --config=configs/game24.py --strategy=best_first \
+              --question="4 7 8 8"
 Hardware: two CPU cores, 1 GB of memory.
 Expected: an answer in 10 s, compilation included; accuracies in docs/results.md.
 

@@ -26,6 +26,7 @@ def lines(tmp_path_factory):
     return [json.loads(line) for line in done.out.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_case_has_its_fields(lines):
     names = [line["case"] for line in lines]
     assert names[:2] == ["decode_float32_1", "decode_float32_3"]
@@ -35,6 +36,7 @@ def test_every_case_has_its_fields(lines):
         assert {"case", "ours", "other", "ratio", "unit"} <= line.keys()
 
 
+@pytest.mark.slow
 def test_decode_cases_report_roofs_and_a_missing_side_as_null(lines):
     for line in lines[:4]:
         assert line["ours"] > 0
@@ -45,6 +47,7 @@ def test_decode_cases_report_roofs_and_a_missing_side_as_null(lines):
         assert line["matmul_roof_share"] > 0
 
 
+@pytest.mark.slow
 def test_no_token_is_forwarded_twice_and_pages_are_full_enough(lines):
     counts = {(line["case"], line["strategy"]): line for line in lines[4:]}
     for strategy in ("best_of_n", "puct"):
@@ -55,6 +58,7 @@ def test_no_token_is_forwarded_twice_and_pages_are_full_enough(lines):
         assert 0 < counts["row_utilisation", strategy]["ratio"] <= 1
 
 
+@pytest.mark.slow
 def test_a_python_without_torch_is_told_of_and_costs_nothing_else(smollm2_gguf, lines):
     """The other side answers its errors; ours is measured all the same."""
     del lines

@@ -19,6 +19,9 @@ from running import run_program
 
 from rlm_jax.models.params import init_params
 
+# A minute of small measurements.
+pytestmark = pytest.mark.slow
+
 FIELDS = {"case", "ours", "other", "ratio", "unit", "batch", "simulations", "leaves"}
 QUICK = ("--config=configs/smollm2.py:smoke", "--repeats=1", "--quiet_seconds=0")
 HAS_MCTX = importlib.util.find_spec("mctx") is not None
@@ -43,6 +46,7 @@ def run_lines(*flags: str) -> list[dict]:
 # Against mctx.
 
 
+@pytest.mark.slow
 def test_small_networks_do_the_same_simulations_on_both_sides():
     lines = run_lines(
         "--suite=search", "--only=small", "--batches=2", "--simulations=6", "--leaves=1"
@@ -92,6 +96,7 @@ def test_language_model_sides_decode_the_same_number_of_tokens(program, policy, 
             assert line["node_bytes"][1] > 2 * line["node_bytes"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_MCTX, reason="pip install mctx")
 def test_mctx_grows_the_same_tree_however_its_nodes_keep_their_path(program, policy, monkeypatch):
     """Prefilled anew or kept, a path is the same: so are steps, values and visits of all nodes."""
@@ -136,6 +141,7 @@ def test_buffer_lengths_end_with_the_longest_path(program):
 # Against host-side search and llama.cpp.
 
 
+@pytest.mark.slow
 def test_questions_and_llama_measure_ours_alone_where_the_model_has_no_file():
     lines = run_lines(
         "--suite=search", "--only=host", "--problems_limit=2", "--expansions=3", "--children=2",
@@ -185,6 +191,7 @@ def tiny(program):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_node_takes_little_more_than_it_needs(program, policy, tiny):
     """Of programs and alive, against a count by hand."""
     lines = list(program("bench_memory").measure_nodes(policy, tiny))
@@ -222,6 +229,7 @@ def test_linearity_is_of_four_times_the_simulations(program, tiny):
     assert line["ratio"] == line["ours"] / line["other"]
 
 
+@pytest.mark.slow
 def test_large_search_is_measured_in_a_process_of_its_own(program, tiny):
     line = program("bench_memory").measure_large("random:tiny-llama", tiny)
     assert line.keys() >= FIELDS

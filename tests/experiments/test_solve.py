@@ -123,6 +123,7 @@ class StarTokenizer(ByteTokenizer):
         return token == 42 or super().is_special(token)
 
 
+@pytest.mark.slow
 def test_the_token_that_ends_a_solution_is_no_part_of_the_answer(solve, tmp_path, monkeypatch):
     load_policy = build.load_policy
     monkeypatch.setattr(
@@ -211,6 +212,7 @@ def test_another_question_under_a_known_id_is_refused(solve, undisturbed, tmp_pa
     assert_refused(done, r"holds another question under the id 'p3'; name another --out")
 
 
+@pytest.mark.slow
 def test_order_and_neighbours_do_not_matter(solve, undisturbed, tmp_path):
     others = [{"id": "long", "question": "How " + 100 * "so " + "?"}, {"question": "Who?"}]
     mixed = [others[0], PROBLEMS[4], others[1], PROBLEMS[1]]

@@ -13,6 +13,9 @@ from rlm_jax.learning.values import value_bce, value_hl_gauss, value_mse
 from rlm_jax.models.histogram import Histogram
 from rlm_jax.reasoning.sharding import place_batch
 
+# Eight devices, many small programs.
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 HISTOGRAM = Histogram(0.0, 1.0, 21, 0.75)
 LOGITS = jnp.asarray(RNG.normal(size=(8, 5, 21)), jnp.float32)

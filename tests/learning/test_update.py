@@ -72,7 +72,7 @@ def networks():
 @pytest.fixture(scope="module")
 def batch() -> TokenBatch:
     rng = np.random.default_rng(0)
-    packed = pack_examples([_draw_example(rng) for _ in range(16)], 20, num_soft=3)
+    packed = pack_examples([_draw_example(rng) for _ in range(10)], 20, num_soft=3)
     # Rows of padding, so that eight devices and four parts divide them.
     spare = -packed.tokens.shape[0] % 8
 

@@ -257,6 +257,7 @@ def test_rows_split_over_devices_are_rounded_alike():
     np.testing.assert_allclose(found, jax.jit(run)(params, hidden), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_smollm2_predicts_what_it_predicts_in_float(smollm2_gguf):
     params, cfg, _ = load_gguf(smollm2_gguf)
     tokens = np.random.default_rng(0).integers(10, cfg.vocab_size, (1, 12))

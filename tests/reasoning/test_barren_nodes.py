@@ -15,6 +15,9 @@ from test_strategies import LAST, VARIANTS
 
 from rlm_jax.reasoning.structure import check
 
+# Every strategy compiles twice.
+pytestmark = pytest.mark.slow
+
 ROUNDS = 40
 SOME = [*LAST, *(pytest.param(VARIANTS[name][0], id=f"{name}-0") for name in ("puct", "gumbel"))]
 
@@ -77,6 +80,7 @@ def test_a_barren_node_is_not_asked_again(strategy):
     assert not (before.terminal | before.proven)[dead].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", SOME)
 def test_where_nothing_can_grow_the_search_ends_with_the_root(strategy):
     """At the root all steps are lost: it may be sampled anew, as long as the budget pays."""

@@ -290,6 +290,7 @@ def test_duplicates_are_merged_and_take_no_pages(model):
     assert copies > 0
 
 
+@pytest.mark.slow
 def test_diverse_beams_are_distinct_siblings(model):
     beams = SamplingConfig("diverse_beam", diversity=50.0)
     structure, world = search(model, STRATEGIES["puct"], sampling=beams)

@@ -24,6 +24,9 @@ from rlm_jax.tasks.device import DeviceTask, StepCheck
 from rlm_jax.text.answers import answer_key, init_answer_state, make_answer_rule, update_answer
 from rlm_jax.text.tokenizer import ByteTokenizer
 
+# Two minutes of compiling.
+pytestmark = pytest.mark.slow
+
 TREE = {"num_children": 3, "num_lanes": 2, "max_depth": 3}
 PUCT = puct.make_puct(**TREE)
 CHAINS = best_of_n.make_best_of_n(3, 3)
@@ -141,6 +144,7 @@ def test_beams_roll_out_one_by_one(model):
     assert judged > 4
 
 
+@pytest.mark.slow
 def test_without_a_task_a_value_is_the_agreement_of_answers(model):
     """One round: what the first steps and their rollouts finish with are the only votes."""
     strategy = puct.make_puct(num_children=6, max_depth=1, resample=False)

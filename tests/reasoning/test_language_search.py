@@ -117,6 +117,7 @@ def test_a_kept_subtree_goes_on_where_it_was(model):
     assert max(gaps) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_row_handed_on_searches_as_if_it_were_alone(model):
     lm, cfg = model
     config = language(cfg)

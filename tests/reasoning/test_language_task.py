@@ -175,12 +175,14 @@ def test_a_search_stops_at_a_proven_solution(model):
         assert structure.proven[row, answer.node[row]]
 
 
+@pytest.mark.slow
 def test_a_solution_may_bring_a_reward(model):
     structure, *_ = search(model, drop_illegal=False, solved_reward=0.5)
     assert structure.proven.any()
     assert (structure.reward == 0.5 * structure.proven)[structure.alive].all()
 
 
+@pytest.mark.slow
 def test_equal_steps_of_chains_stay_apart(model):
     strategy = best_of_n.make_best_of_n(6, 4)
     structure, world, config = search(model, strategy, drop_illegal=False)
@@ -214,6 +216,7 @@ def test_what_is_refuted_is_no_answer_while_another_leaf_states_one(model, rule)
     assert choices > 0
 
 
+@pytest.mark.slow
 def test_the_judge_is_not_asked_what_the_task_knows(model):
     structure, world, config = search(model, evaluator="p_yes")
     for oracle in oracles(model, structure, world, config):
@@ -223,6 +226,7 @@ def test_the_judge_is_not_asked_what_the_task_knows(model):
         assert len(asked) < len(oracle.made)
 
 
+@pytest.mark.slow
 def test_on_visit_too_the_task_decides(model):
     strategy = puct.make_puct(**TREE, judge="visit", terminal="revisit", num_simulations=30)
     structure, world, config = search(

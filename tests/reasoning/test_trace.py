@@ -75,6 +75,7 @@ def test_the_events_alone_rebuild_the_structure(name):
     assert ("backpropagate" in met) == (name in ("merged", "visit"))
 
 
+@pytest.mark.slow
 def test_a_kept_subtree_is_one_event_between_two_searches():
     expand = jax.jit(make_expand())
     open_search = jax.jit(functools.partial(start, PUCT, trace_rounds=ROUNDS))

@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from rlm_jax.tasks import sorting
 from rlm_jax.tasks.base import Gold, Problem
 
+# Ten thousand hostile texts, over two vocabularies.
+pytestmark = pytest.mark.slow
+
 GLUE = [
     "", " ", "\n", "\r\n", "####", "#### ", "###", "########", "[", "]", "[[", "]]", ", ", ",", ".",
     "0", "9", "10", "-1", "\N{ARABIC-INDIC DIGIT NINE}", "\N{MINUS SIGN}", "**", "`", "sorted: ",
