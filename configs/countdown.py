@@ -154,4 +154,4 @@ def _shrink(config: ConfigDict) -> None:
     train.eval_problems = 4
     train.search.update({"num_steps": 2, "num_problems": 4, "budget_tokens": 64})
     train.search.step.update({"batch_rows": 8, "num_updates": 1, "replay_rows": 64})
-    train.search.optimizer.warmup_steps = 1
+    train.search.optimizer.update({"name": "adamw", "warmup_steps": 1})
