@@ -109,7 +109,10 @@ def extract(text: str) -> str | None:
     if marked:
         return _read_expression(marked[0])
     lines = _read_lines(text)
-    return None if lines is None else write_canonically(_rebuild(lines))
+    # A chain that still has numbers left has not said its answer.
+    if lines is None or lines[-1][4] is not None:
+        return None
+    return write_canonically(_rebuild(lines))
 
 
 def verify(problem: Problem, gold: Gold, text: str) -> Verdict:

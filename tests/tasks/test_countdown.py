@@ -122,6 +122,7 @@ def test_chains_and_expressions_are_right():
     expression = countdown.TASK.extract(text)
     assert expression == "8 * (3 * (6 - 5))"
     assert countdown.TASK.verify(problem, Gold(), f"#### {expression} = 24").correct
+    assert countdown.TASK.extract("6 - 5 = 1 ; 1 3 8\n") is None
     twins = game24.make_problem((3, 5, 6, 8))
     assert game24.TASK.verify(twins, Gold(), text).correct
     assert game24.TASK.extract(text) == expression
