@@ -29,6 +29,7 @@ from rlm_jax.tasks.answers import MAX_NUMBER_CHARS, format_number, parse_number
 from rlm_jax.tasks.base import Example, Gold, Message, Problem, Task, Verdict, judge, make_chat
 from rlm_jax.tasks.dial import check_dial
 from rlm_jax.tasks.expression_device import MAX_BRACKETS, MAX_VALUE
+from rlm_jax.tasks.expressions import PRECEDENCE, evaluate
 
 MAX_OPERATIONS = 8
 MAX_PRODUCT = 10**6
@@ -45,7 +46,6 @@ _OPERATIONS = {
     "*": operator.mul,
     "/": operator.floordiv,
 }
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _STATEMENT = re.compile(r"Compute ([-+*/() 0-9]+)\.")
 _SIGN = rb"(?:[-+]|\xe2\x88\x92)"
 _BETWEEN = re.compile(rb"[^-+*:/^.,\w\x80-\xff]+")
@@ -135,37 +135,25 @@ def work_out(expression: str) -> tuple[int, list[str]]:
       ValueError: not an expression of whole numbers, + - * / and brackets; a division that leaves
         a remainder; a number over `MAX_VALUE` or over `MAX_BRACKETS` open brackets on the way.
     """
-    values: list[int] = []
-    pending: list[str] = []
     lines: list[str] = []
-    want_number = True
-    for token in re.findall(r"[0-9]+|[^ ]", expression):
-        if (token == "(" or token.isdigit()) != want_number:
-            raise ValueError(f"unexpected {token!r} in {expression!r}")
-        if token == "(":
-            pending.append(token)
-            if pending.count("(") > MAX_BRACKETS:
-                raise ValueError(f"more than {MAX_BRACKETS} open brackets in {expression!r}")
-        elif token == ")":
-            _reduce(values, pending, 0, lines)
-            if not pending:
-                raise ValueError(f"unexpected ')' in {expression!r}")
-            pending.pop()
-        elif token in _PRECEDENCE:
-            _reduce(values, pending, _PRECEDENCE[token], lines)
-            pending.append(token)
-            want_number = True
-        elif token.isascii() and token.isdigit():
-            values.append(_checked(token))
-            want_number = False
-        else:
-            raise ValueError(f"{token!r} in {expression!r} is none of 0-9 + - * / ( )")
-    if want_number:
-        raise ValueError(f"{expression!r} ends too early")
-    _reduce(values, pending, 0, lines)
-    if pending:
-        raise ValueError(f"a bracket is left open in {expression!r}")
-    return values[0], lines
+
+    def read(token: str) -> int:
+        if not (token.isascii() and token.isdigit()):
+            raise ValueError(f"{token!r} is none of 0-9 + - * / ( )")
+        return _checked(token)
+
+    def apply(sign: str, left: int, right: int) -> int:
+        if sign == "/" and (right == 0 or left % right):
+            raise ValueError(f"{left} / {right} is no whole number")
+        result = _checked(_OPERATIONS[sign](left, right))
+        lines.append(f"{left} {sign} {right} = {result}")
+        return result
+
+    tokens = re.findall(r"[0-9]+|[^ ]", expression)
+    try:
+        return evaluate(tokens, read, apply, max_brackets=MAX_BRACKETS), lines
+    except ValueError as error:
+        raise ValueError(f"{expression!r:.80}: {error}") from None
 
 
 def write_solution(problem: Problem) -> str:
@@ -216,16 +204,6 @@ def _checked(value: str | int) -> int:
     return value
 
 
-def _reduce(values: list[int], pending: list[str], precedence: int, lines: list[str]) -> None:
-    """Applies the pending operators that bind at least as tightly, back to an open bracket."""
-    while pending and pending[-1] != "(" and _PRECEDENCE[pending[-1]] >= precedence:
-        right, left, sign = values.pop(), values.pop(), pending.pop()
-        if sign == "/" and (right == 0 or left % right):
-            raise ValueError(f"{left} / {right} is no whole number")
-        values.append(_checked(_OPERATIONS[sign](left, right)))
-        lines.append(f"{left} {sign} {right} = {values[-1]}")
-
-
 def _make_term(rng: np.random.Generator, num_operations: int, max_operand: int) -> _Term:
     if num_operations == 0:
         value = int(rng.integers(1, max_operand + 1))
@@ -242,7 +220,7 @@ def _make_term(rng: np.random.Generator, num_operations: int, max_operand: int) 
 
 
 def _join(left: _Term, sign: str, right: _Term) -> _Term:
-    precedence = _PRECEDENCE[sign]
+    precedence = PRECEDENCE[sign]
     left_text = f"({left.text})" if left.precedence < precedence else left.text
     # a - (b - c) needs its brackets though precedences are equal; a * (b / c) keeps them so that
     # the calculations stay as small as the tree's.

@@ -1,19 +1,21 @@
-"""Arithmetic expressions of whole numbers, evaluated exactly; what Game of 24 and Countdown share.
+"""Arithmetic expressions, evaluated exactly; what Game of 24, Countdown and arithmetic share.
 
 The one idea: a parser of our own that knows digits, four operators and brackets and keeps its own
 stack: no `eval`, no recursion, nothing else can run.
 """
 
 import re
+from collections.abc import Callable, Iterable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 MAX_EXPRESSION_CHARS = 200
-
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _SIGNS = str.maketrans({"\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\u2212": "-"})
 _TEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": ""}
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+
+T = TypeVar("T")
 
 
 class Parsed(NamedTuple):
@@ -31,40 +33,72 @@ def parse(expression: str) -> Parsed:
     """
     if len(expression) > MAX_EXPRESSION_CHARS:
         raise ValueError(f"longer than {MAX_EXPRESSION_CHARS} characters")
-    values: list[Fraction] = []
     numbers: list[int] = []
+
+    def read(token: str) -> Fraction:
+        numbers.append(int(token))
+        return Fraction(numbers[-1])
+
+    return Parsed(evaluate(_tokenize(expression), read, _apply), tuple(numbers))
+
+
+def evaluate(
+    tokens: Iterable[str],
+    read_fn: Callable[[str], T],
+    apply_fn: Callable[[str, T, T], T],
+    *,
+    max_brackets: int | None = None,
+) -> T:
+    """The value of an expression with + - * / and brackets, in whatever its numbers are.
+
+    Args:
+      read_fn: a number's token -> the number; anything that is no operator or bracket goes there.
+      apply_fn: (operator, left, right) -> the result; called in the order of evaluation.
+      max_brackets: most brackets that may be open at once.
+
+    Raises:
+      ValueError: no expression; and what the functions raise.
+    """
+    values: list[T] = []
     pending: list[str] = []
+
+    def reduce(precedence: int) -> None:
+        """Applies the pending operators that bind at least as tightly, back to an open bracket."""
+        while pending and pending[-1] != "(" and PRECEDENCE[pending[-1]] >= precedence:
+            right, left = values.pop(), values.pop()
+            values.append(apply_fn(pending.pop(), left, right))
+
     want_number = True
-    for token in _tokenize(expression):
-        is_operand = token == "(" or token.isdigit()
-        if is_operand != want_number:
+    for token in tokens:
+        if (token == "(" or token.isdigit()) != want_number:
             raise ValueError(f"unexpected {token!r}")
         if token == "(":
             pending.append(token)
+            if max_brackets is not None and pending.count("(") > max_brackets:
+                raise ValueError(f"more than {max_brackets} open brackets")
         elif token == ")":
-            _reduce(values, pending, 0)
+            reduce(0)
             if not pending:
                 raise ValueError("unexpected ')'")
             pending.pop()
-        elif token in _PRECEDENCE:
-            _reduce(values, pending, _PRECEDENCE[token])
+        elif token in PRECEDENCE:
+            reduce(PRECEDENCE[token])
             pending.append(token)
             want_number = True
         else:
-            numbers.append(int(token))
-            values.append(Fraction(numbers[-1]))
+            values.append(read_fn(token))
             want_number = False
     if want_number:
         raise ValueError("it ends too early")
-    _reduce(values, pending, 0)
+    reduce(0)
     if pending:
         raise ValueError("a bracket is left open")
-    return Parsed(values[0], tuple(numbers))
+    return values[0]
 
 
 def write_canonically(expression: str) -> str:
     """One space around operators, none inside brackets."""
-    return "".join(f" {t} " if t in _PRECEDENCE else t for t in _tokenize(expression))
+    return "".join(f" {t} " if t in PRECEDENCE else t for t in _tokenize(expression))
 
 
 def strip_result(segment: str, target: int) -> str:
@@ -90,13 +124,6 @@ def _tokenize(expression: str) -> list[str]:
         tokens.append(match[0])
         end = match.end()
     return tokens
-
-
-def _reduce(values: list[Fraction], pending: list[str], precedence: int) -> None:
-    """Applies the pending operators that bind at least as tightly, back to an open bracket."""
-    while pending and pending[-1] != "(" and _PRECEDENCE[pending[-1]] >= precedence:
-        right, left = values.pop(), values.pop()
-        values.append(_apply(pending.pop(), left, right))
 
 
 def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
