@@ -14,11 +14,12 @@ import numpy as np
 
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Bool, Int32, PyTree, UInt32
+from rlm_jax.core.types import Array, Bool, Int32, PyTree
 from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
 from rlm_jax.reasoning.structure import Structure, make_structure
+from rlm_jax.tasks.countdown_device import hash_numbers
 
 MAX_NUMBERS = 6
 _NONE = -1
@@ -94,7 +95,7 @@ def expand_blindly(
         children = states[chosen]
         ended = children[:, 1] == _NONE
         solved = ended & (children[:, 0] == target)
-        return children, jnp.isfinite(scores), ended, solved, _hash(children)
+        return children, jnp.isfinite(scores), ended, solved, hash_numbers(children)
 
     of_lanes = jax.vmap(jax.vmap(draw, (None, 0, 0, None)))
     children, made, ended, solved, state_key = of_lanes(
@@ -132,7 +133,8 @@ def _list_moves(numbers: Int32[Array, "6"]) -> tuple[Int32[Array, "A 6"], Bool[A
     results = jnp.stack([left + right, left - right, left * right, left // divisor])
     divides = (right > 0) & (left % divisor == 0)
     fits = left.astype(jnp.float32) * right < _MAX_RESULT
-    legal = jnp.stack([right == right, right == right, fits, divides]) & (right != _NONE)
+    always = jnp.ones_like(fits)
+    legal = jnp.stack([always, always, fits, divides]) & (right != _NONE)
     keep = np.ones((len(high), MAX_NUMBERS), bool)
     keep[np.arange(len(high)), high] = keep[np.arange(len(high)), low] = False
     kept = jnp.where(jnp.asarray(keep), numbers, _NONE)
@@ -142,11 +144,3 @@ def _list_moves(numbers: Int32[Array, "6"]) -> tuple[Int32[Array, "A 6"], Bool[A
     same = (left[:, None] == left) & (right[:, None] == right)
     new = ~(same & np.tril(np.ones(same.shape, bool), -1)).any(-1)
     return states, (legal & new).reshape(-1)
-
-
-def _hash(states: Int32[Array, "K 6"]) -> UInt32[Array, "K"]:
-    code = jnp.full(states.shape[0], 0x9E3779B9, jnp.uint32)
-    for place in range(MAX_NUMBERS):
-        code = (code ^ states[:, place].astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
-        code ^= code >> 13
-    return jnp.maximum(code, 1)

@@ -28,6 +28,7 @@ from rlm_jax.tasks.answers import find_marked
 from rlm_jax.tasks.base import Example, Gold, Message, Problem, Task, Verdict, judge, make_chat
 from rlm_jax.tasks.countdown_device import DEVICE_TASK
 from rlm_jax.tasks.countdown_solver import OPERATORS, count_below, count_solutions
+from rlm_jax.tasks.dial import check_dial
 from rlm_jax.tasks.expressions import parse, strip_result, write_canonically
 
 MAX_NUMBER = 99
@@ -133,6 +134,11 @@ def verify_text(numbers: tuple[int, ...], target: int, text: str) -> Verdict:
     expression = extract(text)
     if expression is None:
         return judge(False, "what the answer mark points to is no expression")
+    return judge_expression(numbers, target, expression)
+
+
+def judge_expression(numbers: tuple[int, ...], target: int, expression: str) -> Verdict:
+    """Whether an expression uses exactly the numbers and makes the target."""
     value, used = parse(expression)
     if sorted(used) != sorted(numbers):
         given = " ".join(map(str, numbers))
@@ -192,10 +198,9 @@ def generate(seed: int, num_problems: int, difficulty: float) -> list[Example]:
     """Solvable problems of 3 (difficulty 0) to 6 (difficulty 1) numbers.
 
     Raises:
-      ValueError: a difficulty outside [0, 1].
+      ValueError: difficulty outside [0, 1], or a negative seed or number of problems.
     """
-    if not 0 <= difficulty <= 1:
-        raise ValueError(f"difficulty {difficulty}: accepted is 0 to 1")
+    check_dial(seed, num_problems, difficulty)
     size = NUM_NUMBERS[round(difficulty * (len(NUM_NUMBERS) - 1))]
     rng = np.random.default_rng([seed, size])
     numbers, targets = draw_solvable(rng, num_problems, size, np.arange(TARGETS[0], TARGETS[1] + 1))

@@ -122,7 +122,17 @@ def step(
     # A line that was cut short may read differently once it goes on.
     legal = ~known | (follows & (line.ended | ends | solved))
     after = State(numbers, jnp.where(known, state.count - 1, 0), state.target)
-    return StepCheck(after, legal, solved, jnp.where(known, _hash(after), 0), known)
+    key = hash_numbers(jnp.append(numbers, state.target))
+    return StepCheck(after, legal, solved, jnp.where(known, key, 0), known)
+
+
+def hash_numbers(numbers: Int32[Array, "*rows M"]) -> UInt32[Array, "*rows"]:
+    """A key of M numbers in their order, never 0."""
+    code = jnp.full(numbers.shape[:-1], 0x9E3779B9, jnp.uint32)
+    for place in range(numbers.shape[-1]):
+        code = (code ^ numbers[..., place].astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
+        code ^= code >> 13
+    return jnp.maximum(code, 1)
 
 
 def _read_piece(piece: bytes) -> tuple[int, int, int, int]:
@@ -220,15 +230,6 @@ def _is_right(sign: Array, left: Array, right: Array, result: Array) -> Bool[Arr
     return functools.reduce(
         jnp.logical_or, [(sign == place) & right_one for place, right_one in enumerate(answers)]
     )
-
-
-def _hash(state: State) -> UInt32[Array, ""]:
-    """Of numbers and target; never 0."""
-    code = jnp.uint32(0x9E3779B9)
-    for part in (*(state.numbers[i] for i in range(MAX_NUMBERS)), state.target):
-        code = (code ^ part.astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
-        code ^= code >> 13
-    return jnp.maximum(code, 1)
 
 
 DEVICE_TASK = DeviceTask(make_tables, begin, step)

@@ -89,11 +89,7 @@ def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
     expression = extract(text)
     if expression is None:
         return judge(False, "no expression in the text")
-    value, numbers = parse(expression)
-    if sorted(numbers) != sorted(problem.data):
-        given = " ".join(map(str, problem.data))
-        return judge(False, f"{expression} does not use exactly {given}")
-    return judge(value == TARGET, f"{expression} = {value}")
+    return countdown.judge_expression(problem.data, TARGET, expression)
 
 
 def solve(numbers: tuple[int, ...]) -> str | None:

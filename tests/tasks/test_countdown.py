@@ -86,7 +86,7 @@ def test_generated_problems_are_solvable_and_seeded():
             assert 10 <= target <= 100
             assert gold == Gold()
             assert countdown.solve(numbers, target) is not None
-    with pytest.raises(ValueError, match="difficulty 2"):
+    with pytest.raises(ValueError, match=r"difficulty must be in \[0, 1\], not 2"):
         countdown.generate(0, 1, 2.0)
 
 
