@@ -66,11 +66,17 @@ def soft_cross_entropy(
     return weighted_sum(-_pick_logprobs(logits, ids), weights)
 
 
-def label_entropy(weights: Float[Array, "*rows M"]) -> MaskedSum:
+def label_entropy(
+    weights: Float[Array, "*rows M"], scale: Shaped[Array, "*rows"] | float = 1.0
+) -> MaskedSum:
     """-sum_m w_m log w_m of the labels of `soft_cross_entropy`, whose least possible value it is:
-    their difference is KL(labels || model). Labels must be distinct, their weights sum to one."""
+    their difference is KL(labels || model). Labels must be distinct, their weights sum to one.
+
+    Args:
+      scale: what each position counts for, as in `soft_cross_entropy` of `weights * scale`.
+    """
     logs = jnp.log(jnp.where(weights > 0, weights.astype(jnp.float32), 1.0))
-    return weighted_sum(-logs, weights)
+    return weighted_sum(-logs, weights * jnp.asarray(scale)[..., None])
 
 
 def z_penalty(logits: Float[Array, "*rows V"], weights: Shaped[Array, "*rows"]) -> MaskedSum:

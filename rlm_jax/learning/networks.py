@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rlm_jax.core.masked import MaskedSum
 from rlm_jax.core.metrics import Metrics
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Float32, Int32, Key
+from rlm_jax.core.types import Array, Float32, Key
 from rlm_jax.data.packing import TokenBatch
 from rlm_jax.learning import losses, values
 from rlm_jax.models.attention import make_dense_attend
@@ -113,19 +113,15 @@ def _policy_losses(logits: Array, labels: TokenBatch) -> dict[str, MaskedSum]:
     hard = jnp.where(choice > 0, 0.0, weight)
     shares = labels.soft_weights * weight[..., None]
     soft = losses.soft_cross_entropy(logits, labels.soft_ids, shares)
-    least = losses.weighted_sum(_entropy(labels.soft_weights), weight)
-    best: Int32[Array, "B T"] = logits.argmax(-1)
+    least = losses.label_entropy(labels.soft_weights, weight)
+    best = logits.argmax(-1)
     chosen = ((labels.soft_ids == best[..., None]) & (labels.soft_weights > 0)).any(-1)
     return {
         "token_loss": losses.cross_entropy(logits, labels.tokens, hard),
         "choice_loss": MaskedSum(soft.total - least.total, soft.count),
-        "token_accuracy": losses.weighted_sum(best == labels.tokens, hard),
+        "token_accuracy": losses.token_accuracy(logits, labels.tokens, hard),
         "choice_accuracy": losses.weighted_sum(chosen, jnp.where(choice > 0, weight, 0.0)),
     }
-
-
-def _entropy(weights: Array) -> Array:
-    return -(weights * jnp.log(jnp.where(weights > 0, weights, 1.0))).sum(-1)
 
 
 def _value_loss(head: ValueHead, hidden: Array, batch: TokenBatch, cfg: LossConfig) -> MaskedSum:

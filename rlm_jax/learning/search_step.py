@@ -65,13 +65,12 @@ class Collected:
 @dataclasses.dataclass(frozen=True)
 class SearchStepConfig:
     """batch_rows: rows of an update's batch. num_updates: updates after each search.
-    replay_rows: of the buffer (of each shard). budget_tokens: of each structure's search.
+    replay_rows: of the buffer (of each shard).
     """
 
     batch_rows: int = 256
     num_updates: int = 2
     replay_rows: int = 8192
-    budget_tokens: int = 512
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

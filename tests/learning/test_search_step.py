@@ -1,5 +1,6 @@
 """Search inside the training step: rows against plain Python, one program against two and eight."""
 
+import dataclasses
 import functools
 
 import jax
@@ -183,7 +184,7 @@ def test_labels_are_the_improved_policy_of_the_siblings(parts, searched):
     assert num_choices > 10
 
 
-STEP = SearchStepConfig(batch_rows=16, num_updates=2, replay_rows=64, budget_tokens=128)
+STEP = SearchStepConfig(batch_rows=16, num_updates=2, replay_rows=64)
 
 
 def _make_step(parts, mesh=None):
@@ -234,8 +235,6 @@ def test_eight_devices_learn_what_one_learns(parts):
 
 
 def test_a_search_without_a_verifier_is_refused(parts):
-    import dataclasses
-
     _, _, rules, strategy, language, _ = parts
     with pytest.raises(ValueError, match="verifies on the device"):
         make_collect(

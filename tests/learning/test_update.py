@@ -1,5 +1,6 @@
 """The loss of both networks and the update: numpy oracles, microbatches, devices, and the guard."""
 
+import dataclasses
 import functools
 
 import jax
@@ -161,8 +162,6 @@ def test_a_bad_batch_leaves_the_last_good_state(networks, batch):
     good, _ = update(init_state(networks, optimizer), batch)
     poisoned = jax.tree.map(jnp.copy, batch)
     target = poisoned.value_target.at[:].set(jnp.nan)
-    import dataclasses
-
     bad, metrics = update(good, dataclasses.replace(poisoned, value_target=target))
     assert not bool(bad.healthy)
     later, _ = update(bad, batch)
