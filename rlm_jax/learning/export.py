@@ -21,19 +21,9 @@ from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import ValueHead, save_value_head
 from rlm_jax.models.hf import CONFIG, new_model_folder, write_hf, write_json
 from rlm_jax.models.params import Params, param_path
-from rlm_jax.text.tokenizer import load_tokenizer, read_json
+from rlm_jax.text.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 
 ABOUT = "rlm_jax"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def export_policy(
