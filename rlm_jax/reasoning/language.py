@@ -1,5 +1,6 @@
-"""The only file of this room that knows language models: policy as expander, value as evaluator.
+"""Language models in the search: policy as expander, value as evaluator.
 
+This file and the language_*.py beside it are the only ones of this room that know them.
 `make_expand` gives the expander that both drivers run. Expanding a node forwards each new token
 once and nothing else; the keys, tokens and states of the new steps go into the world
 (`language_world.py`) under the indices that their nodes will have. Where the task can check a step
