@@ -2,7 +2,7 @@
 
 Command:  python experiments/train.py --config=configs/countdown.py --workdir=DIR
 Hardware: two CPU cores, 3 GB of memory.
-Expected: 1,800 supervised steps in one and a half hours; accuracies in docs/results.md. Then
+Expected: 1,800 supervised steps in about an hour; accuracies in docs/results.md. Then
 python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy \
     --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=DIR/results
 
@@ -137,6 +137,7 @@ def _shrink(config: ConfigDict) -> None:
     config.model = "random:tiny-llama"
     config.batch_size = 4
     config.budget_tokens = 64
+    config.max_depth = 3
     config.best_of_n.num_chains = 2
     for name in ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel"):
         config[name].update({"num_nodes": 17, "num_children": 2})
@@ -152,6 +153,8 @@ def _shrink(config: ConfigDict) -> None:
     train.checkpoint_steps = 2
     train.eval_steps = 4
     train.eval_problems = 4
-    train.search.update({"num_steps": 2, "num_problems": 4, "budget_tokens": 64})
+    # Rounds of one width: fewer programs to compile than Gumbel's.
+    train.search.update({"strategy": "best_first", "num_steps": 2})
+    train.search.update({"num_problems": 4, "budget_tokens": 64})
     train.search.step.update({"batch_rows": 8, "num_updates": 1, "replay_rows": 64})
     train.search.optimizer.update({"name": "adamw", "warmup_steps": 1})

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlm_jax.data.problems import read_problems
-from rlm_jax.data.records import Record, RecordWriter, read_records
+from rlm_jax.data.records import Record, RecordWriter, list_changes, read_records
 from rlm_jax.data.splits import SPLITS, Split, load_split
 from rlm_jax.evaluation import build, solver
 from rlm_jax.evaluation.blind import search_blindly
@@ -126,10 +126,10 @@ def _load_splits(config: dict[str, Any]) -> list[tuple[str, Split]]:
     ]
 
 
-def _read_file(task: str, path: str) -> list[Example]:
+def _read_file(task: str, path: str) -> tuple[Example, ...]:
     """Problems in the task's own form where it has one, else as solve.py reads them."""
     load = build.TASKS[task].load
-    return read_problems(path).examples if load is None else load(path)
+    return tuple(read_problems(path).examples if load is None else load(path))
 
 
 def _read_budgets() -> list[int | None]:
@@ -228,12 +228,9 @@ def _score(record: Record) -> dict[str, Any]:
 def _check_record(path: pathlib.Path, record: Record, settings: dict[str, Any], cell: Cell) -> None:
     now = {**settings, "seed": cell.seed}
     then = {**record["config"], "seed": record["seed"]}
-    for name, value in now.items():
-        if then.get(name) != value:
-            raise ValueError(
-                f"{path} holds records with {name}={then.get(name)!r}, now it is {value!r}: "
-                "name another --out"
-            )
+    other = list_changes(then, now)
+    if other:
+        raise ValueError(f"{path} holds records with {', '.join(other)}; name another --out")
 
 
 def _describe(cell: Cell, config: dict[str, Any], scores: list[dict[str, Any]]) -> dict[str, Any]:

@@ -148,40 +148,17 @@ def read_mesh(text: str | None) -> Mesh | None:
         raise ValueError(f"--mesh={text}: {error}") from None
 
 
-class Patience:
-    """Within it the first Ctrl-C or SIGTERM is only noted; a second one interrupts at once.
+def say_when(is_stopped: Callable[[], bool], notice: str) -> Callable[[], None]:
+    """A `nap_fn` for `wait` that says the notice on stderr, once, when a stop was asked for."""
+    said = False
 
-    For work that wants to come to a good end: it asks `requested` now and then.
-    """
+    def speak() -> None:
+        nonlocal said
+        if is_stopped() and not said:
+            said = True
+            print(f"\n{notice}", file=sys.stderr, flush=True)
 
-    def __init__(self, notice: str):
-        """notice: what to say on stderr once the wish to stop is seen."""
-        self.requested = False
-        self._notice, self._said = notice, False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Patience":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def wait(self, tree: Any) -> None:
-        """Waits for a running program, and says the notice when it is time for it."""
-        wait(tree, self._speak)
-
-    def _speak(self) -> None:
-        if self.requested and not self._said:
-            self._said = True
-            print(f"\n{self._notice}", file=sys.stderr, flush=True)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+    return speak
 
 
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:

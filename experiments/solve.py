@@ -29,8 +29,9 @@ from rich.console import Console
 from watching import Watch, say
 
 from rlm_jax.data.problems import read_problems
-from rlm_jax.data.records import Record, RecordWriter, read_records
+from rlm_jax.data.records import Record, RecordWriter, list_changes, read_records
 from rlm_jax.evaluation import build, pause, solver
+from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.reasoning.drive import Limits
 from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.tasks.base import Example, Gold, Problem, Task
@@ -293,11 +294,7 @@ def _unfinished(
 def _check_same_run(path: pathlib.Path, record: Record, plan: build.Plan) -> None:
     now = plan.settings | {"seed": _SEED.value}
     then = record["config"] | {"seed": record["seed"]}
-    other = [
-        f"{key}={then.get(key)!r} (now {value!r})"
-        for key, value in now.items()
-        if then.get(key) != value
-    ]
+    other = list_changes(then, now)
     if other:
         raise ValueError(
             f"{path} holds records of {record['strategy']} with {', '.join(other)}; "
@@ -414,18 +411,17 @@ def _solve_bucket(
         return
     name = pathlib.Path(__file__).name
     notice = f"{name}: saving the running searches; once more to leave at once"
-    with launching.Patience(notice) as patience:
+    with catch_stop() as is_stopped:
+        wait = functools.partial(launching.wait, nap_fn=launching.say_when(is_stopped, notice))
 
         def save_if_asked(running: solver.Running) -> None:
-            if patience.requested:
+            if is_stopped():
                 width = solver.bucket_width(one, items[0])
                 pause.save_running(path, running, items, width, job.settings, problems)
                 raise KeyboardInterrupt
 
-        yield from solver.solve_stream(
-            one, items, golds, patience.wait, look, save_if_asked, resume
-        )
-        if patience.requested:
+        yield from solver.solve_stream(one, items, golds, wait, look, save_if_asked, resume)
+        if is_stopped():
             raise KeyboardInterrupt
 
 

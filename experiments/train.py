@@ -9,6 +9,7 @@ solve.py and evaluate.py load. The same command started again, after Ctrl-C, SIG
 power cut, goes on where it stopped and ends on the same parameters, bit for bit.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -30,6 +31,7 @@ from rlm_jax.data.generated import GeneratedSource
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.overlap import require_disjoint
 from rlm_jax.data.packing import Packed
+from rlm_jax.data.records import list_changes
 from rlm_jax.data.splits import SPLITS, load_split
 from rlm_jax.evaluation import build, solver
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
@@ -91,14 +93,15 @@ class Run(NamedTuple):
     solvers: dict[str, solver.Solver]
 
 
-# Yields (state, metrics, tokens, position) of one update after another.
-Steps = Generator[tuple[Any, Any, int, Any]]
+# Yields (state, metrics, tokens, position_fn) of one update after another.
+Steps = Generator[tuple[Any, Any, int, Callable[[], Any]]]
 
 
 class Phase(NamedTuple):
-    """A loop of updates: `steps(state, position)` yields (state, metrics, tokens, position).
+    """A loop of updates: `steps(state, position)` yields (state, metrics, tokens, position_fn).
 
-    name: of its checkpoints' folder and its metrics. position: where its data stands, in JSON.
+    name: of its checkpoints' folder and its metrics. position: where its data stands, in JSON; None
+    at the beginning, and told by `position_fn()` until the next update.
     networks: the part of the state that is learned.
     """
 
@@ -124,11 +127,14 @@ def main() -> None:
         jax.random.key(run.train["seed"]), run.model, HeadConfig((), "sigmoid")
     )
     with catch_stop() as is_stopped:
-        for make_phase in (_make_supervised, _make_search):
-            phase = make_phase(run, networks)
-            if phase.num_steps == 0:
+        phases = (
+            (run.train["num_steps"], _make_supervised),
+            (run.train["search"]["num_steps"], _make_search),
+        )
+        for num_steps, make_phase in phases:
+            if not num_steps:
                 continue
-            networks = _run_phase(run, phase, is_stopped)
+            networks = _run_phase(run, make_phase(run, networks), is_stopped)
             if networks is None:
                 print("stopped; the same command goes on from the last checkpoint")
                 return
@@ -209,9 +215,10 @@ def _make_supervised(run: Run, networks: Networks) -> Phase:
 
     def steps(state: Any, position: Any) -> Steps:
         mix = _mix(run)
-        with GeneratedSource(
+        source = GeneratedSource(
             make_shards(mix), num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
-        ) as source:
+        )
+        with contextlib.closing(source):
             batches = make_batches(
                 source, Packed(**train["layout"]), seed=mix.seed, shuffle=False, too_long="drop"
             )
@@ -220,7 +227,7 @@ def _make_supervised(run: Run, networks: Networks) -> Phase:
             while True:
                 before = batches.counts.tokens
                 state, metrics = update(state, next(batches))
-                yield state, metrics, batches.counts.tokens - before, batches.get_state()
+                yield state, metrics, batches.counts.tokens - before, batches.get_state
 
     state = init_state(networks, optimizer)
     return Phase("supervised", train["num_steps"], state, steps, lambda state: state.params)
@@ -234,7 +241,7 @@ def _make_search(run: Run, networks: Networks) -> Phase:
     one = build.build_solver(run.config, plan, policy, seed=run.train["seed"], batch_size=1)
     optimizer = make_optimizer(
         OptimizerConfig(
-            num_steps=max(1, search["num_steps"] * search["step"]["num_updates"]),
+            num_steps=search["num_steps"] * search["step"]["num_updates"],
             **search["optimizer"],
         ),
         networks,
@@ -250,7 +257,7 @@ def _make_search(run: Run, networks: Networks) -> Phase:
         ),
         budget_tokens=search["budget_tokens"],
     )
-    cfg = SearchStepConfig(budget_tokens=search["budget_tokens"], **search["step"])
+    cfg = SearchStepConfig(**search["step"])
     step_fn = make_search_step(collect, cfg=cfg, loss=run.loss, optimizer=optimizer)
 
     def draw(number: int) -> tuple[Any, Any, Any]:
@@ -266,7 +273,7 @@ def _make_search(run: Run, networks: Networks) -> Phase:
         while True:
             state, metrics = step_fn(state, *draw(number))
             number += 1
-            yield state, metrics, 0, number
+            yield state, metrics, 0, functools.partial(int, number)
 
     state = init_search_state(
         init_state(networks, optimizer), jax.random.key(run.train["seed"]), collect, draw(0), cfg
@@ -297,7 +304,7 @@ def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Networ
             pending: list[Any] = []
             steps = phase.steps(state, position)
             for step in range((done or 0) + 1, phase.num_steps + 1):
-                state, metrics, num_tokens, position = next(steps)
+                state, metrics, num_tokens, position_fn = next(steps)
                 pending.append(metrics)
                 display.update(step, num_tokens=num_tokens)
                 ends = step == phase.num_steps
@@ -312,7 +319,7 @@ def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Networ
                     write(step, scores, {"trees": trees})
                     display.update(step, metrics=scores)
                 if step % train["checkpoint_steps"] == 0 or ends or is_stopped():
-                    _save(checkpoints, step, state, train, position)
+                    _save(checkpoints, step, state, train, position_fn())
                 if is_stopped() and not ends:
                     steps.close()
                     return None
@@ -371,12 +378,12 @@ def _as_policy(run: Run, networks: Networks) -> build.Policy:
 
 def _require_same_config(now: dict[str, Any], saved: dict[str, Any]) -> None:
     now = json.loads(json.dumps(now))
-    for name in sorted(now.keys() | saved.keys()):
-        if now.get(name) != saved.get(name):
-            raise ValueError(
-                f"--workdir={_WORKDIR.value} holds a run with {name}={saved.get(name)}, the config "
-                f"says {now.get(name)}: give another --workdir, or the config of that run"
-            )
+    other = list_changes(saved, {**dict.fromkeys(saved), **now})
+    if other:
+        raise ValueError(
+            f"--workdir={_WORKDIR.value} holds a run with {', '.join(other)}; give another "
+            "--workdir, or the config of that run"
+        )
 
 
 def _as_sizes(sizes: Any) -> tuple[tuple[int, float], ...]:

@@ -8,7 +8,6 @@ next shard is made in a process of its own while the present one is trained on.
 import concurrent.futures
 import multiprocessing
 from collections.abc import Callable, Iterable
-from types import TracebackType
 
 from rlm_jax.data.examples import TokenExample, TokenTable
 
@@ -55,19 +54,8 @@ class GeneratedSource:
             self._hold(shard)
         return self._held[shard][place]
 
-    def __enter__(self) -> "GeneratedSource":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Ends the other process."""
+        """Ends the other process; for `contextlib.closing`."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 

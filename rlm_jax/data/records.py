@@ -157,6 +157,15 @@ def validate_record(record: object) -> None:
         above = node
 
 
+def list_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is no longer as it was, for an error: `seed=0 (now 1)` of every name in `now`."""
+    return [
+        f"{name}={then.get(name)!r} (now {value!r})"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
+
+
 class RecordWriter:
     """Appends records to a file, each whole or not at all.
 

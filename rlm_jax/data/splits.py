@@ -9,6 +9,7 @@ out, so its name alone says which problems it holds.
   game24               the 100 hard puzzles of the Tree-of-Thoughts paper
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +25,16 @@ class Split(NamedTuple):
     """A test set: the name of its task, and its problems."""
 
     task: str
-    examples: list[Example]
+    examples: tuple[Example, ...]
 
 
 SPLITS = ("countdown4-inputs", "countdown4-targets", "countdown5", "countdown6", "game24")
 _SIZES = {"countdown5": 5, "countdown6": 6}
 
 
+@functools.cache
 def load_split(name: str) -> Split:
-    """The problems of a test set.
+    """The problems of a test set, drawn once a process.
 
     Raises:
       ValueError: there is no such set.
@@ -45,7 +47,7 @@ def load_split(name: str) -> Split:
             (game24.make_problem(puzzle, f"game24-{'-'.join(map(str, puzzle))}"), Gold())
             for puzzle in puzzles
         ]
-        return Split("game24", examples)
+        return Split("game24", tuple(examples))
     targets = np.arange(countdown.TARGETS[0], countdown.TARGETS[1] + 1)
     held = is_held_out_target(targets)
     size = _SIZES.get(name, 4)
@@ -63,4 +65,4 @@ def load_split(name: str) -> Split:
         (countdown.make_problem(tuple(numbers.tolist()), int(target), f"{name}-{i}"), Gold())
         for i, (numbers, target) in enumerate(zip(*draw, strict=True))
     ]
-    return Split("countdown", examples)
+    return Split("countdown", tuple(examples))

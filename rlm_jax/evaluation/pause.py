@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.snapshot import load_snapshot, read_about, save_snapshot
+from rlm_jax.data.records import list_changes
 from rlm_jax.evaluation.programs import Programs
 from rlm_jax.evaluation.solver import Encoded, Running, Slot
 from rlm_jax.reasoning.structure import NO_NODE
@@ -77,11 +78,7 @@ def find_saved(path: pathlib.Path, settings: Settings, problems: Sequence[Proble
         saved = Saved(path, int(about["width"]), rows)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} holds no search of this program") from None
-    other = [
-        f"{name}={then.get(name)!r} (now {settings.get(name)!r})"
-        for name in {**then, **settings}
-        if then.get(name) != settings.get(name)
-    ]
+    other = list_changes(then, {**dict.fromkeys(then), **settings})
     now = _digest(problems)
     gone = [f"problem {name!r:.80} (now gone)" for name in questions if name not in now]
     asks = [

@@ -1,5 +1,6 @@
 """Demonstrations as token examples: soft labels against plain counting, shards, prefetching."""
 
+import contextlib
 import functools
 
 import numpy as np
@@ -80,16 +81,16 @@ def test_a_generated_source_resumes(mix, prefetch):
     def batches(source):
         return make_batches(source, Packed(8, 64, 8), seed=0, shuffle=False)
 
-    with open_source() as source:
+    with contextlib.closing(open_source()) as source:
         stream = batches(source)
         whole = [next(stream) for _ in range(5)]
         assert stream.counts.examples > 48
-    with open_source() as source:
+    with contextlib.closing(open_source()) as source:
         stream = batches(source)
         for _ in range(2):
             next(stream)
         state = stream.get_state()
-    with open_source() as source:
+    with contextlib.closing(open_source()) as source:
         stream = batches(source)
         stream.set_state(state)
         for batch in whole[2:]:

@@ -35,6 +35,18 @@ def _train(workdir: pathlib.Path, *flags: str) -> Done:
     return run_program("train.py", CONFIG, f"--workdir={workdir}", "--notensorboard", *flags)
 
 
+def _start(workdir: pathlib.Path) -> subprocess.Popen[str]:
+    """A run in a process of its own, to be disturbed."""
+    return subprocess.Popen(
+        _command("train", CONFIG, f"--workdir={workdir}", "--notensorboard"),
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def _weights(workdir: pathlib.Path) -> list[bytes]:
     folder = workdir / "policy"
     return [(folder / n).read_bytes() for n in ("model.safetensors", "value_head.safetensors")]
@@ -72,14 +84,7 @@ def test_a_finished_run_is_left_alone_and_another_config_is_refused(trained):
 
 @pytest.mark.slow
 def test_a_stopped_run_ends_on_the_same_networks(trained, tmp_path):
-    process = subprocess.Popen(
-        _command("train", CONFIG, f"--workdir={tmp_path}", "--notensorboard"),
-        cwd=ROOT,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = _start(tmp_path)
     folder = tmp_path / "checkpoints" / "supervised"
     while process.poll() is None and not any(folder.glob("[0-9]*")):
         time.sleep(0.05)
@@ -97,13 +102,7 @@ def test_a_killed_run_ends_on_the_same_networks(trained, tmp_path, moment):
     """kill -9 at a random moment: the parameters at the end are the same, bit for bit."""
     rough = random.Random(moment)
     for _ in range(rough.randint(1, 2)):
-        process = subprocess.Popen(
-            _command("train", CONFIG, f"--workdir={tmp_path}", "--notensorboard"),
-            cwd=ROOT,
-            env=_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = _start(tmp_path)
         time.sleep(rough.uniform(3, 25))
         process.kill()
         process.wait()
