@@ -41,11 +41,14 @@ def get_config(variant: str = "") -> ConfigDict:
 
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
-    config.greedy = ConfigDict({"sampling": {**sampling, "method": "greedy"}})
-    config.best_of_n = ConfigDict({"num_chains": 16, "rule": "majority", "sampling": sampling})
+    # A chain may go back, and try again: it takes more lines than the tree is deep.
+    config.greedy = ConfigDict({"max_depth": 16, "sampling": {**sampling, "method": "greedy"}})
+    config.best_of_n = ConfigDict(
+        {"num_chains": 16, "max_depth": 16, "rule": "majority", "sampling": sampling}
+    )
     tree = {"num_nodes": 257, "num_children": 8, "num_lanes": 1, "sampling": distinct}
     config.best_first = ConfigDict({**tree, "depth_bonus": 0.0})
-    config.puct = ConfigDict({**tree, "exploration": 1.25, "merge_states": False})
+    config.puct = ConfigDict({**tree, "exploration": 0.3, "merge_states": False})
     config.uct = ConfigDict({**tree, "exploration": 1.0})
     config.td_mcts = ConfigDict({**tree, "value_low": 0.0})
     config.beam = ConfigDict({**tree, "beam_width": 4})
@@ -69,29 +72,31 @@ def get_config(variant: str = "") -> ConfigDict:
 def _training() -> dict:
     return {
         "seed": 0,
-        "num_steps": 1800,
+        "num_steps": 11_000,
         "network": {
             "num_layers": 6,
             "model_dim": 160,
             "num_heads": 5,
             "ffn_dim": 416,
-            "context_length": 256,
+            "context_length": 512,
         },
         "data": {
-            "sizes": ((3, 0.05), (4, 0.85), (5, 0.1)),
+            "sizes": ((3, 0.05), (4, 0.8), (5, 0.15)),
             "opening_share": 0.4,
             "small_share": 0.1,
-            "wrong_share": 0.2,
+            "wrong_share": 0.5,
+            "stray_share": 0.3,
+            "max_wrong": 5,
             "sharpness": 0.5,
             "shard_examples": 4096,
         },
-        "layout": {"num_rows": 160, "row_tokens": 64, "num_soft": 8},
-        "loss": {"value_coef": 0.1, "value_loss": "bce", "z_coef": 0.0},
+        "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
+        "loss": {"value_coef": 0.25, "value_loss": "bce", "z_coef": 0.0},
         "optimizer": {
             "name": "muon",
-            "learning_rate": 2e-2,
-            "adam_learning_rate": 3e-3,
-            "warmup_steps": 100,
+            "learning_rate": 1e-2,
+            "adam_learning_rate": 2e-3,
+            "warmup_steps": 200,
             "decay_share": 0.4,
             "final_share": 0.02,
             "weight_decay": 0.0,
@@ -99,9 +104,9 @@ def _training() -> dict:
             "beta2": 0.98,
         },
         "num_microbatches": 1,
-        "log_steps": 20,
-        "checkpoint_steps": 100,
-        "eval_steps": 300,
+        "log_steps": 100,
+        "checkpoint_steps": 500,
+        "eval_steps": 2000,
         "eval_problems": 100,
         "search": {
             "num_steps": 0,  # Search-and-learn steps behind the supervised ones.
@@ -138,6 +143,7 @@ def _shrink(config: ConfigDict) -> None:
     config.batch_size = 4
     config.budget_tokens = 64
     config.max_depth = 3
+    config.greedy.max_depth = config.best_of_n.max_depth = 3
     config.best_of_n.num_chains = 2
     for name in ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel"):
         config[name].update({"num_nodes": 17, "num_children": 2})

@@ -29,7 +29,7 @@ class CountdownMix:
       sizes: numbers of a problem and their shares, which sum to 1.
       opening_share: demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
-      wrong_share, sharpness: see `demonstrate`.
+      wrong_share, stray_share, max_wrong, sharpness: see `demonstrate`.
     """
 
     tokenizer: str
@@ -39,12 +39,14 @@ class CountdownMix:
     opening_share: float = 0.4
     small_share: float = 0.1
     wrong_share: float = 0.2
+    stray_share: float = 0.0
+    max_wrong: int = 4
     sharpness: float = 0.5
 
     def __post_init__(self):
         if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
             raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
-        for name in ("opening_share", "small_share", "wrong_share"):
+        for name in ("opening_share", "small_share", "wrong_share", "stray_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.shard_examples < 1:
@@ -107,18 +109,22 @@ def _demonstrate(
     targets = _training_targets()
     if highest == PUZZLE_24_NUMBER:
         targets = np.concatenate([targets, np.full(len(targets) // 2, 24)])
-    options = {"sharpness": mix.sharpness}
+    walk = functools.partial(
+        demonstrate,
+        wrong_share=mix.wrong_share,
+        stray_share=mix.stray_share,
+        max_wrong=mix.max_wrong,
+    )
     num_openings = rng.binomial(count, mix.opening_share) if size > 3 else 0
     for opens, wanted in ((False, count - num_openings), (True, num_openings)):
         made = 0
         while made < wanted:
             draw = draw_solvable(rng, wanted - made, size, targets, highest=highest)
-            if opens:
-                walks = demonstrate_openings(rng, *draw, **options)
-            else:
-                walks = demonstrate(rng, *draw, wrong_share=mix.wrong_share, **options)
-            yield from walks
-            made += len(walks)
+            demonstrations = (demonstrate_openings if opens else walk)(
+                rng, *draw, sharpness=mix.sharpness
+            )
+            yield from demonstrations
+            made += len(demonstrations)
 
 
 def _tokenize(tokenizer: Tokenizer, demonstration: Demonstration) -> TokenExample:

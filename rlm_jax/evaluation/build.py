@@ -157,10 +157,15 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
             raise ValueError(f"{flag} {config[flag]!r}: accepted are true, false")
     _make("step", StepSpec, config["step"])
     own = {key: value for key, value in config[name].items() if key not in _NOT_SETTINGS}
-    strategy, num_nodes = _make_strategy(name, own, config["max_depth"])
+    max_depth = own.pop("max_depth", config["max_depth"])
+    strategy, num_nodes = _make_strategy(name, own, max_depth)
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
     judge = own.get("judge", "expansion")
-    language = _make_language(config, sampling, num_nodes, judge)
+    language = dataclasses.replace(
+        _make_language(config, sampling, num_nodes, judge),
+        max_depth=max_depth,
+        may_return=name not in TREE_SEARCHES,
+    )
     shared = (
         "model",
         "dtype",
@@ -175,7 +180,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     settings = {key: config[key] for key in shared} | {"evaluator": language.evaluator}
     settings |= {f"step.{key}": value for key, value in config["step"].items()}
     settings |= {f"sampling.{key}": v for key, v in config[name]["sampling"].items()}
-    settings |= own
+    settings |= own | {"max_depth": max_depth}
     return Plan(strategy, language, settings)
 
 
@@ -241,7 +246,6 @@ def _make_language(
         sampling=sampling,
         num_nodes=num_nodes,
         judge=judge,
-        max_depth=config["max_depth"],
         max_new_tokens=config["budget_tokens"],
         page_tokens=config["page_tokens"],
         value_fn=apply_value_head if "value_head" in weights else None,
@@ -258,13 +262,12 @@ def _make_task_tables(checker: DeviceTask, policy: Policy) -> Any:
 
 def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tuple[Strategy, int]:
     """The strategy, and the nodes its structures need."""
-    if name == "greedy":
-        return greedy.make_greedy(max_depth), 1 + max_depth
-    if name == "best_of_n":
-        settings = {"max_depth": max_depth, **settings}
-        strategy = _make(name, best_of_n.make_best_of_n, settings)
-        return strategy, 1 + settings["num_chains"] * max_depth
     own = {"max_depth": max_depth, **settings}
+    if name == "greedy":
+        return _make(name, greedy.make_greedy, own), 1 + max_depth
+    if name == "best_of_n":
+        strategy = _make(name, best_of_n.make_best_of_n, own)
+        return strategy, 1 + settings["num_chains"] * max_depth
     num_nodes = own.pop("num_nodes")
     strategy = _make(name, TREE_SEARCHES[name], own)
     least = 1 + strategy.num_lanes * strategy.num_children

@@ -162,7 +162,15 @@ def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> Decoded
 def _check(lm, cfg, world, steps, rows) -> Verdicts:
     """What the task says of the new steps."""
     states = jax.tree.map(rows.of_parent, world.task_state)
-    return check_steps(cfg.task, lm.task_tables, states, steps.tokens, steps.length, steps.terminal)
+    return check_steps(
+        cfg.task,
+        lm.task_tables,
+        states,
+        steps.tokens,
+        steps.length,
+        steps.terminal,
+        may_return=cfg.may_return,
+    )
 
 
 def _outcome(cfg, structure, request, steps, verdicts, judged, duplicate) -> Outcome:

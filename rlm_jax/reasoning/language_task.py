@@ -61,11 +61,14 @@ def check_steps(
     tokens: Int32[Array, "R S"],
     length: Int32[Array, "R"],
     ends: Bool[Array, "R"],
+    *,
+    may_return: bool = True,
 ) -> Verdicts:
     """Asks the task about R steps; steps without a token are not looked at.
 
     Args:
       states: of what the steps follow, leaves [R, ...]. ends: the step ends its solution.
+      may_return: whether a step that takes earlier ones back is legal.
     """
     made = length > 0
     if task is None:
@@ -74,8 +77,9 @@ def check_steps(
         return Verdicts(None, none, none, ends, nothing.astype(jnp.uint32), nothing)
     checked = jax.vmap(task.step, (None, 0, 0, 0, 0))(tables, states, tokens, length, ends)
     told = made & checked.known
-    illegal = told & ~checked.legal
-    solved = told & checked.legal & checked.solved
+    legal = checked.legal if may_return else checked.legal & ~checked.returns
+    illegal = told & ~legal
+    solved = told & legal & checked.solved
     terminal = made & (ends | illegal | solved)
     return Verdicts(
         state=checked.state,

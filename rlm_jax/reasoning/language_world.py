@@ -50,7 +50,8 @@ class LanguageConfig:
     value_fn: for evaluator "value_head": (head parameters, hidden [..., D]) -> values [...].
     task: checks every step against the problem alone (`language_task.py`); None checks nothing.
     dead_value: what the steps it refutes are worth. drop_illegal: steps that do not follow become
-    no nodes of the search; what they cost stays counted. solved_reward: reward of the edge into a
+    no nodes of the search; what they cost stays counted. may_return: a step may take earlier ones
+    back, as a chain does; a tree goes back by itself, and there such steps are illegal. solved_reward: reward of the edge into a
     proven solution, whose value is 1 already.
     """
 
@@ -71,6 +72,7 @@ class LanguageConfig:
     task: DeviceTask | None = None
     dead_value: float = 0.0
     drop_illegal: bool = True
+    may_return: bool = False
     solved_reward: float = 0.0
 
     def __post_init__(self):

@@ -7,9 +7,11 @@
 The one idea: a solution is a chain of lines, `10 - 4 = 6 ; 4 6 7`, each of which takes two of the
 numbers that are left and says what is left behind it; the last one says `= target` and no more. A
 line can be checked from the line before, equal states read equal, and the answer - one expression
-over exactly the given numbers - is rebuilt from the lines. Models trained on the task read the
-problem as above; others are asked in words, and a plain expression behind an answer mark is as
-good (it may pass through negative numbers and fractions, a chain may not).
+over exactly the given numbers - is rebuilt from the lines. A chain may see that it is lost, and go
+back to what was left before: the line `: 4 4 7 10` takes back all lines behind that state (Stream
+of Search's chains search in this way too). Models trained on the task read the problem as above;
+others are asked in words, and a plain expression behind an answer mark is as good (it may pass
+through negative numbers and fractions, a chain may not).
 
 Setting of Stream of Search (arXiv 2404.03683): 4 numbers from 1 to 99, targets from 10 to 100, all
 numbers used, whole intermediate results. `generate` draws numbers and target evenly and keeps what
@@ -20,7 +22,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +54,7 @@ _FORMS = (
     (rf"{_MANY} *(?:=|->) *([0-9]{{1,6}})", False),
 )
 _LINE = re.compile(r"([0-9]+) *([-+*/]) *([0-9]+) *= *([0-9]+)(?: *;((?: +[0-9]+)+))? *")
+_RETURN = re.compile(r":((?: +[0-9]+)+) *")
 
 
 def prompt(problem: Problem) -> list[Message]:
@@ -68,6 +71,11 @@ def notation(problem: Problem) -> str:
 def write_state(target: int, numbers: Sequence[int] | np.ndarray) -> str:
     """`24 : 4 4 7 10`, the problem as models trained on the task read it."""
     return f"{target} : {' '.join(map(str, numbers))}"
+
+
+def write_return(numbers: Sequence[int] | np.ndarray) -> str:
+    """`: 4 4 7 10` and a newline, the line that goes back to where these numbers were left."""
+    return f": {' '.join(map(str, numbers))}\n"
 
 
 def make_problem(numbers: tuple[int, ...], target: int, id: str = "") -> Problem:
@@ -111,7 +119,7 @@ def extract(text: str) -> str | None:
         return _read_expression(marked[0])
     lines = _read_lines(text)
     # A chain that still has numbers left has not said its answer.
-    if lines is None or lines[-1][4] is not None:
+    if lines is None or lines[-1].rest is not None:
         return None
     return write_canonically(_rebuild(lines))
 
@@ -157,7 +165,7 @@ def solve(numbers: tuple[int, ...], target: int) -> str | None:
             return None
         sign = OPERATORS[moves.operator[0, best]]
         ends = (moves.larger[0, best], moves.smaller[0, best], moves.result[0, best])
-        lines.append((int(ends[0]), sign, int(ends[1]), int(ends[2]), None))
+        lines.append(Line(int(ends[0]), sign, int(ends[1]), int(ends[2]), None))
         state = moves.states[:, best]
     return write_canonically(_rebuild(lines)) if lines else None
 
@@ -251,29 +259,54 @@ def _read_expression(segment: str) -> str | None:
     return write_canonically(segment)
 
 
-Line = tuple[int, str, int, int, "list[int] | None"]
+class Line(NamedTuple):
+    """A line of a chain: a move, or, without a `sign`, a return to the numbers `rest`.
+
+    rest: what is left, rising; None where a line does not say it.
+    """
+
+    left: int
+    sign: str
+    right: int
+    result: int
+    rest: list[int] | None
 
 
 def _read_lines(text: str) -> list[Line] | None:
-    """left, operator, right, result and what is left, of every line; None where one is none."""
+    """The lines of a chain; None where one is none."""
     lines: list[Line] = []
     for line in text.split("\n"):
         if not line.strip(" "):
             continue
-        match = _LINE.fullmatch(line.lstrip(" "))
-        if match is None or max(map(len, re.findall("[0-9]+", line))) > 9:
+        line = line.lstrip(" ")
+        match, back = _LINE.fullmatch(line), _RETURN.fullmatch(line)
+        if max(map(len, re.findall("[0-9]+", line)), default=0) > 9:
             return None
-        left, sign, right, result, rest = match.groups()
-        kept = None if rest is None else sorted(map(int, rest.split()))
-        lines.append((int(left), sign, int(right), int(result), kept))
+        if match is not None:
+            left, sign, right, result, rest = match.groups()
+            lines.append(Line(int(left), sign, int(right), int(result), _read_rest(rest)))
+        elif back is not None:
+            lines.append(Line(0, "", 0, 0, _read_rest(back[1])))
+        else:
+            return None
     return lines or None
+
+
+def _read_rest(rest: str | None) -> list[int] | None:
+    return None if rest is None else sorted(map(int, rest.split()))
 
 
 def _find_wrong_line(state: list[int], target: int, lines: list[Line]) -> str | None:
     """What is wrong with a chain from `state` to the target, or None."""
+    path = [state]
     for left, sign, right, result, rest in lines:
+        if not sign:
+            if rest not in path[:-1]:
+                return f"{_join(rest)} was not left before: there is no way back to it"
+            path = path[: path.index(rest) + 1]
+            continue
         line = f"{left} {sign} {right} = {result}"
-        state = state.copy()
+        state = path[-1].copy()
         for number in (left, right):
             if number not in state:
                 return f"{line}: there is no {number} left"
@@ -282,12 +315,18 @@ def _find_wrong_line(state: list[int], target: int, lines: list[Line]) -> str | 
             return f"{line} is wrong"
         state = sorted([*state, result])
         if rest is None and len(state) > 1:
-            return f"{line} does not say that {' '.join(map(str, state))} are left"
+            return f"{line} does not say that {_join(state)} are left"
         if rest is not None and (len(state) == 1 or rest != state):
-            return f"{line}: what is left is {' '.join(map(str, state))}"
+            return f"{line}: what is left is {_join(state)}"
+        path.append(state)
+    state = path[-1]
     if len(state) > 1:
-        return f"{' '.join(map(str, state))} are left"
+        return f"{_join(state)} are left"
     return None if state[0] == target else f"the chain ends on {state[0]}, not on {target}"
+
+
+def _join(numbers: Sequence[int] | None) -> str:
+    return " ".join(map(str, numbers or ()))
 
 
 def _apply(sign: str, left: int, right: int) -> int | None:
@@ -298,14 +337,21 @@ def _apply(sign: str, left: int, right: int) -> int | None:
 
 def _rebuild(lines: list[Line]) -> str:
     """The expression of the last line, results replaced by what they were made of."""
+    kept: list[Line] = []
+    for line in lines:
+        if line.sign:
+            kept.append(line)
+        else:
+            # Every line leaves one number less: those that leave fewer are taken back.
+            kept = [other for other in kept if len(other.rest or ()) >= len(line.rest or ())]
     made: dict[int, list[str]] = {}
-    for left, sign, right, result, _ in lines:
+    for left, sign, right, result, _ in kept:
         sides = [
             f"({made[number].pop()})" if made.get(number) else str(number)
             for number in (left, right)
         ]
         made.setdefault(result, []).append(f"{sides[0]} {sign} {sides[1]}")
-    return made[lines[-1][3]][-1]
+    return made[kept[-1].result][-1]
 
 
 TASK = Task(

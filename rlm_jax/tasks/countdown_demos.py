@@ -1,16 +1,48 @@
 """Demonstrations of Countdown, with every right line and the exact state of affairs at each step.
 
-The one idea: problems of one size are walked down together; at each step the exact solver says
-which moves keep the problem solvable, one is taken, now and then a wrong one on purpose, so that
-the values of lost states are seen too. A demonstration ends where it is lost.
+The one idea: a demonstration is a walk through the states of a problem that errs now and then on
+purpose, and goes back. The exact solver says at each state which moves keep the problem solvable;
+behind a wrong one the only right line takes it back. So one walk teaches what to try, to see that
+a state is lost (as the next line, and as its value), and to try something else.
 """
+
+import dataclasses
 
 import numpy as np
 
-from rlm_jax.tasks.countdown import write_state
+from rlm_jax.tasks.countdown import write_return, write_state
 from rlm_jax.tasks.countdown_solver import OPERATORS, Moves, count_below
 from rlm_jax.tasks.countdown_split import is_held_out
 from rlm_jax.tasks.demonstrations import Demonstration, Step
+
+
+@dataclasses.dataclass
+class _Visit:
+    """A state on a walk: row `row` of `moves`.
+
+    right: shares of the moves [A] that keep the problem solvable; all 0 in a lost state.
+    wrong: weights of the others that were not tried yet. choices: the right lines.
+    """
+
+    moves: Moves
+    row: int
+    state: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+    choices: tuple[tuple[str, float], ...]
+
+    @property
+    def lost(self) -> bool:
+        return not self.choices
+
+
+@dataclasses.dataclass
+class _Walk:
+    """path: the states from the problem to where the walk stands; num_wrong: errors so far."""
+
+    path: list[_Visit]
+    steps: list[Step]
+    num_wrong: int = 0
 
 
 def demonstrate(
@@ -20,42 +52,38 @@ def demonstrate(
     *,
     wrong_share: float,
     sharpness: float,
+    stray_share: float = 0.0,
+    max_wrong: int = 4,
 ) -> list[Demonstration]:
     """One demonstration of each solvable problem: numbers [R, n], sorted, and targets [R].
 
     Problems on whose way a held-out problem stands are left out (`countdown_split`).
 
     Args:
-      wrong_share: chance of a wrong move at each step but the last, where there is one.
+      wrong_share: chance of a wrong move at each step but the last, where there is one. No walk
+        tries the same wrong move of a state twice; moves to small numbers are likelier.
       sharpness: a right move weighs its number of solutions to this power; 0 weighs all the same.
+      stray_share: chance that a walk goes on from a lost state, before it goes back.
+      max_wrong: moves of a walk that are wrong or lead on from a lost state.
     """
-    steps: list[list[Step]] = [[] for _ in numbers]
-    lost = np.zeros(len(numbers), bool)
+    walks = [_Walk([], []) for _ in numbers]
     clean = ~is_held_out(numbers, targets)
-    rows, states = np.arange(len(numbers)), numbers
-    while states.shape[1] > 1 and len(rows):
-        moves, below = count_below(states, targets[rows])
-        weight = weigh_moves(below, sharpness)
-        wrong = (moves.legal & (below == 0)).astype(float)
-        errs = (rng.random(len(rows)) < wrong_share) & (wrong.sum(-1) > 0) & (states.shape[1] > 2)
-        taken = _draw(rng, np.where(errs[:, None], wrong, weight))
-        for i, row in enumerate(rows.tolist()):
-            choices = tuple(
-                (write_move(moves, i, move), float(weight[i, move]))
-                for move in np.flatnonzero(weight[i]).tolist()
-            )
-            text = write_move(moves, i, int(taken[i]))
-            steps[row].append(Step(text, choices, 0.0 if errs[i] else 1.0))
-        lost[rows] = errs
-        states = moves.states[np.arange(len(rows)), taken]
-        if states.shape[1] > 3:
-            clean[rows] &= ~is_held_out(states, targets[rows])
-        rows, states = rows[~errs], states[~errs]
+    # Where each unfinished walk has arrived: states that no solver has looked at yet.
+    arrived = dict(enumerate(numbers)) if numbers.shape[1] > 1 else {}
+    while arrived:
+        visits = _visit(arrived, targets, sharpness)
+        arrived = {}
+        for index, visit in visits.items():
+            walks[index].path.append(visit)
+            state = _go_on(rng, walks[index], wrong_share, stray_share, max_wrong)
+            if len(state) > 1:
+                arrived[index] = state
+        for index, state in arrived.items():
+            if len(state) > 3 and is_held_out(state[None], targets[index : index + 1])[0]:
+                clean[index] = False
     return [
-        Demonstration(write_state(target, state) + "\n", tuple(walk), not failed, None)
-        for target, state, walk, failed, keep in zip(
-            targets.tolist(), numbers, steps, lost, clean, strict=True
-        )
+        Demonstration(write_state(target, state) + "\n", tuple(walk.steps), True, None)
+        for target, state, walk, keep in zip(targets.tolist(), numbers, walks, clean, strict=True)
         if keep
     ]
 
@@ -71,14 +99,13 @@ def demonstrate_openings(
     numbers, targets = numbers[clean], targets[clean]
     moves, below = count_below(numbers, targets)
     weight = weigh_moves(below, sharpness)
-    taken = _draw(rng, weight)
     demonstrations = []
     for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
         choices = tuple(
             (_write_opening(moves, row, move), float(weight[row, move]))
             for move in np.flatnonzero(weight[row]).tolist()
         )
-        step = Step(_write_opening(moves, row, int(taken[row])), choices, None)
+        step = Step(_write_opening(moves, row, _draw(rng, weight[row])), choices, None)
         demonstrations.append(
             Demonstration(write_state(target, state) + "\n", (step,), False, None)
         )
@@ -88,16 +115,66 @@ def demonstrate_openings(
 def weigh_moves(below: np.ndarray, sharpness: float) -> np.ndarray:
     """Shares of the moves [R, A] in a demonstration, from the solutions behind each."""
     weight = np.where(below > 0, np.maximum(below, 1).astype(float) ** sharpness, 0.0)
-    return weight / weight.sum(-1, keepdims=True)
+    return weight / np.maximum(weight.sum(-1, keepdims=True), 1e-30)
 
 
 def write_move(moves: Moves, row: int, move: int) -> str:
     """`10 - 4 = 6 ; 4 6 7` and a newline; the last move of a chain ends on its result."""
-    sign = OPERATORS[moves.operator[row, move]]
-    left, right = moves.larger[row, move], moves.smaller[row, move]
-    line = f"{left} {sign} {right} = {moves.result[row, move]}"
-    state = moves.states[row, move]
-    return line if len(state) == 1 else f"{line} ; {' '.join(map(str, state.tolist()))}\n"
+    return f"{_write_opening(moves, row, move)} {_write_rest(moves, row, move)}"
+
+
+def _visit(
+    arrived: dict[int, np.ndarray], targets: np.ndarray, sharpness: float
+) -> dict[int, _Visit]:
+    """Asks the solver about states of several sizes, those of a size together."""
+    visits = {}
+    for size in sorted({len(state) for state in arrived.values()}):
+        indices = [index for index, state in arrived.items() if len(state) == size]
+        states = np.stack([arrived[index] for index in indices])
+        moves, below = count_below(states, targets[indices])
+        right = weigh_moves(below, sharpness)
+        wrong = (moves.legal & (below == 0)) / (1 + moves.result / 100)
+        for row, index in enumerate(indices):
+            choices = tuple(
+                (write_move(moves, row, move), float(right[row, move]))
+                for move in np.flatnonzero(right[row]).tolist()
+            )
+            visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], choices)
+    return visits
+
+
+def _go_on(
+    rng: np.random.Generator, walk: _Walk, wrong_share: float, stray_share: float, max_wrong: int
+) -> np.ndarray:
+    """Walks until a move is made, and returns the state that it leads to."""
+    while True:
+        here = walk.path[-1]
+        share = stray_share if here.lost else wrong_share
+        may_err = walk.num_wrong < max_wrong and len(here.state) > 2 and here.wrong.any()
+        errs = may_err and rng.random() < share
+        if here.lost:
+            while walk.path[-1].lost and not errs:
+                walk.path.pop()
+            alive = next(visit for visit in reversed(walk.path) if not visit.lost)
+            back = write_return(alive.state)
+            choices = ((back, 1.0),)
+            if not errs:
+                walk.steps.append(Step(back, choices, 1.0))
+                continue
+        else:
+            choices = here.choices
+        move = _draw(rng, here.wrong if errs else here.right)
+        moves, row = here.moves, here.row
+        if errs:
+            walk.num_wrong += 1
+            here.wrong[move] = 0.0
+            # Not what to choose, but what follows from the choice is to be learned.
+            opening, rest = _write_opening(moves, row, move), _write_rest(moves, row, move)
+            walk.steps.append(Step(opening, choices, None))
+            walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
+        else:
+            walk.steps.append(Step(write_move(moves, row, move), choices, 1.0))
+        return moves.states[row, move]
 
 
 def _write_opening(moves: Moves, row: int, move: int) -> str:
@@ -105,7 +182,13 @@ def _write_opening(moves: Moves, row: int, move: int) -> str:
     return f"{moves.larger[row, move]} {sign} {moves.smaller[row, move]}"
 
 
-def _draw(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
-    """One column of each row [R, A], in proportion to the weights."""
-    total = np.cumsum(weights, axis=1)
-    return (total <= rng.random((len(weights), 1)) * total[:, -1:]).sum(-1)
+def _write_rest(moves: Moves, row: int, move: int) -> str:
+    state = moves.states[row, move]
+    line = f"= {moves.result[row, move]}"
+    return line if len(state) == 1 else f"{line} ; {' '.join(map(str, state.tolist()))}\n"
+
+
+def _draw(rng: np.random.Generator, weights: np.ndarray) -> int:
+    """An index of `weights` [A], in proportion to them."""
+    total = np.cumsum(weights)
+    return int((total <= rng.random() * total[-1]).sum())

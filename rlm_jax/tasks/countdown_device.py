@@ -48,9 +48,13 @@ class Tables:
 
 @struct
 class State:
-    """What is left: `numbers`, falling, -1 where there are fewer; count 0 when it is not known."""
+    """What is left, and was left on the way: row k of `path` holds k + 1 numbers.
 
-    numbers: Int32[Array, "8"]
+    path: numbers, falling, -1 where there are fewer; rows below `count` - 1 mean nothing.
+    count: how many are left; 0 when it is not known.
+    """
+
+    path: Int32[Array, "8 8"]
     count: Int32[Array, ""]
     target: Int32[Array, ""]
 
@@ -90,10 +94,12 @@ def begin(tables: Tables, tokens: Int32[Array, "T"], length: Int32[Array, ""]) -
     wanted = jnp.where(order == 1, _SIGNS.index(":"), _NONE)
     known = (found.signs == wanted).all() & ~found.bad & found.ended & (count >= 2)
     known &= (found.spaced | (order < 2) | (order >= found.count)).all()
-    numbers = jnp.where(order < found.count, found.values, _NONE)[2:]
+    numbers = _sorted_values(found, 2)
+    count = jnp.where(known, count, 0)
+    is_here = jnp.arange(MAX_NUMBERS) == count - 1
     return State(
-        numbers=-jnp.sort(-jnp.where(known, numbers, _NONE)),
-        count=jnp.where(known, count, 0),
+        path=jnp.where(is_here[:, None], numbers, _NONE),
+        count=count,
         target=jnp.where(known, found.values[0], 0),
     )
 
@@ -107,23 +113,46 @@ def step(
 ) -> StepCheck:
     """Checks one line, and says what is left behind it."""
     line = _read(tables, tokens, length, _LINE_PATTERN + 1 + MAX_NUMBERS)
+    known = state.count > 0
+    follows, numbers = _move(line, state)
+    returns, last = _return(line, state)
+    is_last = state.count == 2
+    solved = known & follows & is_last & (numbers[0] == state.target)
+    # A line that was cut short may read differently once it goes on.
+    whole = line.ended | ends | solved
+    legal = ~known | ((follows | returns) & whole)
+    count = jnp.where(returns, last, state.count - 1)
+    numbers = jnp.where(returns, state.path[last - 1], numbers)
+    is_here = jnp.arange(MAX_NUMBERS) == count - 1
+    path = jnp.where(is_here[:, None], numbers, state.path)
+    after = State(path, jnp.where(known, count, 0), state.target)
+    key = hash_numbers(jnp.append(numbers, state.target))
+    return StepCheck(after, legal, solved, jnp.where(known, key, 0), known, known & returns & whole)
+
+
+def _move(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, "8"]]:
+    """Whether a line is a right move, and what it leaves."""
     left, right, result = line.values[0], line.values[2], line.values[4]
-    sign = line.signs[1]
-    in_shape = _has_shape(line)
-    numbers, has_left = _take_away(state.numbers, left)
+    here = state.path[jnp.maximum(state.count - 1, 0)]
+    numbers, has_left = _take_away(here, left)
     numbers, has_right = _take_away(numbers, right)
     numbers = -jnp.sort(-numbers.at[-1].set(result))
-    is_last = state.count == 2
-    rest = _sorted_rest(line)
-    says_rest = jnp.where(is_last, line.count == _LINE_PATTERN, (rest == numbers).all())
-    follows = in_shape & has_left & has_right & _is_right(sign, left, right, result) & says_rest
-    known = state.count > 0
-    solved = known & follows & is_last & (result == state.target)
-    # A line that was cut short may read differently once it goes on.
-    legal = ~known | (follows & (line.ended | ends | solved))
-    after = State(numbers, jnp.where(known, state.count - 1, 0), state.target)
-    key = hash_numbers(jnp.append(numbers, state.target))
-    return StepCheck(after, legal, solved, jnp.where(known, key, 0), known)
+    rest = (_sorted_values(line, _LINE_PATTERN + 1) == numbers).all()
+    says_rest = jnp.where(state.count == 2, line.count == _LINE_PATTERN, rest)
+    is_right = _is_right(line.signs[1], left, right, result)
+    return _has_shape(line) & has_left & has_right & is_right & says_rest, numbers
+
+
+def _return(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, ""]]:
+    """Whether a line goes back to what was left before, and how many numbers that are."""
+    order = jnp.arange(line.signs.shape[0])
+    wanted = jnp.where(order == 0, _SIGNS.index(":"), _NONE)
+    apart = line.spaced | (order == 0) | (order >= line.count)
+    in_shape = (line.signs == wanted).all() & apart.all() & ~line.bad
+    count = line.count - 1
+    place = jnp.clip(count - 1, 0, MAX_NUMBERS - 1)
+    same = (_sorted_values(line, 1) == state.path[place]).all()
+    return in_shape & (count > state.count) & (count <= MAX_NUMBERS) & same, count
 
 
 def hash_numbers(numbers: Int32[Array, "*rows M"]) -> UInt32[Array, "*rows"]:
@@ -207,10 +236,11 @@ def _has_shape(line: Lexemes) -> Bool[Array, ""]:
     return operator & fits.all() & apart.all() & whole & ~line.bad
 
 
-def _sorted_rest(line: Lexemes) -> Int32[Array, "8"]:
+def _sorted_values(line: Lexemes, start: int) -> Int32[Array, "8"]:
+    """The numbers from lexeme `start` on, falling, -1 behind the last."""
     order = jnp.arange(line.values.shape[0])
-    rest = jnp.where(order < line.count, line.values, _NONE)[_LINE_PATTERN + 1 :]
-    return -jnp.sort(-rest)
+    values = jnp.where(order < line.count, line.values, _NONE)[start:]
+    return -jnp.sort(-values)[:MAX_NUMBERS]
 
 
 def _take_away(numbers: Array, number: Array) -> tuple[Array, Array]:

@@ -26,6 +26,7 @@ class StepCheck(NamedTuple):
       solved: the step ends a solution that is right.
       key: hash of the state behind the step, equal for equal states; 0 where there is none.
       known: the task could read the problem; otherwise it decides nothing about its steps.
+      returns: the step takes earlier ones back. A chain may do so; a tree goes back by itself.
     """
 
     state: PyTree
@@ -33,6 +34,7 @@ class StepCheck(NamedTuple):
     solved: Bool[Array, ""]
     key: UInt32[Array, ""]
     known: Any = np.True_
+    returns: Any = np.False_
 
 
 class DeviceTask(NamedTuple):

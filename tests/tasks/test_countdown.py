@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,10 @@ CHAIN = "10 - 4 = 6 ; 4 6 7\n7 - 6 = 1 ; 1 4\n"
         ("10 - 5 = 5 ; 4 5 7", False, "no 5 left"),
         ("10 - 4 = 6 ; 6 7", False, "what is left is 4 6 7"),
         ("10 - 4 = 6", False, "does not say"),
+        ("10 - 4 = 6 ; 4 6 7\n: 4 6 7\n", False, "no way back"),
+        ("10 - 4 = 6 ; 4 6 7\n: 4 4 7\n", False, "4 4 7 was not left before"),
+        ("10 - 4 = 6 ; 4 6 7\n: 4 4 7 10\n6 * 4 = 24 ; 7 24", False, "no 6 left"),
+        ("10 - 4 = 6 ; 4 6 7\n: 4 4 7 10\n", False, "4 4 7 10 are left"),
         ("no idea", False, "no expression and no chain"),
         ("", False, "no expression"),
     ],
@@ -127,6 +132,21 @@ def test_chains_and_expressions_are_right():
     assert game24.TASK.verify(twins, Gold(), text).correct
     assert game24.TASK.extract(text) == expression
     assert game24.TASK.notation(twins) == countdown.TASK.notation(problem) == "24 : 3 5 6 8"
+
+
+def test_chains_go_back_and_what_they_took_back_is_no_answer():
+    text = (
+        "10 + 4 = 14 ; 4 7 14\n14 - 7 = 7 ; 4 7\n: 4 7 14\n4 + 7 = 11 ; 11 14\n"
+        ": 4 4 7 10\n10 - 4 = 6 ; 4 6 7\n7 - 6 = 1 ; 1 4\n: 4 6 7\n7 * 4 = 28 ; 6 28\n: 4 6 7\n"
+    )
+    assert countdown.TASK.extract(text) is None
+    solved = text + ": 4 4 7 10\n10 * 4 = 40 ; 4 7 40\n40 / 4 = 10 ; 7 10\n10 + 7 = 17"
+    problem = countdown.make_problem((4, 4, 7, 10), 17)
+    assert countdown.TASK.verify(problem, Gold(), solved).correct
+    assert countdown.TASK.extract(solved) == "((10 * 4) / 4) + 7"
+    # Back over two levels at once; the results that were taken back are not there any more.
+    twice = "10 + 4 = 14 ; 4 7 14\n14 - 7 = 7 ; 4 7\n: 4 4 7 10\n7 + 4 = 11 ; 4 10 11\n"
+    assert not countdown.TASK.verify(problem, Gold(), twice + ": 4 7 14\n").correct
 
 
 @pytest.mark.parametrize(
@@ -172,19 +192,29 @@ def test_demonstrations_say_what_is_right():
     rng = np.random.default_rng(2)
     targets = np.array([24, 36, 51])
     numbers, wanted = countdown.draw_solvable(rng, 60, 4, targets)
-    walks = demonstrate(rng, numbers, wanted, wrong_share=0.5, sharpness=0.5)
+    options = {"wrong_share": 0.5, "sharpness": 0.5, "stray_share": 0.5, "max_wrong": 5}
+    walks = demonstrate(rng, numbers, wanted, **options)
     clean = ~countdown_split.is_held_out(numbers, wanted)
     assert len(walks) == clean.sum()
-    assert {walk.finished for walk in walks} == {True, False}
+    assert all(walk.finished for walk in walks)
+    num_lost = [sum(step.value == 0 for step in walk.steps) for walk in walks]
+    assert set(num_lost) == set(range(6))
     for walk, state, target in zip(walks, numbers[clean], wanted[clean], strict=True):
         problem = countdown.make_problem(tuple(state.tolist()), int(target))
         text = "".join(step.text for step in walk.steps)
-        assert countdown.TASK.verify(problem, Gold(), text).correct is walk.finished
+        assert countdown.TASK.verify(problem, Gold(), text).correct
+        lines = text.split("\n")
+        assert len(set(lines)) >= len(lines) - text.count("\n:"), "the same line was tried again"
         for step in walk.steps:
             assert sum(weight for _, weight in step.choices) == pytest.approx(1)
+            # A wrong move is a choice and what follows from it: only the choice is wrong.
             is_right = step.text in [text for text, _ in step.choices]
-            assert is_right == (step.value == 1)
-            assert is_right or step is walk.steps[-1]
+            assert is_right == (step.value is not None)
+            if step.value is not None:
+                rest = re.split("[;:]", step.text)[-1] if "\n" in step.text else str(target)
+                left = [int(number) for number in rest.split()]
+                alive = count_solutions(np.array([sorted(left)]), np.array([target]))[0] > 0
+                assert alive == bool(step.value)
     openings = demonstrate_openings(rng, numbers, wanted, sharpness=0.5)
     whole = {walk.prompt: walk for walk in walks}
     for opening in openings:
@@ -248,13 +278,16 @@ def _hostile_chains(num_chains: int) -> list[tuple[tuple[int, ...], int, list[st
         numbers, targets = countdown.draw_solvable(
             rng, count, size, np.arange(10, 101), highest=highest
         )
-        walks = demonstrate(rng, numbers, targets, wrong_share=0.1, sharpness=0.0)
+        walks = demonstrate(
+            rng, numbers, targets, wrong_share=0.2, sharpness=0.0, stray_share=0.3, max_wrong=3
+        )
         by_prompt = {
             countdown.write_state(int(t), n) + "\n": (tuple(n.tolist()), int(t))
             for n, t in zip(numbers, targets, strict=True)
         }
         for walk in walks:
-            steps = [step.text for step in walk.steps]
+            text = "".join(step.text for step in walk.steps)
+            steps = text.splitlines(keepends=True)
             changed = rough.randrange(len(steps))
             if rough.random() < 0.75:
                 steps[changed] = _change(rough, steps[changed])
@@ -290,7 +323,7 @@ def test_the_device_says_what_python_says(name):
     task = countdown.TASK.device
     tables = task.make_tables(pieces)
     prompts, lines, lengths, expected = [], [], [], []
-    most_steps, width = 3, 48
+    most_steps, width = 7, 48
     for numbers, target, steps in _hostile_chains(10_000):
         # A step ends with its first newline behind something, as decoding would end it.
         text = "".join(steps)
