@@ -51,8 +51,8 @@ class LanguageConfig:
     task: checks every step against the problem alone (`language_task.py`); None checks nothing.
     dead_value: what the steps it refutes are worth. drop_illegal: steps that do not follow become
     no nodes of the search; what they cost stays counted. may_return: a step may take earlier ones
-    back, as a chain does; a tree goes back by itself, and there such steps are illegal. solved_reward: reward of the edge into a
-    proven solution, whose value is 1 already.
+    back, as a chain does; a tree goes back by itself, and there such steps are illegal.
+    solved_reward: reward of the edge into a proven solution, whose value is 1 already.
     """
 
     model: ModelConfig
