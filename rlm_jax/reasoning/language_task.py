@@ -68,7 +68,7 @@ def check_steps(
 
     Args:
       states: of what the steps follow, leaves [R, ...]. ends: the step ends its solution.
-      may_return: whether a step that takes earlier ones back is legal.
+      may_return: whether steps are legal that take earlier ones back, or make that necessary.
     """
     made = length > 0
     if task is None:
@@ -77,7 +77,7 @@ def check_steps(
         return Verdicts(None, none, none, ends, nothing.astype(jnp.uint32), nothing)
     checked = jax.vmap(task.step, (None, 0, 0, 0, 0))(tables, states, tokens, length, ends)
     told = made & checked.known
-    legal = checked.legal if may_return else checked.legal & ~checked.returns
+    legal = checked.legal if may_return else checked.legal & ~checked.chain_only
     illegal = told & ~legal
     solved = told & legal & checked.solved
     terminal = made & (ends | illegal | solved)

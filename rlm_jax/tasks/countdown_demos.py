@@ -43,6 +43,7 @@ class _Walk:
     path: list[_Visit]
     steps: list[Step]
     num_wrong: int = 0
+    solved: bool = False
 
 
 def demonstrate(
@@ -57,14 +58,19 @@ def demonstrate(
 ) -> list[Demonstration]:
     """One demonstration of each solvable problem: numbers [R, n], sorted, and targets [R].
 
+    A wrong last line says what it makes, and is taken back: a chain that never missed would learn
+    to write the target, whatever its numbers make.
+
     Problems on whose way a held-out problem stands are left out (`countdown_split`).
 
     Args:
       wrong_share: chance of a wrong move at each step but the last, where there is one. No walk
         tries the same wrong move of a state twice; moves to small numbers are likelier.
       sharpness: a right move weighs its number of solutions to this power; 0 weighs all the same.
-      stray_share: chance that a walk goes on from a lost state, before it goes back.
-      max_wrong: moves of a walk that are wrong or lead on from a lost state.
+      stray_share: chance that a walk goes on from a lost state before it goes back, or that its
+        last line misses.
+      max_wrong: a walk ends, unfinished, when it goes back after so many moves that were wrong or
+        led on from a lost state. So the number of errors tells nothing about the next move.
     """
     walks = [_Walk([], []) for _ in numbers]
     clean = ~is_held_out(numbers, targets)
@@ -76,13 +82,13 @@ def demonstrate(
         for index, visit in visits.items():
             walks[index].path.append(visit)
             state = _go_on(rng, walks[index], wrong_share, stray_share, max_wrong)
-            if len(state) > 1:
+            if state is not None:
                 arrived[index] = state
         for index, state in arrived.items():
             if len(state) > 3 and is_held_out(state[None], targets[index : index + 1])[0]:
                 clean[index] = False
     return [
-        Demonstration(write_state(target, state) + "\n", tuple(walk.steps), True, None)
+        Demonstration(write_state(target, state) + "\n", tuple(walk.steps), walk.solved, None)
         for target, state, walk, keep in zip(targets.tolist(), numbers, walks, clean, strict=True)
         if keep
     ]
@@ -145,14 +151,14 @@ def _visit(
 
 def _go_on(
     rng: np.random.Generator, walk: _Walk, wrong_share: float, stray_share: float, max_wrong: int
-) -> np.ndarray:
-    """Walks until a move is made, and returns the state that it leads to."""
+) -> np.ndarray | None:
+    """Walks until it comes to a state to ask about, or ends."""
+    missed = False
     while True:
         here = walk.path[-1]
-        share = stray_share if here.lost else wrong_share
-        may_err = walk.num_wrong < max_wrong and len(here.state) > 2 and here.wrong.any()
-        errs = may_err and rng.random() < share
-        if here.lost:
+        share = stray_share if here.lost or len(here.state) == 2 else wrong_share
+        errs = not missed and here.wrong.any() and rng.random() < share
+        if here.lost or missed:
             while walk.path[-1].lost and not errs:
                 walk.path.pop()
             alive = next(visit for visit in reversed(walk.path) if not visit.lost)
@@ -160,6 +166,9 @@ def _go_on(
             choices = ((back, 1.0),)
             if not errs:
                 walk.steps.append(Step(back, choices, 1.0))
+                missed = False
+                if walk.num_wrong >= max_wrong:
+                    return None
                 continue
         else:
             choices = here.choices
@@ -169,12 +178,19 @@ def _go_on(
             walk.num_wrong += 1
             here.wrong[move] = 0.0
             # Not what to choose, but what follows from the choice is to be learned.
-            opening, rest = _write_opening(moves, row, move), _write_rest(moves, row, move)
+            opening = _write_opening(moves, row, move)
+            rest = _write_rest(moves, row, move).removesuffix("\n") + "\n"
             walk.steps.append(Step(opening, choices, None))
             walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
         else:
             walk.steps.append(Step(write_move(moves, row, move), choices, 1.0))
-        return moves.states[row, move]
+        if len(here.state) > 2:
+            return moves.states[row, move]
+        # One number is left: the target, or a miss.
+        if not errs:
+            walk.solved = True
+            return None
+        missed = True
 
 
 def _write_opening(moves: Moves, row: int, move: int) -> str:

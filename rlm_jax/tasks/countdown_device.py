@@ -127,7 +127,8 @@ def step(
     path = jnp.where(is_here[:, None], numbers, state.path)
     after = State(path, jnp.where(known, count, 0), state.target)
     key = hash_numbers(jnp.append(numbers, state.target))
-    return StepCheck(after, legal, solved, jnp.where(known, key, 0), known, known & returns & whole)
+    chain_only = known & (returns | (follows & is_last & ~solved))
+    return StepCheck(after, legal, solved, jnp.where(known, key, 0), known, chain_only)
 
 
 def _move(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, "8"]]:

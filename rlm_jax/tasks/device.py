@@ -26,7 +26,8 @@ class StepCheck(NamedTuple):
       solved: the step ends a solution that is right.
       key: hash of the state behind the step, equal for equal states; 0 where there is none.
       known: the task could read the problem; otherwise it decides nothing about its steps.
-      returns: the step takes earlier ones back. A chain may do so; a tree goes back by itself.
+      chain_only: the step takes earlier ones back, or nothing but that can follow it. A chain may
+        go on from it; a tree goes back by itself.
     """
 
     state: PyTree
@@ -34,7 +35,7 @@ class StepCheck(NamedTuple):
     solved: Bool[Array, ""]
     key: UInt32[Array, ""]
     known: Any = np.True_
-    returns: Any = np.False_
+    chain_only: Any = np.False_
 
 
 class DeviceTask(NamedTuple):

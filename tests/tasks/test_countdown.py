@@ -196,13 +196,15 @@ def test_demonstrations_say_what_is_right():
     walks = demonstrate(rng, numbers, wanted, **options)
     clean = ~countdown_split.is_held_out(numbers, wanted)
     assert len(walks) == clean.sum()
-    assert all(walk.finished for walk in walks)
     num_lost = [sum(step.value == 0 for step in walk.steps) for walk in walks]
-    assert set(num_lost) == set(range(6))
+    assert {n for n, walk in zip(num_lost, walks, strict=True) if walk.finished} == set(range(5))
+    assert all(n >= 5 for n, walk in zip(num_lost, walks, strict=True) if not walk.finished)
     for walk, state, target in zip(walks, numbers[clean], wanted[clean], strict=True):
         problem = countdown.make_problem(tuple(state.tolist()), int(target))
         text = "".join(step.text for step in walk.steps)
-        assert countdown.TASK.verify(problem, Gold(), text).correct
+        verdict = countdown.TASK.verify(problem, Gold(), text)
+        assert verdict.correct is walk.finished
+        assert walk.finished or "are left" in verdict.reason
         lines = text.split("\n")
         assert len(set(lines)) >= len(lines) - text.count("\n:"), "the same line was tried again"
         for step in walk.steps:
@@ -211,7 +213,7 @@ def test_demonstrations_say_what_is_right():
             is_right = step.text in [text for text, _ in step.choices]
             assert is_right == (step.value is not None)
             if step.value is not None:
-                rest = re.split("[;:]", step.text)[-1] if "\n" in step.text else str(target)
+                rest = re.split("[;:=]", step.text)[-1]
                 left = [int(number) for number in rest.split()]
                 alive = count_solutions(np.array([sorted(left)]), np.array([target]))[0] > 0
                 assert alive == bool(step.value)
