@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlm_jax.core.order import zero_behind
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Int32, Key, PyTree
 from rlm_jax.reasoning.operators.traversal import share_votes
@@ -385,6 +386,9 @@ def _grow(strategy, expand, params, search, width) -> Search:
             asked, nodes=asked.nodes[:, :width], operator=asked.operator[:, :width]
         )
     outcome, world = expand(params, search.keys, search.world, search.structure, request)
+    # The expander reads what is about to be written.
+    behind = zero_behind(outcome.logprob.astype(jnp.float32).sum((1, 2)))[:, None]
+    request = dataclasses.replace(request, nodes=request.nodes + behind)
     return dataclasses.replace(_tell(strategy, search, request, outcome), world=world)
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.masked import masked_argmax
+from rlm_jax.core.order import zero_behind
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
 from rlm_jax.reasoning.operators.evaluate import sibling_prior, step_prior
@@ -304,9 +305,11 @@ def update_tree(
     rows = jnp.arange(slots.shape[0])[:, None]
     safe = jnp.maximum(request.nodes, 0)
     lead = _leads(request)
-    was_leaf = state.first_child[rows, safe] < 0
+    before = state.first_child[rows, safe]
+    was_leaf = before < 0
     at = jnp.where(request.grows & lead, request.nodes, structure.capacity)
-    first_child = state.first_child.at[rows, at].set(slots[..., 0], mode="drop")
+    first = slots[..., 0] + zero_behind(before)
+    first_child = state.first_child.at[rows, at].set(first, mode="drop")
 
     opening = counted
     if not on_visit:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.budget import add_budgets
+from rlm_jax.core.order import zero_behind
 from rlm_jax.core.types import Array, Bool, Float32, Int32, UInt32
 from rlm_jax.reasoning.protocol import Outcome, Request
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, subtree
@@ -75,16 +76,15 @@ def generate(
     def write(array: Array, values: Array) -> Array:
         return put_children(array, slots, jnp.broadcast_to(values, slots.shape))
 
+    above = of_parent(structure.span_length)
     return dataclasses.replace(
         structure,
         parent=write(structure.parent, request.nodes[..., None]),
         operator=write(structure.operator, request.operator[..., None]),
         owner=write(structure.owner, of_parent(structure.owner)),
         depth=write(structure.depth, of_parent(structure.depth) + 1),
-        span_start=write(
-            structure.span_start, of_parent(structure.span_start) + of_parent(structure.span_length)
-        ),
-        span_length=write(structure.span_length, outcome.length),
+        span_start=write(structure.span_start, of_parent(structure.span_start) + above),
+        span_length=write(structure.span_length, outcome.length + zero_behind(above)),
         visits=write(structure.visits, visits * live),
         value=write(structure.value, outcome.value * live),
         model_value=write(structure.model_value, outcome.value * live),
