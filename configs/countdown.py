@@ -72,13 +72,14 @@ def get_config(variant: str = "") -> ConfigDict:
 def _training() -> dict:
     return {
         "seed": 0,
-        "num_steps": 9_000,
+        "num_steps": 5_000,
         "network": {
             "num_layers": 6,
             "model_dim": 160,
             "num_heads": 5,
             "ffn_dim": 416,
             "context_length": 512,
+            "number_waves": True,  # Numbers' embeddings begin with what the numbers are.
         },
         "data": {
             "sizes": ((3, 0.05), (4, 0.8), (5, 0.15)),

@@ -64,6 +64,7 @@ from rlm_jax.learning.update import (
 )
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import HeadConfig
+from rlm_jax.models.number_embedding import init_number_embeddings
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
 from rlm_jax.viz.training import draw_trees, watch_training
@@ -123,9 +124,7 @@ def main() -> None:
     launching.use_compilation_cache()
     run = _prepare(config, workdir)
     _require_disjoint(run)
-    networks = init_networks(
-        jax.random.key(run.train["seed"]), run.model, HeadConfig((), "sigmoid")
-    )
+    networks = _draw_networks(run)
     with catch_stop() as is_stopped:
         phases = (
             (run.train["num_steps"], _make_supervised),
@@ -164,6 +163,19 @@ def _prepare(config: dict[str, Any], workdir: pathlib.Path) -> Run:
     )
     loss = functools.partial(token_loss, model=model, cfg=LossConfig(**train["loss"]))
     return Run(config, train, workdir, tokenizer, model, loss, {})
+
+
+def _draw_networks(run: Run) -> Networks:
+    """The networks that training begins with."""
+    key = jax.random.key(run.train["seed"])
+    networks = init_networks(key, run.model, HeadConfig((), "sigmoid"))
+    if not run.train["network"]["number_waves"]:
+        return networks
+    texts = [run.tokenizer.token_bytes(token).strip() for token in range(run.model.vocab_size)]
+    numbers = [int(text) if text.isdigit() else -1 for text in texts]
+    policy = networks.policy
+    embed = init_number_embeddings(jax.random.fold_in(key, 2), policy.embed, numbers)
+    return dataclasses.replace(networks, policy=dataclasses.replace(policy, embed=embed))
 
 
 def _mix(run: Run) -> CountdownMix:
