@@ -180,6 +180,7 @@ def _outcome(cfg, structure, request, steps, verdicts, judged, duplicate) -> Out
     cost = dataclasses.replace(
         zero_budget(structure.num_nodes),
         generated_tokens=length.sum(-1) + judged.rollout_tokens,
+        forwarded_tokens=steps.forwarded_tokens.reshape(batch, -1).sum(-1) + judged.rollout_tokens,
         rollout_tokens=judged.rollout_tokens,
         scored_tokens=judged.scored_tokens,
         # A structure takes part in the calls up to its own longest step, not its neighbours'.
