@@ -18,8 +18,9 @@ class Budget:
     """Counters per problem, exact and independent of the machine.
 
     generated_tokens: tokens sampled from the policy, in rollouts too. What a search may spend.
-    forwarded_tokens: tokens that went through the policy to that end. The same number, but for
-        steps by beams: those share their first tokens, and those that others displaced leave none.
+    forwarded_tokens: tokens that went through the policy to that end, those of displaced beams
+        among them. The same number, or a smaller one where steps by beams share tokens: a beam is
+        displaced by one that shares its first tokens with another.
     prefilled_tokens: tokens of a prompt or context forwarded once to build its KV cache.
     scored_tokens: given tokens forwarded by an evaluator (self-evaluation prompts, reward models).
     model_calls: network calls that took part in this problem; a batched call counts once for each
