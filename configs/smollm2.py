@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = "free"
     config.use_verifier = True  # A task that can check steps without a gold answer does.
     config.step = ConfigDict({"kind": "newline", "max_tokens": 48})
-    config.evaluator = "confidence"  # Or several: "confidence=0.5,rollout=0.5".
+    config.evaluator = "confidence"  # Or "entropy", or several: "confidence=0.5,rollout=0.5".
     config.aggregate = "last"
     config.mixture = "mean"
     config.num_rollouts = 4

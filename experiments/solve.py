@@ -34,6 +34,7 @@ from rlm_jax.evaluation import build, pause, solver
 from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.reasoning.drive import Limits
 from rlm_jax.reasoning.sharding import count_shards
+from rlm_jax.reasoning.structure import Structure
 from rlm_jax.tasks.base import Example, Gold, Problem, Task
 from rlm_jax.viz.text import render_summary, render_tree
 
@@ -52,6 +53,13 @@ _SEED = flags.DEFINE_integer(
 )
 _DRIVER = flags.DEFINE_enum(
     "driver", "compiled", ["compiled", "host"], "Loop on the device, or on the host round by round."
+)
+_REQUESTS_IN_FLIGHT = flags.DEFINE_integer(
+    "requests_in_flight",
+    None,
+    "With --driver=host: problems that wait for the model at once, each at its own pace (default: "
+    "all of a batch, in step). Stopping then loses the searches that are running.",
+    lower_bound=1,
 )
 _MESH = flags.DEFINE_string(
     "mesh", None, "Devices, as data=8 or replica=2,data=2,model=2 (default: the first one)."
@@ -110,6 +118,7 @@ def main() -> None:
     config = launching.read_config(_CONFIG)
     if _BUDGET_TOKENS.value is not None:
         config["budget_tokens"] = _BUDGET_TOKENS.value
+    _check_in_flight()
     limits = _read_limits()
     plans = _plan_strategies(config, limits)
     examples = _read_examples(console, build.TASKS[config["task"]])
@@ -144,6 +153,23 @@ def main() -> None:
             _solve_all(console, jobs, make_solver, files, problems)
         if files is not None:
             _print_file_summary(console, files.records, plans)
+
+
+def _check_in_flight() -> None:
+    if _REQUESTS_IN_FLIGHT.value is None:
+        return
+    others = {
+        f"--driver={_DRIVER.value}": _DRIVER.value != "host",
+        f"--mesh={_MESH.value}": _MESH.value is not None,
+        "--trace": _TRACE.value,
+        "--watch": _WATCH.value,
+    }
+    for flag, is_given in others.items():
+        if is_given:
+            raise ValueError(
+                f"--requests_in_flight={_REQUESTS_IN_FLIGHT.value} with {flag}: accepted is "
+                "--driver=host, without --mesh, --trace and --watch"
+            )
 
 
 def _read_limits() -> Limits:
@@ -257,6 +283,7 @@ def _plan_job(
         "bucket_tokens": config["bucket_tokens"],
         "mesh": _MESH.value,
         "trace": _TRACE.value,
+        "requests_in_flight": _REQUESTS_IN_FLIGHT.value,
     }
     if files is None:
         return Job(name, plan, examples, None, settings, None)
@@ -383,14 +410,19 @@ def _solve_examples(
     with watch.live:
         for (_, width), group in itertools.groupby(sorted(encoded, key=order), order):
             items, golds = zip(*group, strict=True)
-            watch.say("compiling")
-            programs = solver.prepare(one, width)
-            watch.start()
-            resume = None
-            if job.saved is not None and job.saved.width == width:
-                resume = pause.load_running(job.saved, programs, items)
-            look = functools.partial(watch.look, items)
-            for solved in _solve_bucket(one, job, items, golds, look, resume, problems):
+            in_flight = _REQUESTS_IN_FLIGHT.value
+            if in_flight is not None:
+                found = _solve_apart(one, items, golds, watch, in_flight)
+            else:
+                watch.say("compiling")
+                programs = solver.prepare(one, width)
+                watch.start()
+                resume = None
+                if job.saved is not None and job.saved.width == width:
+                    resume = pause.load_running(job.saved, programs, items)
+                look = functools.partial(watch.look, items)
+                found = _solve_bucket(one, job, items, golds, look, resume, problems)
+            for solved in found:
                 watch.count(solved.record)
                 yield solved
 
@@ -421,6 +453,28 @@ def _solve_bucket(
                 raise KeyboardInterrupt
 
         yield from solver.solve_stream(one, items, golds, wait, look, save_if_asked, resume)
+        if is_stopped():
+            raise KeyboardInterrupt
+
+
+def _solve_apart(
+    one: solver.Solver,
+    items: Sequence[solver.Encoded],
+    golds: Sequence[Gold],
+    watch: Watch,
+    in_flight: int,
+) -> Iterator[solver.Solved]:
+    """The problems of one bucket, each at its own pace. Stopping ends the running ones."""
+    watch.start()
+    with catch_stop() as is_stopped:
+
+        def leave_if_asked(structure: Structure) -> None:
+            if is_stopped():
+                raise KeyboardInterrupt
+
+        yield from solver.solve_apart(
+            one, items, golds, in_flight=in_flight, on_round=leave_if_asked
+        )
         if is_stopped():
             raise KeyboardInterrupt
 

@@ -15,7 +15,8 @@ Record:
   seed            int
   policy_version  str     which weights proposed the steps
   value_version   str?    which weights or rule judged them; null when nothing did
-  budget          object  `BUDGET_FIELDS`, counts for this problem
+  budget          object  `BUDGET_FIELDS`, counts for this problem; `forwarded_tokens` is missing in
+                          records older than it
   seconds         float   wall clock of the search
   nodes           array   nodes in topological order, the root first
   chosen          array   node ids from the root to the node that gave the answer; may be empty
@@ -51,12 +52,14 @@ import numpy as np
 VERSION = 1
 BUDGET_FIELDS = (
     "generated_tokens",
+    "forwarded_tokens",
     "prefilled_tokens",
     "scored_tokens",
     "model_calls",
     "verifier_calls",
     "expansions",
 )
+_LATER_FIELDS = ("forwarded_tokens",)
 
 Record = dict[str, Any]
 Column = Sequence[Any] | np.ndarray
@@ -141,7 +144,9 @@ def validate_record(record: object) -> None:
         raise ValueError(f"record.version: {record['version']!r} is not {VERSION}")
     for name, value in record["config"].items():
         _check(value, _SCALAR, f"record.config.{name}")
-    _check_fields(record["budget"], dict.fromkeys(BUDGET_FIELDS, _COUNT), "record.budget")
+    _check_fields(
+        record["budget"], dict.fromkeys(BUDGET_FIELDS, _COUNT), "record.budget", _LATER_FIELDS
+    )
     depths: dict[int, int] = {}
     for i, node in enumerate(record["nodes"]):
         _check_node(node, depths, f"record.nodes[{i}]")
@@ -381,13 +386,16 @@ def _check_node(node: object, depths: dict[int, int], name: str) -> None:
     depths[node["id"]] = node["depth"]
 
 
-def _check_fields(value: object, fields: Mapping[str, _Kind], name: str) -> dict[str, Any]:
+def _check_fields(
+    value: object, fields: Mapping[str, _Kind], name: str, may_lack: Sequence[str] = ()
+) -> dict[str, Any]:
     _check(value, _OBJECT, name)
     assert isinstance(value, dict)
     for field, kind in fields.items():
-        if field not in value:
+        if field in value:
+            _check(value[field], kind, f"{name}.{field}")
+        elif field not in may_lack:
             raise ValueError(f"{name}.{field}: missing")
-        _check(value[field], kind, f"{name}.{field}")
     for field in value:
         if field not in fields:
             raise ValueError(f"{name}.{field}: unknown field")

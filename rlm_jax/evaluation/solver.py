@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlm_jax.core.types import PyTree
 from rlm_jax.data.records import Record, make_record
 from rlm_jax.evaluation.programs import Programs, Seats, Shape, compile_programs
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
 from rlm_jax.evaluation.reading import read_findings
 from rlm_jax.models.params import param_axes
 from rlm_jax.models.quantize import QuantizedMatrix, quantized_axes
-from rlm_jax.reasoning.drive import Limits, Search
-from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, World
+from rlm_jax.reasoning.drive import Limits, Search, run_apart
+from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, World, make_expand
 from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.sharding import count_shards, place_params
 from rlm_jax.reasoning.structure import Structure
@@ -214,6 +215,57 @@ def solve_stream(
             on_pause(running)
 
 
+def solve_apart(
+    solver: Solver,
+    batch: Sequence[Encoded],
+    golds: Sequence[Gold],
+    *,
+    in_flight: int,
+    on_round: Callable[[Structure], None] | None = None,
+) -> Iterator[Solved]:
+    """Solves problems of one bucket by the host driver, each at its own pace (`drive.run_apart`).
+
+    The records are those of `solve_stream`; `batch_size` problems are held at a time, and come out
+    together. There is no operator log.
+
+    Args:
+      in_flight: how many of them wait for the model at once, each in a thread of its own.
+      on_round: called after each round of a problem with its structure, from its thread; to end
+        there it raises.
+
+    Raises:
+      ValueError: in_flight is below 1, or the solver runs compiled, on a mesh or with a log.
+    """
+    if solver.driver != "host" or solver.mesh is not None or solver.trace:
+        raise ValueError("requests in flight: accepted is the host driver, without mesh and trace")
+    alone = dataclasses.replace(solver, batch_size=1, programs={})
+    programs = prepare(alone, max(bucket_width(solver, one) for one in batch))
+    expand = jax.jit(make_expand(solver.language), donate_argnums=2)
+    for first in range(0, len(batch), solver.batch_size):
+        places = range(first, min(first + solver.batch_size, len(batch)))
+        started = time.monotonic()
+        opened = []
+        for place in places:
+            seats = _make_seats(alone, programs, batch, [(0, place)], 1)
+            opened.append(programs.admit(solver.lm, programs.open(), seats))
+        structure, worlds = run_apart(
+            solver.strategy,
+            expand,
+            solver.lm,
+            _join([one.keys for one in opened]),
+            [one.world for one in opened],
+            _join([one.structure for one in opened]),
+            None if on_round is None else lambda _, structure: on_round(structure),
+            in_flight=in_flight,
+            limits=_limit_steps(solver),
+        )
+        seconds = (time.monotonic() - started) / len(places)
+        world = dataclasses.replace(worlds[0], tokens=_join([one.tokens for one in worlds]))
+        search = dataclasses.replace(opened[0], structure=structure, world=world)
+        done = {row: Slot(place, seconds) for row, place in enumerate(places)}
+        yield from _read_rows(solver, batch, golds, search, done)
+
+
 def solve_batch(
     solver: Solver,
     batch: Sequence[Encoded],
@@ -246,7 +298,7 @@ def prepare(solver: Solver, width: int) -> Programs:
         shape = Shape(
             language=solver.language,
             strategy=solver.strategy,
-            limits=dataclasses.replace(solver.limits, step_tokens=solver.lm.step_rule.max_tokens),
+            limits=_limit_steps(solver),
             batch_size=solver.batch_size,
             width=width,
             driver=solver.driver,
@@ -256,6 +308,15 @@ def prepare(solver: Solver, width: int) -> Programs:
         )
         solver.programs[width] = compile_programs(solver.lm, shape)
     return solver.programs[width]
+
+
+def _limit_steps(solver: Solver) -> Limits:
+    return dataclasses.replace(solver.limits, step_tokens=solver.lm.step_rule.max_tokens)
+
+
+def _join(trees: Sequence[PyTree]) -> PyTree:
+    """Batches end to end."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)
 
 
 def _count_rounds(solver: Solver) -> int:

@@ -11,6 +11,7 @@ context, which the group shares, never moves.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,14 @@ from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key
 from rlm_jax.inference.attention import Context, make_decode_attend
 from rlm_jax.inference.beam import BEAM_METHODS, Growth, begin_beams, follow, grow_beams
-from rlm_jax.inference.sampling import Choice, SamplingConfig, choose_tokens, token_confidence
+from rlm_jax.inference.sampling import (
+    Choice,
+    SamplingConfig,
+    Uncertainty,
+    choose_tokens,
+    token_confidence,
+    token_uncertainty,
+)
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.models.transformer import forward, unembed
@@ -39,6 +47,8 @@ class DecodedSteps:
     measures, for beams are dropped and others share their first tokens.
     score: by which beams are ranked, best first in each group: log-probability, with its Gumbel
     noise if the beam is stochastic; -inf where there is no step. None with other methods.
+    uncertainty: sums over the tokens, of the distributions they were chosen from (temperature 1,
+    all of the vocabulary); None where it was not asked for.
     """
 
     tokens: Int32[Array, "R S"]
@@ -54,6 +64,7 @@ class DecodedSteps:
     num_calls: Int32[Array, ""]
     forwarded_tokens: Int32[Array, "R"]
     score: Float32[Array, "R"] | None = None
+    uncertainty: Uncertainty | None = None
 
 
 @struct
@@ -66,8 +77,8 @@ class _Loop:
 
 # What moves with a beam, the caches and the score apart.
 _BEAM_FIELDS = (
-    "tokens", "length", "terminal", "logprob", "behaviour_logprob", "confidence", "hidden",
-    "answers",
+    "tokens", "length", "terminal", "logprob", "behaviour_logprob", "confidence", "uncertainty",
+    "hidden", "answers",
 )  # fmt: skip
 
 
@@ -86,6 +97,7 @@ def decode_steps(
     sampling: SamplingConfig,
     num_siblings: int,
     num_slots: int,
+    with_uncertainty: bool = False,
 ) -> DecodedSteps:
     """Samples one step for every row.
 
@@ -98,6 +110,7 @@ def decode_steps(
         the smallest of the rows that are not idle.
       num_siblings: consecutive rows that grow from one node; beam methods compare them.
       num_slots: S of the step caches, at least the rule's max_tokens; a whole number of pages.
+      with_uncertainty: also sum up how unsure the model was, for two passes over the logits.
 
     Raises:
       ValueError: the rows are no whole number of groups.
@@ -114,6 +127,7 @@ def decode_steps(
     def body(loop: _Loop) -> _Loop:
         logits = unembed(params, loop.out.hidden, cfg=cfg)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.index)
+        unsure = token_uncertainty(logits) if with_uncertainty else None
         if loop.out.score is None:
             active = ~loop.ended
             choice = choose_tokens(row_keys, logits, active, sampling, num_siblings=num_siblings)
@@ -129,6 +143,7 @@ def decode_steps(
                 num_siblings=num_siblings,
             )
             loop, active, choice = _move_beams(loop, growth), growth.grew, growth.choice
+            unsure = jax.tree.map(functools.partial(follow, parent=growth.parent), unsure)
         token = jnp.where(active, choice.token, 0)
         attend = make_decode_attend(cfg, contexts, positions, loop.index)
         new_hidden, caches = forward(
@@ -141,11 +156,13 @@ def decode_steps(
         )
         step, ended, terminal = update_step(rule, loop.step, token)
         answers = _keep(active, update_answer(answer_rule, loop.out.answers, token), loop)
-        out = _add_token(loop, active, choice, token, terminal, new_hidden[:, 0], answers, caches)
+        out = _add_token(
+            loop, active, choice, unsure, token, terminal, new_hidden[:, 0], answers, caches
+        )
         ended = ~active | ended | (out.length >= limits)
         return _Loop(loop.index + 1, ended, step, out)
 
-    loop = _begin(hidden, answers, limits, score, cfg, num_slots)
+    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty)
     return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
 
 
@@ -172,7 +189,7 @@ def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
 
 
 def _add_token(
-    loop: _Loop, active, choice: Choice, token, terminal, hidden, answers, caches
+    loop: _Loop, active, choice: Choice, unsure, token, terminal, hidden, answers, caches
 ) -> DecodedSteps:
     """The steps with the new token behind them in active rows."""
     old, kept = loop.out, active.astype(jnp.float32)
@@ -185,6 +202,7 @@ def _add_token(
         logprob=old.logprob + kept * choice.logprob,
         behaviour_logprob=old.behaviour_logprob + kept * choice.behaviour_logprob,
         confidence=old.confidence + kept * confidence,
+        uncertainty=jax.tree.map(lambda total, new: total + kept * new, old.uncertainty, unsure),
         hidden=jnp.where(active[:, None], hidden, old.hidden),
         keys=caches[0],
         values=caches[1],
@@ -203,7 +221,7 @@ def _keep(active, new: AnswerState, loop: _Loop) -> AnswerState:
     return jax.tree.map(pick, new, loop.out.answers)
 
 
-def _begin(hidden, answers, limits, score, cfg, num_slots) -> _Loop:
+def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty) -> _Loop:
     rows = limits.shape[0]
     number = jnp.zeros_like(limits)
     real = number.astype(jnp.float32)
@@ -223,6 +241,7 @@ def _begin(hidden, answers, limits, score, cfg, num_slots) -> _Loop:
         num_calls=number.sum(),
         forwarded_tokens=number,
         score=score,
+        uncertainty=Uncertainty(real, real) if with_uncertainty else None,
     )
     idle = limits <= 0 if score is None else score == -jnp.inf
     return _Loop(number.sum(), idle, init_step_state(number), out)

@@ -80,6 +80,17 @@ class Choice:
     top_logprobs: Float32[Array, "R A"]
 
 
+@struct
+class Uncertainty:
+    """How unsure the model is of a next token, or of many, summed up (spec B7).
+
+    entropy: in nats. varentropy: the variance of the surprise -log p, in nats squared.
+    """
+
+    entropy: Float32[Array, "*R"]
+    varentropy: Float32[Array, "*R"]
+
+
 def choose_tokens(
     keys: Key[Array, "R"],
     logits: Float32[Array, "R V"],
@@ -151,6 +162,17 @@ def filter_candidates(
         floor = logprobs[..., :1] + np.log(cfg.min_p)
         logprobs = jnp.where(logprobs >= floor, logprobs, -jnp.inf)
     return jax.nn.log_softmax(logprobs, -1)
+
+
+def token_uncertainty(logits: Float32[Array, "R V"]) -> Uncertainty:
+    """Of the distribution over all tokens, at temperature 1; tokens at -inf have no part in it."""
+    logprobs = logits - jax.nn.logsumexp(logits, -1, keepdims=True)
+    probs = jnp.exp(logprobs)
+    # The surprise of what never happens counts for nothing, and 0 * inf for no number.
+    surprise = jnp.where(probs > 0, -logprobs, 0.0)
+    entropy = (probs * surprise).sum(-1)
+    varentropy = (probs * (surprise - entropy[:, None]) ** 2).sum(-1)
+    return Uncertainty(entropy, varentropy)
 
 
 def token_confidence(

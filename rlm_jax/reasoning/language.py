@@ -156,6 +156,7 @@ def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> Decoded
         sampling=cfg.sampling,
         num_siblings=request.num_children,
         num_slots=world.tokens.shape[-1],
+        with_uncertainty=world.path_uncertainty is not None,
     )
 
 
@@ -180,6 +181,7 @@ def _outcome(cfg, structure, request, steps, verdicts, judged, duplicate) -> Out
     cost = dataclasses.replace(
         zero_budget(structure.num_nodes),
         generated_tokens=length.sum(-1) + judged.rollout_tokens,
+        forwarded_tokens=steps.forwarded_tokens.reshape(batch, -1).sum(-1) + judged.rollout_tokens,
         rollout_tokens=judged.rollout_tokens,
         scored_tokens=judged.scored_tokens,
         # A structure takes part in the calls up to its own longest step, not its neighbours'.
@@ -232,6 +234,11 @@ def _store(world, structure, rows, slots, steps, verdicts, keep) -> World:
         path_logprob=put(world.path_logprob, rows.of_parent(world.path_logprob) + steps.logprob),
         path_confidence=put(
             world.path_confidence, rows.of_parent(world.path_confidence) + steps.confidence
+        ),
+        path_uncertainty=jax.tree.map(
+            put,
+            world.path_uncertainty,
+            rows.add_to_parents(world.path_uncertainty, steps.uncertainty),
         ),
         answers=jax.tree.map(put, world.answers, steps.answers),
         task_state=jax.tree.map(put, world.task_state, verdicts.state),

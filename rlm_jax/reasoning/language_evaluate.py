@@ -159,6 +159,7 @@ def _paths_of_steps(keys, world, structure, request, new, rows) -> Paths:
         answers=steps.answers,
         task_state=verdicts.state,
         keys=_path_keys(keys, numbers.reshape(numbers.shape[0], -1)),
+        uncertainty=rows.add_to_parents(world.path_uncertainty, steps.uncertainty),
     )
 
 
@@ -190,4 +191,5 @@ def _paths_of_nodes(cfg, keys, world, structure, request) -> Paths:
         answers=jax.tree.map(take, world.answers),
         task_state=jax.tree.map(take, world.task_state),
         keys=_path_keys(keys, nodes + moved[:, None]),
+        uncertainty=jax.tree.map(take, world.path_uncertainty),
     )

@@ -3,6 +3,10 @@
 All values are in [0, 1] but for a value head or a `dead_value` of another range:
   confidence  mean token confidence of the path (Marco-o1, arXiv 2411.14405; spec B12.10)
   likelihood  exp of the path's mean token log-probability
+  entropy     exp of minus the mean entropy of the policy's next-token distributions along the path:
+              1 where it was sure of every token, 1 / V where it knew nothing (spec B7)
+  varentropy  exp of minus the mean variance of their surprise: 1 where all that may come is equally
+              likely, a sure token included; low where the likely stands beside much that is not
   consistency the share of the structure's finished solutions that state the same answer (rStar's
               terminal reward, arXiv 2408.06195); an unfinished path is worth 0 until one finishes
   p_yes       the policy's own P(yes) when asked whether the reasoning so far is right
@@ -22,13 +26,18 @@ from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key, PyTree, UInt32
 from rlm_jax.inference.attention import Context
 from rlm_jax.inference.extend import extend, last_hidden, yes_probability
+from rlm_jax.inference.sampling import Uncertainty
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency
 from rlm_jax.reasoning.structure import Structure
 from rlm_jax.text.answers import AnswerState
 
-EVALUATORS = ("confidence", "likelihood", "consistency", "p_yes", "value_head", "rollout", "none")
+EVALUATORS = (
+    "confidence", "likelihood", "entropy", "varentropy", "consistency", "p_yes", "value_head",
+    "rollout", "none",
+)  # fmt: skip
+UNCERTAINTIES = ("entropy", "varentropy")
 STEP_SCORES = ("p_yes", "value_head")
 ValueFn = Callable[[PyTree, Array], Array]
 
@@ -57,6 +66,7 @@ class Paths:
     after the last. terminal, answer_key: as in `Structure`. depth: its steps. above: the value of
     the path less its last step. ends: position behind the last token. fresh: worth judging at all.
     answers, task_state: where the answer's automaton and the task stand. keys: one per path.
+    uncertainty: a sum like the first two; None if no evaluator of `UNCERTAINTIES` is in use.
     """
 
     logprob: Float32[Array, "R"]
@@ -72,6 +82,7 @@ class Paths:
     answers: AnswerState
     task_state: PyTree
     keys: Key[Array, "R"]
+    uncertainty: Uncertainty | None = None
 
 
 def parse_evaluator(evaluator: str | Mapping[str, float]) -> dict[str, float]:
@@ -102,6 +113,11 @@ def parse_evaluator(evaluator: str | Mapping[str, float]) -> dict[str, float]:
     if not sum(weights.values()) > 0:
         raise ValueError(f"evaluator {evaluator!r}: its weights must sum to more than 0")
     return weights
+
+
+def needs_uncertainty(evaluator: str) -> bool:
+    """Whether a setting names an evaluator of `UNCERTAINTIES`: decoding has to provide for it."""
+    return not set(UNCERTAINTIES).isdisjoint(parse_evaluator(evaluator))
 
 
 def write_evaluator(weights: Mapping[str, float]) -> str:
@@ -135,6 +151,8 @@ def evaluate_paths(
         return paths.confidence / num_tokens, scored
     if evaluator == "likelihood":
         return jnp.exp(paths.logprob / num_tokens), scored
+    if evaluator in UNCERTAINTIES:
+        return jnp.exp(-getattr(paths.uncertainty, evaluator) / num_tokens), scored
     if evaluator == "consistency":
         return _agreement(structure, paths), scored
     if evaluator == "none":

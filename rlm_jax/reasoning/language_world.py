@@ -22,11 +22,17 @@ from rlm_jax.inference.pages import (
     pages_for_search,
     write_prompts,
 )
-from rlm_jax.inference.sampling import SamplingConfig
+from rlm_jax.inference.sampling import SamplingConfig, Uncertainty
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.reasoning.language_task import begin_states, empty_states
-from rlm_jax.reasoning.language_values import STEP_SCORES, Judge, ValueFn, parse_evaluator
+from rlm_jax.reasoning.language_values import (
+    STEP_SCORES,
+    Judge,
+    ValueFn,
+    needs_uncertainty,
+    parse_evaluator,
+)
 from rlm_jax.reasoning.operators.evaluate import AGGREGATIONS, MIXTURES
 from rlm_jax.reasoning.operators.structure import take_nodes
 from rlm_jax.reasoning.protocol import JUDGEMENTS
@@ -119,7 +125,8 @@ class World:
     tokens: [B, N, S], 0 behind a step's end. hidden: the state after each node's last token.
     path_logprob, path_confidence: sums over the generated tokens of the path. answers: what the
     path has stated. prompt_length: tokens of the problem's prompt. task_state: the task's state
-    behind each node, leaves [B, N, ...]; None without a task.
+    behind each node, leaves [B, N, ...]; None without a task. path_uncertainty: a sum over the path
+    like the others, [B, N]; None if no evaluator needs it.
     """
 
     pages: KVPages
@@ -130,6 +137,7 @@ class World:
     answers: AnswerState
     prompt_length: Int32[Array, "B"]
     task_state: PyTree = None
+    path_uncertainty: Uncertainty | None = None
 
 
 class Rows:
@@ -142,6 +150,10 @@ class Rows:
 
     def of_parent(self, array: Array) -> Array:
         return array[self.structure, self.parents.reshape(-1)]
+
+    def add_to_parents(self, sums: PyTree, steps: PyTree) -> PyTree:
+        """Sums over paths: the parents' [B, N], and what new steps [R] add to them."""
+        return jax.tree.map(lambda above, new: self.of_parent(above) + new, sums, steps)
 
     def step_starts(self, structure: Structure) -> Int32[Array, "R"]:
         """Position of each row's first new token."""
@@ -215,6 +227,9 @@ def make_world(
         answers=_state_nothing(structure.depth),
         prompt_length=none,
         task_state=empty_states(cfg.task, lm.task_tables, width, structure.depth),
+        path_uncertainty=Uncertainty(zero + 0, zero + 0)
+        if needs_uncertainty(cfg.evaluator)
+        else None,
     )
 
 
@@ -264,6 +279,7 @@ def admit(
         answers=jax.tree.map(put, world.answers, _state_nothing(fresh.depth)),
         prompt_length=put(world.prompt_length, lengths),
         task_state=jax.tree.map(put_root, world.task_state, states),
+        path_uncertainty=jax.tree.map(lambda old: put(old, fresh.value), world.path_uncertainty),
     )
     return jax.tree.map(put, structure, fresh), world
 
@@ -285,6 +301,9 @@ def keep_world(world: World, nodes: Int32[Array, "B"], order: Int32[Array, "B N"
         answers=jax.tree.map(lambda array: take_nodes(array, order), world.answers),
         prompt_length=world.prompt_length,
         task_state=jax.tree.map(lambda array: take_nodes(array, order), world.task_state),
+        path_uncertainty=jax.tree.map(
+            lambda array: take_nodes(array, order), world.path_uncertainty
+        ),
     )
 
 

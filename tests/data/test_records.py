@@ -75,6 +75,13 @@ def test_floats_come_back_exactly_and_never_as_nan(values):
         assert node["reward"] is None if not np.isfinite(value) else node["reward"] == value
 
 
+def test_a_record_older_than_a_count_is_still_read(tmp_path):
+    record = make_record()
+    del record["budget"]["forwarded_tokens"]
+    (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n")
+    assert list(records.read_records(tmp_path / "r.jsonl")) == [record]
+
+
 def test_graphs_and_nesting_are_kept():
     parents = np.array([[-1, -1], [0, -1], [0, -1], [1, 2]])
     nodes = make_columns(4, parents=parents, depth=[0, 1, 1, 2], owner=np.array([-1, -1, 1, -1]))
@@ -115,6 +122,7 @@ def _set(*path_and_value):
         (_set("config", "x", [1]), r"record\.config\.x"),
         (_set("budget", "model_calls", -1), r"record\.budget\.model_calls"),
         (_set("budget", "model_calls", 1.0), r"record\.budget\.model_calls"),
+        (lambda r: r["budget"].pop("model_calls"), r"record\.budget\.model_calls: missing"),
         (_set("budget", "iterations", 1), r"record\.budget\.iterations: unknown"),
         (_set("nodes", {}), r"record\.nodes"),
         (_set("nodes", 1, "depth", 2), r"record\.nodes\[1\]\.depth"),

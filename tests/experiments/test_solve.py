@@ -237,6 +237,15 @@ def test_the_host_driver_gives_the_same_records(solve, undisturbed, tmp_path):
         assert_same_search(record, before[name])
 
 
+def test_requests_in_flight_give_the_same_records(solve, undisturbed, tmp_path):
+    flags = (f"--problems={undisturbed}/p.jsonl", f"--out={tmp_path}/host", "--driver=host")
+    assert solve(*SMOKE, *flags, "--requests_in_flight=3").status == 0
+    found, before = records_of(tmp_path / "host"), records_of(undisturbed)
+    assert set(found) == set(before)
+    for name, record in found.items():
+        assert_same_search(record, before[name])
+
+
 def test_the_seed_and_nothing_else_decides(solve, undisturbed, tmp_path):
     problems = f"--problems={undisturbed}/p.jsonl"
     before = records_of(undisturbed)
@@ -320,6 +329,15 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
             [*SMOKE, "--question=x", "--mesh=data=8"],
             "batch_size=2 cannot be split over --mesh=data=8: accepted are multiples of .* 8",
         ),
+        (
+            [*SMOKE, "--question=x", "--requests_in_flight=2"],
+            "--requests_in_flight=2 with --driver=compiled: accepted is --driver=host, without",
+        ),
+        (
+            [*SMOKE, "--question=x", "--driver=host", "--watch", "--requests_in_flight=2"],
+            "--requests_in_flight=2 with --watch: accepted is --driver=host, without",
+        ),
+        ([*SMOKE, "--question=x", "--requests_in_flight=0"], "--requests_in_flight=0: 0 is not a"),
         ([*SMOKE, "--question=x", "--out=README.md/x"], "README.md/x: Not a directory"),
         ([*SMOKE, "--question=x", "--stratgy=puct"], "flag 'stratgy'. Did you mean: strategy"),
         ([*SMOKE, "--question=x", "puct"], "not a flag: 'puct'"),

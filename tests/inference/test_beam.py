@@ -91,6 +91,7 @@ def program(model_name, sampling, num_siblings):
             sampling=sampling,
             num_siblings=num_siblings,
             num_slots=SLOTS,
+            with_uncertainty=True,
         )
 
     return jax.jit(run)
@@ -162,6 +163,17 @@ def next_logprobs(name, problem, temperature=1.0, top_k=NUM_TOKENS):
         cut = np.sort(logits)[-top_k]
         table[prefix] = log_softmax(np.where(logits >= cut, logits / temperature, -np.inf))
     return table
+
+
+def plain_uncertainty(table, step):
+    """Sums of entropy and varentropy over the distributions that a step's tokens came from."""
+    total = np.zeros(2)
+    for i in range(len(step)):
+        surprise = -table[step[:i]]
+        probs = np.exp(-surprise)
+        entropy = (probs * surprise).sum()
+        total += entropy, (probs * surprise**2).sum() - entropy**2
+    return total
 
 
 def has_ended(step):
@@ -360,19 +372,25 @@ def test_a_step_is_what_the_network_makes_of_its_tokens(name, sampling):
             np.testing.assert_allclose(
                 getattr(out, field)[rows], [exact[step] for step in found], atol=1e-4
             )
+        table = next_logprobs(name, group)
+        unsure = np.stack([out.uncertainty.entropy[rows], out.uncertainty.varentropy[rows]], 1)
+        exact = [plain_uncertainty(table, step) for step in found]
+        np.testing.assert_allclose(unsure, exact, atol=1e-4)
         ends_solution = [step[-1] == FINAL for step in found]
         np.testing.assert_array_equal(out.terminal[rows], ends_solution)
 
 
 @pytest.mark.parametrize("sampling", [STOCHASTIC, BEAM], ids=lambda s: s.method)
 def test_groups_do_not_see_each_other(sampling):
-    together = decode(sampling, 4, (2, 0, 1), seeds=(5, 6, 7))
-    alone = decode(sampling, 4, (0,), seeds=(6,))
-    assert steps_of(together, 4)[1] == steps_of(alone, 4)[0]
-    np.testing.assert_allclose(together.score[4:8], alone.score, atol=1e-5)
+    among = decode(sampling, 4, (2, 0, 1), seeds=(5, 6, 7))
+    others = decode(
+        sampling, 4, (0, 2, 2), seeds=(6, 16, 17), limits=[SLOTS] * 4 + [0] * 4 + [1] * 4
+    )
+    assert steps_of(among, 4)[1] == steps_of(others, 4)[0]
+    np.testing.assert_allclose(among.score[4:8], others.score[:4], atol=1e-5)
     if sampling.method == "stochastic_beam":
-        other = decode(sampling, 4, (0,), seeds=(16,))
-        assert steps_of(other, 4) != steps_of(alone, 4)
+        again = decode(sampling, 4, (0, 0, 0), seeds=(6, 16, 17))
+        assert steps_of(again, 4)[0] == steps_of(others, 4)[0] != steps_of(again, 4)[1]
 
 
 def test_idle_rows_stay_empty_and_what_is_left_holds_the_best():
@@ -399,10 +417,11 @@ def test_a_group_has_one_limit_the_smallest():
 
 
 def test_where_there_are_fewer_steps_than_rows_the_others_stay_empty():
-    for sampling in (STOCHASTIC, BEAM):
-        [found] = steps_of(decode(sampling, 8, (0,), limits=[1] * 8), 8)
-        assert set(found[:NUM_TOKENS]) == {(token,) for token in range(NUM_TOKENS)}
-        assert found[NUM_TOKENS:] == [()] * 2
+    for sampling, rows, problems in ((STOCHASTIC, 8, (0,)), (BEAM, 32, (0, 1))):
+        out = decode(sampling, rows, problems, limits=[1] * rows * len(problems))
+        for found in steps_of(out, rows):
+            assert set(found[:NUM_TOKENS]) == {(token,) for token in range(NUM_TOKENS)}
+            assert found[NUM_TOKENS:] == [()] * (rows - NUM_TOKENS)
     only = dataclasses.replace(STOCHASTIC, top_k=1)
     for found in steps_of(decode(only, 4), 4):
         assert len(found[0]) > 0

@@ -27,6 +27,7 @@ from rlm_jax.text.answers import init_answer_state
 
 PAGE, SLOTS, CAPACITY = 4, 8, 16
 PROMPT_LENGTHS = (7, 12)
+PARENTS = {1: 0, 2: 0, 3: 2, 4: 2, 5: 3, 6: 3}
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def prompts(seed=0):
 def grown(tiny, rules):
     """Two trees of three levels grown page by page, each level in one decode.
 
-    Level one: two children of each root. Level two: two of node 2. Level three: one of node 3.
+    Level one: two children of each root. Level two: two of node 2. Level three: two of node 3.
     """
     params, cfg = tiny
     tokens, lengths = prompts()
@@ -80,12 +81,23 @@ def grown(tiny, rules):
     hidden[:, 0] = last_hidden(done.hidden, jnp.asarray(lengths))
     paths = {(b, 0): [int(t) for t in tokens[b, : lengths[b]]] for b in range(2)}
     logprobs = {}
-    levels = [([0], [1, 2], [6, 3]), ([2], [3, 4], [5, 4]), ([3], [5], [6])]
+    levels = [([0], [1, 2], [6, 3]), ([2], [3, 4], [5, 4]), ([3], [5, 6], [6, 2])]
     for level, (parents, slots, limits) in enumerate(levels):
         pages, hidden = _grow(
             tiny, rules, pages, hidden, paths, logprobs, parents[0], slots, limits, level
         )
     return pages, hidden, paths, logprobs
+
+
+@functools.cache
+def _decode(cfg, num_siblings):
+    settings = {"cfg": cfg, "num_siblings": num_siblings, "num_slots": SLOTS}
+    return jax.jit(
+        functools.partial(decode_steps, sampling=SamplingConfig(temperature=2.0), **settings)
+    )
+
+
+_write_steps = jax.jit(write_steps)
 
 
 def _grow(tiny, rules, pages, hidden, paths, logprobs, parent, slots, limits, level):
@@ -95,17 +107,7 @@ def _grow(tiny, rules, pages, hidden, paths, logprobs, parent, slots, limits, le
     contexts = (gather_prompts(pages), gather_paths(pages, lanes))
     starts = np.repeat([len(paths[b, parent]) for b in range(2)], num).astype(np.int32)
     zeros = jnp.zeros(2 * num, jnp.int32)
-    steps = jax.jit(
-        functools.partial(
-            decode_steps,
-            cfg=cfg,
-            rule=rules[0],
-            answer_rule=rules[1],
-            sampling=SamplingConfig(temperature=2.0),
-            num_siblings=num,
-            num_slots=SLOTS,
-        )
-    )(
+    steps = _decode(cfg, num)(
         params,
         jax.random.split(jax.random.key(level), 2 * num),
         jnp.repeat(jnp.asarray(hidden[:, parent]), num, axis=0),
@@ -113,8 +115,10 @@ def _grow(tiny, rules, pages, hidden, paths, logprobs, parent, slots, limits, le
         contexts=contexts,
         starts=jnp.asarray(starts),
         limits=jnp.asarray(limits * 2, jnp.int32),
+        rule=rules[0],
+        answer_rule=rules[1],
     )
-    pages = write_steps(
+    pages = _write_steps(
         pages,
         steps.keys,
         steps.values,
@@ -143,7 +147,7 @@ def test_every_node_of_a_tree_equals_the_full_forward_of_its_path(tiny, grown):
         states, table = dense(params, cfg, ids)
         np.testing.assert_allclose(hidden[b, node], states[-1], atol=1e-4)
         if node:
-            parent = {1: 0, 2: 0, 3: 2, 4: 2, 5: 3}[node]
+            parent = PARENTS[node]
             begin = len(paths[b, parent])
             steps = [table[t - 1, ids[t]] for t in range(begin, len(ids))]
             np.testing.assert_allclose(logprobs[b, node], sum(steps), atol=1e-4)
@@ -171,9 +175,7 @@ def test_extending_a_node_equals_the_full_forward_at_every_position(tiny, grown)
 def test_pages_hold_what_the_nodes_need_and_no_more(grown):
     pages, _, paths, _ = grown
     for b in range(2):
-        own = [
-            len(paths[b, n]) - len(paths[b, p]) for n, p in ((1, 0), (2, 0), (3, 2), (4, 2), (5, 3))
-        ]
+        own = [len(paths[b, n]) - len(paths[b, p]) for n, p in PARENTS.items()]
         first = b * pages.pages_per_structure
         owner = np.asarray(pages.owner)[first : first + pages.pages_per_structure]
         in_use = np.flatnonzero(owner >= 0)

@@ -10,6 +10,7 @@ from rlm_jax.inference.sampling import (
     choose_tokens,
     filter_candidates,
     token_confidence,
+    token_uncertainty,
 )
 
 Q = np.log(np.asarray([[0.5, 0.3, 0.15, 0.05]], np.float32))
@@ -116,6 +117,13 @@ def test_rows_do_not_see_each_other():
         run = jax.jit(lambda k, x, cfg=cfg: choose_tokens(k, x, jnp.ones(1, bool), cfg))
         alone = run(keys(6)[3:4], jnp.asarray(logits[3:4], jnp.float32))
         assert int(together.token[3]) == int(alone.token[0])
+
+
+def test_token_uncertainty_golden_g29():
+    probs = jnp.asarray([[0.5, 0.25, 0.125, 0.125], [0.5, 0.5, 0, 0], [0, 1, 0, 0]])
+    found = token_uncertainty(jnp.log(probs) + jnp.asarray([[3.0], [0.0], [-7.0]]))
+    np.testing.assert_allclose(found.entropy, [1.213008, np.log(2), 0], atol=1e-5)
+    np.testing.assert_allclose(found.varentropy, [0.330311, 0, 0], atol=1e-5)
 
 
 def test_token_confidence_golden_g35():

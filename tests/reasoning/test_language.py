@@ -21,19 +21,21 @@ from rlm_jax.reasoning.language import (
     begin,
     make_expand,
 )
+from rlm_jax.reasoning.language_values import parse_evaluator
 from rlm_jax.reasoning.strategies import best_of_n, greedy, puct
 from rlm_jax.reasoning.structure import check, path_to_root
 
+# All that decoding sums up, so that every test of a search sees it.
+STATISTICS = "confidence=4,entropy=2,varentropy=1"
 PROMPTS = ("a long first problem", "second", "third problem", "x")
 WIDTH, DEPTH, NODES, LIMIT = 24, 4, 24, 60
 STRATEGIES = {
-    "greedy": greedy.make_greedy(DEPTH),
     "best_of_n": best_of_n.make_best_of_n(3, DEPTH),
     "puct": puct.make_puct(num_children=3, num_lanes=2, max_depth=DEPTH),
 }
 
 
-def language(cfg, evaluator="confidence", sampling=None, **changes):
+def language(cfg, evaluator=STATISTICS, sampling=None, **changes):
     return LanguageConfig(
         model=cfg,
         sampling=sampling or SamplingConfig(temperature=1.5),
@@ -42,7 +44,7 @@ def language(cfg, evaluator="confidence", sampling=None, **changes):
         max_depth=DEPTH,
         max_new_tokens=LIMIT,
         page_tokens=4,
-        value_fn=apply_value_head if evaluator == "value_head" else None,
+        value_fn=apply_value_head if "value_head" in evaluator else None,
         **changes,
     )
 
@@ -111,21 +113,21 @@ def assert_same(first, second, exact=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_compiled_and_host_driver_give_equal_structures(model, name):
-    lm, cfg = model
-    config = language(cfg)
+def host_search(model, strategy, config, on_round=None):
+    lm, _ = model
     start = jax.jit(functools.partial(begin, cfg=config))
     structure, world = start(lm, *encode(PROMPTS), jnp.full(len(PROMPTS), LIMIT, jnp.int32))
     expand = jax.jit(make_expand(config))
+    return run_host(strategy, expand, lm, keys_of(PROMPTS), world, structure, on_round)[0]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_compiled_and_host_driver_give_equal_structures(model, name):
     rounds = []
-    by_host, _ = run_host(
+    by_host = host_search(
+        model,
         STRATEGIES[name],
-        expand,
-        lm,
-        keys_of(PROMPTS),
-        world,
-        structure,
+        language(model[1]),
         lambda number, structure: rounds.append(check(structure)),
     )
     compiled, _ = search(model, STRATEGIES[name])
@@ -149,12 +151,16 @@ def test_a_problem_does_not_see_its_neighbours(model, name):
     order = tuple(reversed(PROMPTS))
     turned, _ = search(model, STRATEGIES[name], order)
     assert_same(together, jax.tree.map(lambda a: a[::-1], turned), exact=False)
-    alone, _ = search(model, STRATEGIES[name], PROMPTS[2:3])
+
+
+def test_a_problem_alone_is_searched_as_in_a_batch(model):
+    together, _ = search(model, STRATEGIES["puct"])
+    alone, _ = search(model, STRATEGIES["puct"], PROMPTS[2:3])
     assert_same(jax.tree.map(lambda a: a[2:3], together), alone, exact=False)
 
 
 def test_every_node_equals_the_full_forward_of_its_path(model):
-    """Hidden state, log-probability, confidence and stated answer of every node of a search."""
+    """Hidden state, log-probability and token statistics of every node of a search."""
     structure, world = search(model, STRATEGIES["puct"])
     gaps = []
     for row in range(len(PROMPTS)):
@@ -169,14 +175,19 @@ def test_every_node_equals_the_full_forward_of_its_path(model):
             step = sum(logprobs[t - 1, ids[t]] for t in range(begin_at, len(ids)))
             gaps.append(abs(float(structure.logprob[row, node]) - step))
             new = range(len(PROMPTS[row]), len(ids))
-            shares = []
+            shares, entropies, varentropies = [], [], []
             for t in new:
                 top = np.sort(logprobs[t - 1])[::-1][:5]
                 chosen = logprobs[t - 1, ids[t]]
                 top = top if chosen >= top[-1] else np.append(top[:4], chosen)
                 shares.append(np.exp(chosen) / np.exp(top).sum())
-            value = float(structure.model_value[row, node])
-            np.testing.assert_allclose(value, np.mean(shares), atol=1e-4)
+                surprise = -logprobs[t - 1].astype(np.float64)
+                probs = np.exp(-surprise)
+                entropies.append((probs * surprise).sum())
+                varentropies.append((probs * (surprise - entropies[-1]) ** 2).sum())
+            value = 4 * np.mean(shares) + 2 * np.exp(-np.mean(entropies))
+            value = (value + np.exp(-np.mean(varentropies))) / 7
+            np.testing.assert_allclose(structure.model_value[row, node], value, atol=1e-4)
     assert len(gaps) > 20
     assert max(gaps) < 1e-4
 
@@ -211,14 +222,32 @@ def test_tokens_forwarded_are_the_tokens_of_the_structure(model):
             forwarded = int(structure.budget.generated_tokens[row])
             forwarded += int(structure.budget.prefilled_tokens[row])
             assert forwarded == own + len(prompt)
+        assert_same(structure.budget.forwarded_tokens, structure.budget.generated_tokens)
 
 
-@pytest.mark.parametrize("evaluator", ["likelihood", "value_head", "p_yes", "none", "consistency"])
+def test_tokens_that_beams_share_are_forwarded_once(model):
+    """Two first tokens for six steps: what the steps hold may be spent, the network makes less."""
+    sampling = SamplingConfig("stochastic_beam", temperature=1.5, top_k=2)
+    config = dataclasses.replace(language(model[1], sampling=sampling), max_depth=1, num_nodes=7)
+    one_round = puct.make_puct(num_children=6, max_depth=1, resample=False)
+    structure, _ = program(one_round, config)(model[0], keys_of(PROMPTS), *encode(PROMPTS))
+    assert_same(host_search(model, one_round, config), structure, exact=False)
+    cost = jax.tree.map(np.asarray, structure.budget)
+    assert (cost.generated_tokens == np.asarray(structure.span_length)[:, 1:].sum(-1)).all()
+    assert (cost.forwarded_tokens <= cost.generated_tokens).all()
+    assert (cost.forwarded_tokens < cost.generated_tokens).any()
+    # Every call after the prompt's forwards a token, the first of them at most two.
+    assert (cost.forwarded_tokens >= cost.model_calls - 1).all()
+    assert (cost.forwarded_tokens <= 6 * (cost.model_calls - 1) - 4).all()
+
+
+@pytest.mark.parametrize("evaluator", ["likelihood=3,consistency=2,none=1", "value_head=3,p_yes=1"])
 def test_evaluators_equal_the_full_forward(model, evaluator):
+    """In mixtures, for every program that is compiled costs more than all that is checked here."""
     lm, _ = model
+    weights = parse_evaluator(evaluator)
     structure, world = search(model, STRATEGIES["puct"], evaluator=evaluator)
-    seen = 0
-    scored = 0
+    seen = scored = 0
     for row in range(len(PROMPTS)):
         for node in range(1, int(structure.num_nodes[row])):
             finished = bool(structure.terminal[row, node])
@@ -227,26 +256,25 @@ def test_evaluators_equal_the_full_forward(model, evaluator):
                 continue
             ids = path_ids(structure, world, row, node)
             hidden, logprobs = dense(model, ids)
-            if evaluator == "likelihood":
+            values = {"none": 0.0}
+            if "likelihood" in weights:
                 new = range(len(PROMPTS[row]), len(ids))
-                expected = np.exp(np.mean([logprobs[t - 1, ids[t]] for t in new]))
-            elif evaluator == "value_head":
-                expected = float(apply_value_head(lm.value_head, jnp.asarray(hidden[-1])))
-            elif evaluator == "p_yes":
+                values["likelihood"] = np.exp(np.mean([logprobs[t - 1, ids[t]] for t in new]))
+                values["consistency"] = _share_when_made(structure, row, node)
+            else:
                 suffix = [63, 10, 65] if finished else [257, 63, 10, 65]
                 scored += len(suffix)
                 table = dense(model, ids + suffix)[1][-1]
                 yes, no = np.exp(table[[89, 121]]).sum(), np.exp(table[[78, 110]]).sum()
-                expected = yes / (yes + no)
-            elif evaluator == "consistency":
-                expected = _share_when_made(structure, row, node)
-            else:
-                expected = 0.0
+                values["p_yes"] = yes / (yes + no)
+                head = apply_value_head(lm.value_head, jnp.asarray(hidden[-1]))
+                values["value_head"] = float(head)
+            expected = sum(weight * values[name] for name, weight in weights.items())
+            expected /= sum(weights.values())
             np.testing.assert_allclose(structure.model_value[row, node], expected, atol=1e-4)
             seen += 1
     assert seen > 20
-    total = int(structure.budget.scored_tokens.sum())
-    assert total == (scored if evaluator == "p_yes" else 0)
+    assert int(structure.budget.scored_tokens.sum()) == scored
 
 
 def _share_when_made(structure, row, node):
@@ -260,12 +288,13 @@ def _share_when_made(structure, row, node):
 
 
 def test_step_scores_are_aggregated_along_the_path(model):
-    last, _ = search(model, STRATEGIES["best_of_n"], evaluator="value_head")
-    mean, _ = search(model, STRATEGIES["best_of_n"], evaluator="value_head", aggregate="mean")
+    options = {"evaluator": "value_head", "aggregate": "mean"}
+    mean, world = search(model, STRATEGIES["best_of_n"], **options)
+    scores = np.asarray(apply_value_head(model[0].value_head, world.hidden))
     for row in range(len(PROMPTS)):
-        for node in range(1, int(last.num_nodes[row])):
-            path = path_to_root(last, row, node)[1:]
-            steps = np.asarray(last.model_value)[row, path]
+        for node in range(1, int(mean.num_nodes[row])):
+            path = path_to_root(mean, row, node)[1:]
+            steps = scores[row, path]
             np.testing.assert_allclose(mean.model_value[row, node], steps.mean(), atol=1e-5)
 
 

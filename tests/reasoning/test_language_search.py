@@ -27,6 +27,12 @@ from rlm_jax.reasoning.structure import path_to_root
 PUCT = puct.make_puct(num_children=3, num_lanes=2, max_depth=4)
 
 
+@functools.cache
+def go_on(config):
+    """Grows any structures by PUCT, as far as their budgets go."""
+    return jax.jit(functools.partial(run_compiled, PUCT, make_expand(config)))
+
+
 def pages_in_use(world, row):
     owner = np.asarray(world.pages.owner).reshape(len(world.prompt_length), -1)[row]
     return set(np.flatnonzero(owner >= 0).tolist())
@@ -61,8 +67,7 @@ def test_pages_in_use_are_pages_reachable_after_a_prune(model):
         token_limit=structure.token_limit + 9,
         num_nodes=structure.num_nodes,
     )
-    run = functools.partial(run_compiled, PUCT, make_expand(config))
-    structure, world = jax.jit(run)(lm, keys_of(PROMPTS), world, structure)
+    structure, world = go_on(config)(lm, keys_of(PROMPTS), world, structure)
     check(structure)
     assert_no_page_leaks(structure, world)
     after = [len(pages_in_use(world, row)) for row in range(len(PROMPTS))]
@@ -94,8 +99,7 @@ def test_a_kept_subtree_goes_on_where_it_was(model):
     assert_no_page_leaks(kept, moved)
     assert (np.asarray(kept.num_nodes) < np.asarray(structure.num_nodes)).any()
     kept = kept.replace(token_limit=kept.token_limit + 24)
-    run = functools.partial(run_compiled, PUCT, make_expand(config))
-    grown, moved = jax.jit(run)(lm, keys_of(PROMPTS), moved, kept)
+    grown, moved = go_on(config)(lm, keys_of(PROMPTS), moved, kept)
     check(grown)
     assert_no_page_leaks(grown, moved)
     gaps = []

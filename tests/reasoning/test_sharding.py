@@ -31,13 +31,13 @@ from rlm_jax.reasoning.strategies import best_of_n, puct
 from rlm_jax.reasoning.structure import check
 
 BATCH, WIDTH, LIMIT = 8, 24, 48
-MESHES = {"data": (1, 8, 1), "replicas": (2, 4, 1), "model": (1, 4, 2)}
+MESHES = {"data": (2, 4, 1), "model": (1, 4, 2)}
 STRATEGIES = {
     "puct": puct.make_puct(num_children=3, num_lanes=2, max_depth=3),
     "best_of_n": best_of_n.make_best_of_n(3, 3),
 }
-# Trees on the meshes that split the batch, chains where the model is split too.
-STRATEGY_OF = {"data": "puct", "replicas": "puct", "model": "best_of_n"}
+# Trees on the mesh that splits the batch, by both its axes; chains where the model is split too.
+STRATEGY_OF = {"data": "puct", "model": "best_of_n"}
 
 
 def _model():
@@ -128,13 +128,12 @@ def test_world_rows_are_equal_too():
     _, expected, _ = on_one_device("puct")
     np.testing.assert_array_equal(world.tokens, expected.tokens)
     np.testing.assert_allclose(world.hidden, expected.hidden, atol=1e-5)
-    per_shard = world.pages.fill.shape[0] // MESHES["data"][1]
+    per_shard = world.pages.fill.shape[0] // 8
     assert world.pages.table.max() < per_shard < expected.pages.table.max()
 
 
-@pytest.mark.parametrize("mesh_name", ["data", "replicas"])
-def test_shards_of_a_batch_do_not_talk(mesh_name):
-    begin_fn, search_fn, *_ = on_mesh(mesh_name)
+def test_shards_of_a_batch_do_not_talk():
+    begin_fn, search_fn, *_ = on_mesh("data")
     assert hlo.collectives(begin_fn.as_text()) == []
     assert hlo.collectives(search_fn.as_text()) == []
 
