@@ -86,7 +86,7 @@ def calibration_error(
     Raises:
       ValueError: a value outside of [0, 1].
     """
-    if len(values) and not (0 <= values.min() and values.max() <= 1):
+    if len(values) and not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(f"values from {values.min()} to {values.max()}: accepted are 0 to 1")
     if weights is None:
         weights = np.ones(len(values))

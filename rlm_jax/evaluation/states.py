@@ -55,7 +55,7 @@ def judge_states(
     puzzles = {problem.id: read_puzzle(task, problem) for problem in problems}
     found: list[tuple[int, str, tuple[int, ...], int, float]] = []
     for record in records:
-        numbers, target = puzzles[record["id"]]
+        numbers, _ = puzzles[record["id"]]
         states = read_states(record, numbers)
         for node in record["nodes"][1:]:
             state, value = states.get(node["id"]), node["value"].get("model")

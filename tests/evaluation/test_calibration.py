@@ -106,7 +106,7 @@ def test_depths_are_summed_up_apart_and_together():
         for estimate in (part.auc, part.ece):
             assert 0 <= estimate.low <= estimate.value + 0.05
             assert estimate.value - 0.05 <= estimate.high <= 1
-            assert 0 < estimate.high - estimate.low
+            assert estimate.high > estimate.low
     assert summarize(judged) == [one, two, both]
 
 
@@ -122,7 +122,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     """Of 12 draws the true AUC, known from many states, lies inside of nearly all intervals."""
     truth = summarize(draw(500, 5, np.random.default_rng(2), 1.0))[-1].auc.value
     found = [summarize(draw(40, 5, np.random.default_rng(s), 1.0))[-1].auc for s in range(10, 22)]
-    assert 9 <= sum(one.low <= truth <= one.high for one in found)
+    assert sum(one.low <= truth <= one.high for one in found) >= 9
 
 
 def test_what_is_not_defined_is_nan():

@@ -5,8 +5,8 @@ from test_chains import make
 
 from rlm_jax.evaluation.calibration import Judged
 from rlm_jax.evaluation.states import judge_states, read_puzzle, read_states
-from rlm_jax.tasks import arithmetic, countdown, game24
-from rlm_jax.tasks.base import Gold, Problem
+from rlm_jax.tasks import countdown, game24
+from rlm_jax.tasks.base import Problem
 
 PROBLEM = countdown.make_problem((7, 4, 10, 4), 24, "p")
 NUMBERS = PROBLEM.data[0]
@@ -123,8 +123,7 @@ def test_the_verdict_is_that_of_the_task():
 def test_puzzles_of_both_tasks():
     assert read_puzzle("countdown", PROBLEM) == ((7, 4, 10, 4), 24)
     assert read_puzzle("game24", game24.make_problem((1, 2, 3, 4))) == ((1, 2, 3, 4), 24)
-    ((problem, gold), *_) = arithmetic.TASK.generate(0, 1, 0.5)
-    assert isinstance((problem, gold), tuple) and isinstance(gold, Gold)
+    problem = Problem("1 + 1", (("1", "1"),), "a")
     with pytest.raises(ValueError, match="'arithmetic': accepted are countdown, game24"):
         list(judge_states("arithmetic", [problem], []))
     assert list(judge_states("countdown", [Problem("?", ((1, 2), 3), "q")], [])) == []
