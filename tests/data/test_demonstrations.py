@@ -8,8 +8,8 @@ import pytest
 
 from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shard, make_shards, problem_key
 from rlm_jax.data.demonstrations import label_tokens, tokenize_demonstration
-from rlm_jax.data.examples import make_example
-from rlm_jax.data.generated import GeneratedSource
+from rlm_jax.data.examples import TokenTable, make_example
+from rlm_jax.data.generated import GeneratedSource, mix_shards
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.packing import Packed
 from rlm_jax.tasks.countdown_split import is_held_out
@@ -69,6 +69,26 @@ def test_shards_are_functions_of_their_number(mix):
         for left, right in zip(one, two, strict=True):
             np.testing.assert_array_equal(left, right)
     assert any(len(a.tokens) != len(b.tokens) for a, b in zip(first, other, strict=True))
+
+
+def test_stored_examples_take_their_share_of_every_shard(mix):
+    stored = TokenTable([make_example([1, 2, 3]), make_example([4, 5])])
+    mixed = mix_shards(make_shards(mix), stored, share=0.25, seed=3)
+    pure = make_shard(mix, 1)
+    first, again, other = mixed(1), mixed(1), mixed(2)
+    assert len(first) == len(pure) == 48
+    taken = [one.tokens.tolist() in ([1, 2, 3], [4, 5]) for one in first]
+    assert 3 <= sum(taken) <= 24
+    for one, two, of_old, was_taken in zip(first, again, pure, taken, strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        assert was_taken or one.tokens.tolist() == of_old.tokens.tolist()
+    assert [one.tokens.tolist() in ([1, 2, 3], [4, 5]) for one in other] != taken
+    with contextlib.closing(GeneratedSource(mixed, num_shards=3, shard_examples=48)) as source:
+        source[0]
+        # Made in another process.
+        np.testing.assert_array_equal(source[48 + 5].tokens, first[5].tokens)
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 1\.5"):
+        mix_shards(make_shards(mix), stored, share=1.5, seed=0)
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
