@@ -45,7 +45,6 @@ from rlm_jax.evaluation.states import COUNTDOWN_TASKS, judge_states, read_puzzle
 from rlm_jax.reasoning.drive import Limits
 from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.strategies.best_of_n import make_best_of_n
-from rlm_jax.reasoning.strategies.greedy import make_greedy
 from rlm_jax.tasks.base import Example, Gold, Problem
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -104,9 +103,9 @@ class Cell:
 class Budgets(NamedTuple):
     """What the flags ask for: expansions (None: as many as tokens allow), tokens, chains."""
 
-    expansions: list[int | None]
-    tokens: list[int]
-    chains: list[int]
+    expansions: Sequence[int | None]
+    tokens: Sequence[int]
+    chains: Sequence[int]
 
 
 class Bench(NamedTuple):
@@ -166,7 +165,8 @@ def main() -> None:
 
 
 def _list_cells(split: str, budgets: Budgets) -> Iterator[Cell]:
-    """The cells of a test set, each with its blind one behind it."""
+    """The cells of a test set, each with its blind one behind it where expansions or chains are
+    limited. (A blind greedy chain is a blind best of 1.)"""
     for tokens in budgets.tokens:
         cells = []
         for name in _STRATEGY.value:
@@ -179,12 +179,8 @@ def _list_cells(split: str, budgets: Budgets) -> Iterator[Cell]:
         ]
         for cell in cells:
             yield cell
-            is_tree = cell.strategy in build.TREE_SEARCHES
-            if (
-                _BLIND.value
-                and tokens == budgets.tokens[0]
-                and (cell.max_expansions or not is_tree)
-            ):
+            limited = cell.max_expansions or cell.num_chains
+            if _BLIND.value and limited and tokens == budgets.tokens[0]:
                 yield dataclasses.replace(cell, blind=True)
 
 
@@ -323,8 +319,6 @@ def _solve_blindly(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any
 
 
 def _make_blind(cell: Cell, settings: dict[str, Any]) -> Strategy:
-    if cell.strategy == "greedy":
-        return make_greedy(max_depth=settings["max_depth"])
     if cell.strategy == "best_of_n":
         return make_best_of_n(settings["num_chains"], settings["max_depth"])
     names = ("num_children", "num_lanes", "max_depth", *_BLIND_SETTINGS.get(cell.strategy, ()))
