@@ -1,22 +1,29 @@
 """Accuracy of strategies at equal budgets, with its interval and what it cost.
 
     python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy \
-        --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=RESULTS
+        --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 \
+        --best_of=8,32 --blind --out=RESULTS
 
 Every cell - a strategy at a budget on a test set - writes its records to
 RESULTS/SPLIT/STRATEGY-BUDGET-SEED.jsonl, in the form of solve.py's, and a line with its figures to
-RESULTS/results.jsonl; a cell that is done is not run again, and one that was stopped goes on. With
-`--blind` the same strategies run without the networks too, on legal moves drawn at random.
+RESULTS/results.jsonl; a cell that is done is not run again, and one that was stopped goes on.
+Budgets are separated by commas, and compiled once for all of them.
+
+`--best_of=8,32` adds best-of-N for each N: N chains, each drawn to its own end, and beside what
+they cost together what they cost drawn in turn up to the first proven one. With `--blind` the same
+strategies run without the networks too, on legal moves drawn at random. With `--calibration` the
+values of all states that a search made are held against an exact solver, whose word no search ever
+sees: each state in RESULTS/SPLIT/STRATEGY-BUDGET-SEED.states.jsonl, AUC and ECE by depth in
+RESULTS/calibration.jsonl.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import launching
 import numpy as np
@@ -30,9 +37,15 @@ from rlm_jax.data.records import Record, RecordWriter, list_changes, read_record
 from rlm_jax.data.splits import SPLITS, Split, load_split
 from rlm_jax.evaluation import build, solver
 from rlm_jax.evaluation.blind import search_blindly
+from rlm_jax.evaluation.calibration import Estimate, summarize
+from rlm_jax.evaluation.chains import count_tokens_in_turn, read_chains
 from rlm_jax.evaluation.intervals import wilson_interval
+from rlm_jax.evaluation.results import name_row, read_results
+from rlm_jax.evaluation.states import COUNTDOWN_TASKS, judge_states, read_puzzle
 from rlm_jax.reasoning.drive import Limits
-from rlm_jax.tasks.base import Example
+from rlm_jax.reasoning.protocol import Strategy
+from rlm_jax.reasoning.strategies.best_of_n import make_best_of_n
+from rlm_jax.tasks.base import Example, Gold, Problem
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _MODEL = flags.DEFINE_string("model", None, "Model to evaluate (default: the config's).")
@@ -42,23 +55,29 @@ _STRATEGY = flags.DEFINE_list("strategy", ["greedy"], f"Of {', '.join(build.STRA
 _MAX_EXPANSIONS = flags.DEFINE_list(
     "max_expansions", [], "Budgets in expansions, separated by commas (default: none)."
 )
-_BUDGET_TOKENS = flags.DEFINE_integer(
-    "budget_tokens", None, "Tokens each strategy may generate per problem (default: the config's)."
+_BUDGET_TOKENS = flags.DEFINE_list(
+    "budget_tokens", [], "Budgets in generated tokens per problem (default: the config's)."
 )
+_BEST_OF = flags.DEFINE_list("best_of", [], "Numbers of chains to add best-of-N rows for.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first problems.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 _BLIND = flags.DEFINE_bool("blind", False, "Add rows without the networks (Countdown, Game of 24).")
+_CALIBRATION = flags.DEFINE_bool(
+    "calibration", False, "Hold the values against an exact solver (Countdown, Game of 24)."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder for records and results.")
 flags.adopt_module_key_flags(launching)
 
 # A blind search goes deep: by breadth it would find nothing within a few expansions.
 BLIND_DEPTH_BONUS = 1.0
 _BLIND_BATCH = 100
+# Beside children, lanes and depth.
+_BLIND_SETTINGS = {"gumbel": ("num_simulations", "max_considered"), "beam": ("beam_width",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One strategy at one budget on one test set."""
+    """One strategy at one budget on one test set. num_chains: of a best-of-N row of `--best_of`."""
 
     split: str
     strategy: str
@@ -66,12 +85,43 @@ class Cell:
     budget_tokens: int
     seed: int
     blind: bool = False
+    num_chains: int | None = None
+
+    @property
+    def row(self) -> tuple[str, int | None]:
+        """The strategy, and the chains it is to draw where the config does not say."""
+        return self.strategy, self.num_chains
 
     @property
     def name(self) -> str:
         """Of its file."""
+        strategy = self.strategy if self.num_chains is None else f"best_of_{self.num_chains}"
         budget = "all" if self.max_expansions is None else str(self.max_expansions)
-        return f"{self.strategy}-{budget}-{self.budget_tokens}-{self.seed}"
+        return f"{strategy}-{budget}-{self.budget_tokens}-{self.seed}"
+
+
+class Budgets(NamedTuple):
+    """What the flags ask for: expansions (None: as many as tokens allow), tokens, chains."""
+
+    expansions: Sequence[int | None]
+    tokens: Sequence[int]
+    chains: Sequence[int]
+
+
+class Bench(NamedTuple):
+    """What all cells share.
+
+    plans: by task, strategy and chains. solvers, blind: those made so far, by what they are
+    compiled for.
+    """
+
+    config: dict[str, Any]
+    budgets: Budgets
+    plans: dict[tuple[str, str, int | None], build.Plan]
+    policy: build.Policy
+    out: pathlib.Path
+    solvers: dict[Any, solver.Solver]
+    blind: dict[Any, Strategy]
 
 
 def main() -> None:
@@ -80,37 +130,58 @@ def main() -> None:
     config = launching.read_config(_CONFIG)
     if _MODEL.value is not None:
         config["model"] = _MODEL.value
-    if _BUDGET_TOKENS.value is not None:
-        config["budget_tokens"] = _BUDGET_TOKENS.value
     if not _OUT.value:
         raise ValueError("--out=DIR is missing: the folder for records and results")
     out = pathlib.Path(_OUT.value).expanduser()
     splits = _load_splits(config)
-    budgets = _read_budgets()
+    _check_tasks(config, splits)
+    budgets = Budgets(
+        _read_numbers("max_expansions", _MAX_EXPANSIONS.value) or [None],
+        _read_numbers("budget_tokens", _BUDGET_TOKENS.value) or [config["budget_tokens"]],
+        _read_numbers("best_of", _BEST_OF.value),
+    )
+    config["budget_tokens"] = max(budgets.tokens)
+    cells = {cell: split for name, split in splits for cell in _list_cells(name, budgets)}
     plans = {
-        name: {
-            split: build.plan_strategy({**config, "task": of.task}, name) for split, of in splits
-        }
-        for name in _STRATEGY.value
+        (split.task, *cell.row): _plan(config, split.task, *cell.row)
+        for cell, split in cells.items()
     }
     launching.use_compilation_cache()
     policy = build.load_policy(config["model"], config["dtype"], config["quantize"])
+    bench = Bench(config, budgets, plans, policy, out, {}, {})
     results = _read_results(out / "results.jsonl")
-    for split, problems in splits:
-        for name in _STRATEGY.value:
-            for budget in budgets if name in build.TREE_SEARCHES else [None]:
-                cell = Cell(split, name, budget, config["budget_tokens"], _SEED.value)
-                jobs = {cell: functools.partial(_solve, config, plans[name][split], policy, out)}
-                if _BLIND.value and budget is not None:
-                    blind = dataclasses.replace(cell, blind=True)
-                    jobs[blind] = functools.partial(_solve_blindly, plans[name][split])
-                for one, run in jobs.items():
-                    if _key(one) not in results:
-                        console.print(f"{split}: {'blind ' * one.blind}{one.name}")
-                        result = _describe(one, config, list(run(one, problems)))
-                        _append(out / "results.jsonl", result)
-                        results[_key(one)] = result
+    calibrated = _read_results(out / "calibration.jsonl")
+    for cell, split in cells.items():
+        if _key(cell) not in results:
+            console.print(f"{cell.split}: {'blind ' * cell.blind}{cell.name}")
+            scores = (
+                _solve_blindly(bench, cell, split) if cell.blind else _solve(bench, cell, split)
+            )
+            results[_key(cell)] = _describe(cell, config, scores)
+            _append(out / "results.jsonl", [results[_key(cell)]])
+        if _CALIBRATION.value and not cell.blind and _key(cell) not in calibrated:
+            _append(out / "calibration.jsonl", _calibrate(bench, cell, split))
     _print(console, results.values())
+
+
+def _list_cells(split: str, budgets: Budgets) -> Iterator[Cell]:
+    """The cells of a test set, each with its blind one behind it where expansions or chains are
+    limited. (A blind greedy chain is a blind best of 1.)"""
+    for tokens in budgets.tokens:
+        cells = []
+        for name in _STRATEGY.value:
+            # Chains have no use for a limit of expansions: their own length is one.
+            limits = budgets.expansions if name in build.TREE_SEARCHES else [None]
+            cells += [Cell(split, name, most, tokens, _SEED.value) for most in limits]
+        cells += [
+            Cell(split, "best_of_n", None, tokens, _SEED.value, num_chains=number)
+            for number in budgets.chains
+        ]
+        for cell in cells:
+            yield cell
+            limited = cell.max_expansions or cell.num_chains
+            if _BLIND.value and limited and tokens == budgets.tokens[0]:
+                yield dataclasses.replace(cell, blind=True)
 
 
 def _load_splits(config: dict[str, Any]) -> list[tuple[str, Split]]:
@@ -132,46 +203,79 @@ def _read_file(task: str, path: str) -> tuple[Example, ...]:
     return tuple(read_problems(path).examples if load is None else load(path))
 
 
-def _read_budgets() -> list[int | None]:
-    budgets: list[int | None] = []
-    for text in _MAX_EXPANSIONS.value:
+def _check_tasks(config: dict[str, Any], splits: list[tuple[str, Split]]) -> None:
+    for flag in (_BLIND, _CALIBRATION):
+        for _, split in splits:
+            if flag.value and split.task not in COUNTDOWN_TASKS:
+                raise ValueError(
+                    f"--{flag.name}: accepted are {' and '.join(COUNTDOWN_TASKS)}, not {split.task}"
+                )
+    if _CALIBRATION.value and config["evaluator"] == "none":
+        raise ValueError("--calibration: evaluator 'none' gives no values")
+
+
+def _read_numbers(flag: str, texts: Sequence[str]) -> list[int]:
+    for text in texts:
         if not text.strip().isdecimal() or int(text) < 1:
-            raise ValueError(f"--max_expansions={text}: accepted are whole numbers >= 1")
-        budgets.append(int(text))
-    return budgets or [None]
+            raise ValueError(f"--{flag}={text}: accepted are whole numbers >= 1")
+    return list(dict.fromkeys(map(int, texts)))
 
 
-def _solve(
-    config: dict[str, Any],
-    plan: build.Plan,
-    policy: build.Policy,
-    out: pathlib.Path,
-    cell: Cell,
-    split: Split,
-) -> list[dict[str, Any]]:
+def _plan(config: dict[str, Any], task: str, strategy: str, num_chains: int | None) -> build.Plan:
+    config = {**config, "task": task}
+    if num_chains is not None:
+        config[strategy] = {**config[strategy], "num_chains": num_chains}
+    return build.plan_strategy(config, strategy)
+
+
+def _solve(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any]]:
     """Scores of all problems; those with a record are not solved again."""
-    one = build.build_solver(
-        {**config, "task": split.task},
-        plan,
-        policy,
-        seed=cell.seed,
-        batch_size=min(config["batch_size"], len(split.examples)),
-    )
-    limits = Limits(max_expansions=cell.max_expansions)
-    settings = {**one.settings, "max_expansions": cell.max_expansions}
-    one = dataclasses.replace(one, limits=limits, settings=settings)
-    path = out / cell.split / f"{cell.name}.jsonl"
+    one = _find_solver(bench, cell, split)
+    path = _record_path(bench, cell)
     with RecordWriter(path) as writer:
         done = {record["id"]: record for record in read_records(path)}
         for record in done.values():
-            _check_record(path, record, settings, cell)
+            _check_record(path, record, dict(one.settings), cell)
         todo = [example for example in split.examples if example[0].id not in done]
         if todo:
             encoded = [solver.encode(one, problem) for problem, _ in todo]
             for solved in _solve_widths(one, encoded, [gold for _, gold in todo]):
                 writer.write(solved.record)
                 done[solved.record["id"]] = solved.record
-    return [_score(done[problem.id]) for problem, _ in split.examples]
+    return [_score(cell, split, *example, done[example[0].id]) for example in split.examples]
+
+
+def _find_solver(bench: Bench, cell: Cell, split: Split) -> solver.Solver:
+    """The solver of a cell; those that differ in budgets share what is compiled."""
+    batch_size = min(bench.config["batch_size"], len(split.examples))
+    key = (split.task, *cell.row, batch_size)
+    if key not in bench.solvers:
+        bench.solvers[key] = build.build_solver(
+            {**bench.config, "task": split.task},
+            bench.plans[key[:3]],
+            bench.policy,
+            seed=cell.seed,
+            batch_size=batch_size,
+        )
+    one = bench.solvers[key]
+    settings = {
+        **one.settings,
+        "max_expansions": cell.max_expansions,
+        "budget_tokens": cell.budget_tokens,
+    }
+    if cell.num_chains is not None:
+        settings["stop_proven"] = False
+    return dataclasses.replace(
+        one,
+        limits=Limits(proven=cell.num_chains is None),
+        max_expansions=cell.max_expansions,
+        budget_tokens=cell.budget_tokens,
+        settings=settings,
+    )
+
+
+def _record_path(bench: Bench, cell: Cell) -> pathlib.Path:
+    return bench.out / cell.split / f"{cell.name}.jsonl"
 
 
 def _solve_widths(
@@ -186,30 +290,24 @@ def _solve_widths(
         )
 
 
-def _solve_blindly(plan: build.Plan, cell: Cell, split: Split) -> list[dict[str, Any]]:
-    if split.task not in ("countdown", "game24"):
-        raise ValueError(f"--blind: accepted are countdown and game24, not {split.task}")
-    settings = {
-        name: plan.settings[name]
-        for name in ("num_children", "num_lanes", "max_depth")
-        if name in plan.settings
-    }
-    if cell.strategy == "best_first":
-        settings["depth_bonus"] = BLIND_DEPTH_BONUS
-    strategy = build.TREE_SEARCHES[cell.strategy](**settings)
-    most = cell.max_expansions or 1
-    num_nodes = 1 + (most + strategy.num_lanes) * strategy.num_children
-    problems = [
-        problem.data if split.task == "countdown" else (problem.data, 24)
-        for problem, _ in split.examples
-    ]
+def _solve_blindly(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any]]:
+    settings = bench.plans[split.task, *cell.row].settings
+    if cell.row not in bench.blind:
+        bench.blind[cell.row] = _make_blind(cell, settings)
+    strategy = bench.blind[cell.row]
+    if cell.max_expansions is None:
+        num_nodes = 1 + strategy.num_lanes * settings["max_depth"]
+    else:
+        most = max(filter(None, bench.budgets.expansions))
+        num_nodes = 1 + (most + strategy.num_lanes) * strategy.num_children
+    problems = [read_puzzle(split.task, problem) for problem, _ in split.examples]
     scores = []
     for start in range(0, len(problems), _BLIND_BATCH):
         found = search_blindly(
             strategy,
             problems[start : start + _BLIND_BATCH],
             num_nodes=num_nodes,
-            max_expansions=most,
+            max_expansions=cell.max_expansions,
             seed=cell.seed + start,
         )
         for solved, expansions in zip(
@@ -220,9 +318,56 @@ def _solve_blindly(plan: build.Plan, cell: Cell, split: Split) -> list[dict[str,
     return scores
 
 
-def _score(record: Record) -> dict[str, Any]:
+def _make_blind(cell: Cell, settings: dict[str, Any]) -> Strategy:
+    if cell.strategy == "best_of_n":
+        return make_best_of_n(settings["num_chains"], settings["max_depth"])
+    names = ("num_children", "num_lanes", "max_depth", *_BLIND_SETTINGS.get(cell.strategy, ()))
+    own = {name: settings[name] for name in names if name in settings}
+    if cell.strategy == "best_first":
+        own["depth_bonus"] = BLIND_DEPTH_BONUS
+    return build.TREE_SEARCHES[cell.strategy](**own)
+
+
+def _calibrate(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any]]:
+    """Writes the states of a cell's records; returns AUC and ECE depth by depth, then of all."""
+    path = _record_path(bench, cell)
+    problems = [problem for problem, _ in split.examples]
+    wanted = {problem.id for problem in problems}
+    records = (record for record in read_records(path) if record["id"] in wanted)
+    judged = list(judge_states(split.task, problems, records))
+    lines = (json.dumps({"node": node, **one._asdict()}) for node, one in judged)
+    path.with_suffix(".states.jsonl").write_text("".join(line + "\n" for line in lines))
+    return [
+        {
+            **dataclasses.asdict(cell),
+            "model": bench.config["model"],
+            "depth": part.depth,
+            "num_states": part.num_states,
+            "num_solvable": part.num_solvable,
+            "num_problems": part.num_problems,
+            "auc": _round(part.auc),
+            "ece": _round(part.ece),
+        }
+        for part in summarize(one for _, one in judged)
+    ]
+
+
+def _round(estimate: Estimate) -> list[float] | None:
+    """Value and both ends of its interval; None where it is not defined."""
+    return None if math.isnan(estimate.value) else [round(number, 4) for number in estimate]
+
+
+def _score(
+    cell: Cell, split: Split, problem: Problem, gold: Gold, record: Record
+) -> dict[str, Any]:
     names = ("generated_tokens", "expansions", "model_calls")
-    return {"correct": record["correct"] is True, **{n: record["budget"][n] for n in names}}
+    score = {"correct": record["correct"] is True, **{n: record["budget"][n] for n in names}}
+    task = build.TASKS[split.task]
+    if cell.num_chains is not None and task.self_verifying:
+        score["tokens_in_turn"] = count_tokens_in_turn(
+            read_chains(record), lambda text: task.verify(problem, gold, text).correct is True
+        )
+    return score
 
 
 def _check_record(path: pathlib.Path, record: Record, settings: dict[str, Any], cell: Cell) -> None:
@@ -240,6 +385,7 @@ def _describe(cell: Cell, config: dict[str, Any], scores: list[dict[str, Any]]) 
     def mean(name: str) -> float:
         return round(math.fsum(score[name] for score in scores) / len(scores), 2)
 
+    in_turn = {"tokens_in_turn": mean("tokens_in_turn")} if "tokens_in_turn" in scores[0] else {}
     return {
         **dataclasses.asdict(cell),
         "model": config["model"],
@@ -247,6 +393,7 @@ def _describe(cell: Cell, config: dict[str, Any], scores: list[dict[str, Any]]) 
         "accuracy": round(right / len(scores), 4),
         "interval_95": [round(low, 4), round(high, 4)],
         "generated_tokens": mean("generated_tokens"),
+        **in_turn,
         "expansions": mean("expansions"),
         "model_calls": mean("model_calls"),
         "command": " ".join(sys.argv),
@@ -258,17 +405,18 @@ def _key(cell: Cell) -> str:
 
 
 def _read_results(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
-    names = [field.name for field in dataclasses.fields(Cell)]
-    results = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return {_key(Cell(**{name: one[name] for name in names})): one for one in results}
+    """Results by their cells; of several lines of one cell, the last."""
+    fields = [field.name for field in dataclasses.fields(Cell)]
+    results = read_results(path)
+    # Cells of earlier versions lack what came since, and that is at its default.
+    cells = [Cell(**{name: one[name] for name in fields if name in one}) for one in results]
+    return {_key(cell): one for cell, one in zip(cells, results, strict=True)}
 
 
-def _append(path: pathlib.Path, result: dict[str, Any]) -> None:
+def _append(path: pathlib.Path, results: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+        file.write("".join(json.dumps(result) + "\n" for result in results))
 
 
 def _print(console: Console, results: Any) -> None:
@@ -277,7 +425,7 @@ def _print(console: Console, results: Any) -> None:
         low, high = one["interval_95"]
         table.add_row(
             one["split"],
-            ("blind " if one["blind"] else "") + one["strategy"],
+            name_row(one),
             str(one["max_expansions"] or "-"),
             str(one["n"]),
             f"{100 * one['accuracy']:.1f}",

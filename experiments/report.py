@@ -1,14 +1,17 @@
 """Writes docs/results.md from what evaluate.py left.
 
 python experiments/report.py --results=RESULTS/results.jsonl --out=docs/results.md
+
+Value calibration comes from the calibration.jsonl beside the results, where there is one.
 """
 
-import json
 import pathlib
 from typing import Any
 
 import launching
 from absl import flags
+
+from rlm_jax.evaluation.results import name_row, price_by_chains, read_results
 
 _RESULTS = flags.DEFINE_string("results", None, "results.jsonl of evaluate.py.")
 _OUT = flags.DEFINE_string("out", None, "The page to write.")
@@ -17,46 +20,144 @@ flags.adopt_module_key_flags(launching)
 HEAD = """# Results
 
 Written by `experiments/report.py` from what `experiments/evaluate.py` measured; not edited by hand.
-Accuracy in %, with Wilson's 95% interval. `blind` is the same search over random legal moves,
-without a network, at the same expansions. Tokens are generated tokens, a mean per problem.
+Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean per problem.
+
+- A search, and `best_of_n` without a number, stops at the first answer that its task proves right.
+  `greedy` is one chain. Expansions and tokens "at most" are the limits that were set, the other
+  columns what was spent.
+- `best of N` is N chains drawn independently, each to its own end: nothing stops early. Where the
+  task verifies itself (Countdown, Game of 24) a problem counts as solved when any of the N is
+  proven; elsewhere by the config's vote. Its tokens are those of all N; "in turn" are those of the
+  same chains drawn one after another up to the first that is proven, the cheapest way there is to
+  draw them.
+- "best of N needs": the tokens at which best-of-N, of the same network, reaches the row's accuracy,
+  in parentheses over the row's own tokens; drawn together, then in turn. Between the measured N it
+  is interpolated, linear in the logarithm of tokens; `<` and `>` are bounds by the smallest and the
+  largest N measured.
+- `blind` is the same strategy over random legal moves, without a network, at the same expansions.
+"""
+CALIBRATION_HEAD = """## Value calibration
+
+What the network said of each state that the search made, against the exact solver: can the numbers
+that are left still make the target? AUC: the chance that a solvable state is valued above a lost
+one (0.5 says nothing). ECE: mean distance of value and truth over ten bins of equal width. 95%
+intervals by a bootstrap over problems. Moves: how many were made; states of one number, which need
+no network, are left out.
 """
 
 
 def main() -> None:
-    """Reads, groups by test set and writes."""
+    """Reads, groups by test set and model, and writes."""
     if not _RESULTS.value or not _OUT.value:
         raise ValueError("--results=FILE and --out=FILE are both needed")
-    lines = pathlib.Path(_RESULTS.value).read_text().splitlines()
-    results = [json.loads(line) for line in lines if line.strip()]
+    path = pathlib.Path(_RESULTS.value)
+    if not path.exists():
+        raise FileNotFoundError(f"--results={path}: there is no such file")
+    results = read_results(path)
     parts = [HEAD]
-    for split in dict.fromkeys(result["split"] for result in results):
-        rows = [result for result in results if result["split"] == split]
-        rows.sort(key=lambda row: (row["max_expansions"] or 0, row["strategy"], row["blind"]))
-        parts.append(f"## {split}\n\n{_write_table(rows)}\n")
+    for title, rows in _group(results):
+        parts.append(f"## {title}\n\n{_write_table(rows)}\n")
+    calibrations = read_results(path.with_name("calibration.jsonl"))
+    if calibrations:
+        parts.append(CALIBRATION_HEAD)
+    for title, rows in _group(calibrations):
+        parts.append(f"### {title}\n\n{_write_calibration(rows)}\n")
     commands = dict.fromkeys(result["command"] for result in results)
     parts.append("## Commands\n\n" + "\n".join(f"    python {one}" for one in commands) + "\n")
     pathlib.Path(_OUT.value).write_text("\n".join(parts))
 
 
-def _write_table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| strategy | expansions at most | n | accuracy | 95% | expansions | tokens | seed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def _group(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Rows of one test set and model; where there are several models, the title names it."""
+    several = len({row["model"] for row in rows}) > 1
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
+        title = f"{row['split']}, {row['model']}" if several else row["split"]
+        groups.setdefault(title, []).append(row)
+    return list(groups.items())
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    chains = row.get("num_chains") or 0
+    return (row["max_expansions"] or 0, row["strategy"], chains, row["blind"], row["budget_tokens"])
+
+
+def _write_table(rows: list[dict[str, Any]]) -> str:
+    heads = (
+        "strategy", "expansions at most", "tokens at most", "n", "accuracy", "95%", "expansions",
+        "tokens", "best of N needs", "seed",
+    )  # fmt: skip
+    lines = []
+    for row in sorted(rows, key=_order):
         low, high = row["interval_95"]
-        cells = (
-            ("blind " if row["blind"] else "") + row["strategy"],
+        lines.append(
+            (
+                name_row(row),
+                row["max_expansions"] or "-",
+                "-" if row["blind"] else row["budget_tokens"],
+                row["n"],
+                f"{100 * row['accuracy']:.1f}",
+                f"{100 * low:.1f}-{100 * high:.1f}",
+                f"{row['expansions']:.1f}",
+                _write_tokens(row),
+                _write_prices(row, rows),
+                row["seed"],
+            )
+        )
+    return _lay_out(heads, lines)
+
+
+def _write_tokens(row: dict[str, Any]) -> str:
+    if row["blind"]:
+        return "-"
+    tokens = f"{row['generated_tokens']:.0f}"
+    in_turn = row.get("tokens_in_turn")
+    return tokens if in_turn is None else f"{tokens}; in turn {in_turn:.0f}"
+
+
+def _write_prices(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """`430 (2.9x); in turn 120 (0.8x)`."""
+    said = []
+    for way, price in price_by_chains(row, rows).items():
+        times = price.tokens / max(row["generated_tokens"], 1e-9)
+        text = f"{price.bound}{price.tokens:.0f} ({price.bound}{times:.1f}x)"
+        said.append(text if way == "together" else f"{way} {text}")
+    return "; ".join(said) or "-"
+
+
+def _write_calibration(rows: list[dict[str, Any]]) -> str:
+    heads = (
+        "strategy", "expansions at most", "tokens at most", "moves", "states", "solvable",
+        "problems", "AUC", "ECE", "seed",
+    )  # fmt: skip
+    lines = [
+        (
+            name_row(row),
             row["max_expansions"] or "-",
-            row["n"],
-            f"{100 * row['accuracy']:.1f}",
-            f"{100 * low:.1f}-{100 * high:.1f}",
-            f"{row['expansions']:.1f}",
-            "-" if row["blind"] else f"{row['generated_tokens']:.0f}",
+            row["budget_tokens"],
+            "all" if row["depth"] is None else row["depth"],
+            row["num_states"],
+            f"{100 * row['num_solvable'] / row['num_states']:.0f}%",
+            row["num_problems"],
+            _write_estimate(row["auc"]),
+            _write_estimate(row["ece"]),
             row["seed"],
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        for row in sorted(rows, key=_order)
+    ]
+    return _lay_out(heads, lines)
+
+
+def _write_estimate(estimate: list[float] | None) -> str:
+    if estimate is None:
+        return "-"
+    value, low, high = estimate
+    return f"{value:.3f} ({low:.3f}-{high:.3f})"
+
+
+def _lay_out(heads: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
+    rows = [heads, ("---",) * len(heads), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from rlm_jax.data.demonstrations import tokenize_demonstration
 from rlm_jax.data.examples import TokenExample
 from rlm_jax.tasks.base import Problem
-from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable, make_problem
+from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable, make_problem, read
 from rlm_jax.tasks.countdown_demos import demonstrate, demonstrate_openings
 from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_target
 from rlm_jax.tasks.demonstrations import Demonstration
@@ -95,6 +95,16 @@ def problem_key(notation: str) -> tuple[int, ...]:
     """The target and the sorted numbers of a problem in the task's notation."""
     target, numbers = notation.split(":")
     return (int(target), *sorted(map(int, numbers.split())))
+
+
+def is_held_out_question(question: str) -> bool:
+    """Whether a puzzle in words or in notation is one that no training may see.
+
+    Raises:
+      ValueError: it is no puzzle of Countdown.
+    """
+    numbers, target = read(question).data
+    return bool(is_held_out(np.sort(np.array([numbers])), np.array([target]))[0])
 
 
 def _training_targets() -> np.ndarray:

@@ -6,12 +6,41 @@ next shard is made in a process of its own while the present one is trained on.
 """
 
 import concurrent.futures
+import functools
 import multiprocessing
 from collections.abc import Callable, Iterable
+
+import numpy as np
 
 from rlm_jax.data.examples import TokenExample, TokenTable
 
 MakeShard = Callable[[int], Iterable[TokenExample]]
+
+
+def mix_shards(
+    make_shard: MakeShard, stored: TokenTable, *, share: float, seed: int
+) -> Callable[[int], list[TokenExample]]:
+    """Shards in which a share of the examples gives way to stored ones, drawn evenly.
+
+    A function of the shard's number like `make_shard` itself, and of the same size; stored are the
+    solutions that an earlier network found, say (`learning.expert_iteration.read_examples`).
+
+    Raises:
+      ValueError: share is outside of [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+    return functools.partial(_mix_shard, make_shard, stored, share, seed)
+
+
+def _mix_shard(
+    make_shard: MakeShard, stored: TokenTable, share: float, seed: int, shard: int
+) -> list[TokenExample]:
+    rng = np.random.default_rng([seed, shard])
+    examples = list(make_shard(shard))
+    for place in np.flatnonzero(rng.random(len(examples)) < share):
+        examples[place] = stored[int(rng.integers(len(stored)))]
+    return examples
 
 
 class GeneratedSource:

@@ -6,7 +6,8 @@ size of the tree, and a network has to beat it at the same expansions.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,10 @@ import numpy as np
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Int32, PyTree
-from rlm_jax.reasoning.drive import Limits, run_compiled
+from rlm_jax.reasoning.drive import run_compiled
 from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import Structure, make_structure
+from rlm_jax.reasoning.structure import UNLIMITED, Structure, make_structure
 from rlm_jax.tasks.countdown_device import hash_numbers
 
 MAX_NUMBERS = 6
@@ -48,34 +49,50 @@ def search_blindly(
     problems: Sequence[tuple[Sequence[int], int]],
     *,
     num_nodes: int,
-    max_expansions: int,
+    max_expansions: int | None,
     seed: int,
 ) -> BlindResult:
     """Runs a strategy on problems (numbers, target) with random legal moves and no values.
 
+    Compiles once for a strategy, a number of problems and of nodes, whatever else differs.
+
+    Args:
+      max_expansions: of each problem; None leaves the end to the nodes.
+
     Raises:
       ValueError: a problem of over six numbers.
     """
-    most = max(len(numbers) for numbers, _ in problems)
-    if most > MAX_NUMBERS:
-        raise ValueError(f"a problem of {most} numbers: blind search takes up to {MAX_NUMBERS}")
+    size = max(len(numbers) for numbers, _ in problems)
+    if size > MAX_NUMBERS:
+        raise ValueError(f"a problem of {size} numbers: blind search takes up to {MAX_NUMBERS}")
     roots = np.full((len(problems), MAX_NUMBERS), _NONE, np.int32)
     for row, (numbers, _) in enumerate(problems):
         roots[row, : len(numbers)] = sorted(numbers, reverse=True)
-    targets = jnp.array([target for _, target in problems], jnp.int32)
-    limits = Limits(max_expansions=max_expansions)
+    targets = np.array([target for _, target in problems], np.int32)
+    most = UNLIMITED if max_expansions is None else max_expansions
+    limits = np.full(len(problems), most, np.int32)
+    run = _compile(strategy, len(problems), num_nodes)
+    return run(jax.random.key(seed), roots, targets, limits)
 
-    def run(key: Array, roots: Array, targets: Array) -> BlindResult:
+
+@functools.lru_cache(maxsize=8)
+def _compile(strategy: Strategy, num_problems: int, num_nodes: int) -> Callable[..., BlindResult]:
+    key, row = jax.random.key(0), jax.ShapeDtypeStruct((num_problems,), jnp.int32)
+    numbers = jax.ShapeDtypeStruct((num_problems, MAX_NUMBERS), jnp.int32)
+
+    def run(key: Array, roots: Array, targets: Array, limits: Array) -> BlindResult:
         # Known zeros would be computed with while compiling, for minutes.
-        structure = jax.lax.optimization_barrier(make_structure(targets * 0, num_nodes))
-        numbers = jnp.broadcast_to(roots[:, None], (len(problems), num_nodes, MAX_NUMBERS))
-        keys = jax.random.split(key, len(problems))
+        structure = jax.lax.optimization_barrier(
+            make_structure(targets * 0, num_nodes, expansion_limit=limits)
+        )
+        numbers = jnp.broadcast_to(roots[:, None], (num_problems, num_nodes, MAX_NUMBERS))
+        keys = jax.random.split(key, num_problems)
         structure, _ = run_compiled(
-            strategy, expand_blindly, (), keys, Numbers(numbers, targets), structure, limits=limits
+            strategy, expand_blindly, (), keys, Numbers(numbers, targets), structure
         )
         return BlindResult(structure.proven.any(-1), structure.budget.expansions)
 
-    return jax.jit(run)(jax.random.key(seed), jnp.asarray(roots), targets)
+    return jax.jit(run).lower(key, numbers, row, row).compile()
 
 
 def expand_blindly(

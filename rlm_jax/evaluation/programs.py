@@ -38,8 +38,8 @@ _REFILLS = 4  # Finished rows are handed on when a quarter of their group is.
 class Seats(NamedTuple):
     """New problems and the rows they take, arrays [G * F] of G groups with F seats each.
 
-    rows: within the group; B / G leaves a seat empty. prompts: [G * F, T], right-padded. limits:
-    tokens that may be generated.
+    rows: within the group; B / G leaves a seat empty. prompts: [G * F, T], right-padded. limits,
+    expansions: tokens that may be generated, and nodes that may be expanded.
     """
 
     rows: Any
@@ -47,6 +47,7 @@ class Seats(NamedTuple):
     prompts: Any
     lengths: Any
     limits: Any
+    expansions: Any
 
 
 class Programs(NamedTuple):
@@ -155,6 +156,7 @@ def _make_admit(shape):
             seats.prompts,
             seats.lengths,
             seats.limits,
+            seats.expansions,
             cfg=shape.language,
         )
         return replace_rows(
@@ -219,4 +221,4 @@ def _abstract_seats(shape: Shape) -> Seats:
     number = np.zeros(seats, np.int32)
     prompts = np.zeros((seats, shape.width), np.int32)
     keys = jnp.broadcast_to(jax.random.key(0), (seats,))
-    return _place(shape, Seats(number, keys, prompts, number, number))
+    return _place(shape, Seats(number, keys, prompts, number, number, number))

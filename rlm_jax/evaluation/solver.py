@@ -27,7 +27,7 @@ from rlm_jax.reasoning.drive import Limits, Search, run_apart
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, World, make_expand
 from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.sharding import count_shards, place_params
-from rlm_jax.reasoning.structure import Structure
+from rlm_jax.reasoning.structure import UNLIMITED, Structure
 from rlm_jax.reasoning.trace import Event, read_events
 from rlm_jax.tasks.base import Gold, Problem, Task
 from rlm_jax.text.tokenizer import Tokenizer
@@ -42,7 +42,10 @@ class Solver:
     """What a search over problems needs, fixed for all of them.
 
     settings: flat scalars that describe the run, for the records. bucket_tokens: prompts are
-    padded to a multiple of it. driver: "compiled" or "host". limits: when a search stops early.
+    padded to a multiple of it. max_expansions: of each search; None leaves the end to tokens and
+    nodes. driver: "compiled" or "host". limits: when a search stops early. programs: what was
+    compiled, by the width of prompts; solvers that differ in seed, budget_tokens (downwards) and
+    max_expansions alone may share them.
     chunk_rounds: rounds between two looks at a running search. trace: whether to keep the operator
     log. mesh: see `spread_solver`.
     """
@@ -58,6 +61,7 @@ class Solver:
     seed: int
     settings: Mapping[str, Any]
     policy_version: str
+    max_expansions: int | None = None
     driver: str = "compiled"
     limits: Limits = dataclasses.field(default_factory=Limits)
     chunk_rounds: int = 16
@@ -68,6 +72,8 @@ class Solver:
     def __post_init__(self):
         if self.driver not in ("compiled", "host"):
             raise ValueError(f"driver {self.driver!r}: accepted are compiled, host")
+        if self.max_expansions is not None and self.max_expansions < 1:
+            raise ValueError(f"max_expansions must be >= 1 or None, got {self.max_expansions}")
         sizes = {name: getattr(self, name) for name in SIZES if name != "page_tokens"}
         check_sizes(sizes | {"page_tokens": self.language.page_tokens})
 
@@ -380,12 +386,14 @@ def _make_seats(
     prompts, lengths = pad_prompts(
         [(0,) if one is None else one.prompt for one in taken], programs.width
     )
+    most = UNLIMITED if solver.max_expansions is None else solver.max_expansions
     return Seats(
         rows=np.asarray([size if seat is None else seat[0] for seat in seats], np.int32),
         keys=problem_keys(solver.seed, ids),
         prompts=prompts,
         lengths=lengths,
         limits=np.full(len(seats), solver.budget_tokens, np.int32),
+        expansions=np.full(len(seats), most, np.int32),
     )
 
 

@@ -3,19 +3,25 @@
 One idea: a record of a search holds many finished solutions; of those a verifier found right, the
 distinct ones become supervised examples, at most so many a problem, so that easy problems, which
 are solved in a hundred ways, do not crowd out the hard ones. Pure functions of records
-(`data/records.py`), on the host; packing the result into batches is the business of the data room.
+(`data/records.py`), on the host; `read_examples` makes examples of files of records, which
+`data.generated.mix_shards` mixes into the demonstrations of a training run.
 
 Papers: RFT (Yuan et al. 2023, arXiv 2308.01825), whose gain grows with *distinct* solutions;
 ReST-EM (Singh et al. 2023, 2312.06585), which caps the solutions a problem. Deviation: where there
 are more than the cap, those of highest searched value are kept (x1's SFT option, spec B5), then the
-shorter ones, instead of a random choice.
+shorter ones, instead of a random choice. What
+a chain took back on its way stays in the example, as in Stream of Search (arXiv 2404.03683).
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rlm_jax.data.records import Record
+from rlm_jax.data.examples import TokenExample, make_example
+from rlm_jax.data.records import Record, read_records
+from rlm_jax.tasks.base import Gold, Task
+from rlm_jax.text.tokenizer import Tokenizer
 
 # A path is the record's nodes from the root to the end of a solution.
 Path = list[dict[str, Any]]
@@ -34,6 +40,75 @@ class Solution(NamedTuple):
     prompt: tuple[int, ...]
     steps: tuple[tuple[int, ...], ...]
     text: str
+
+
+def read_examples(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    task: Task,
+    tokenizer: Tokenizer,
+    held_out_fn: Callable[[str], bool],
+    max_per_problem: int = 4,
+) -> list[TokenExample]:
+    """The right solutions in files of records, as examples of what to write behind their prompts.
+
+    Every finished path is judged where the task verifies itself, else a record's own verdict
+    speaks for its chosen one. Solutions with equal token ids are one.
+
+    Args:
+      paths: of solve.py's or evaluate.py's records, on problems that may be trained on.
+      tokenizer: of the network that is to be trained.
+      held_out_fn: whether a question belongs to a test set.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a line that is no record, a question that is held out, token ids of another
+        tokenizer, or no right solution at all.
+    """
+    is_right = make_verifier(task) if task.self_verifying else None
+
+    def read() -> Iterator[Record]:
+        for path in paths:
+            for record in read_records(path):
+                if held_out_fn(record["question"]):
+                    raise ValueError(
+                        f"{path}: record {record['id']!r} is of a test problem, "
+                        f"{record['question']!r:.80}: it is never trained on"
+                    )
+                root = record["nodes"][0]
+                known = all(token < tokenizer.vocab_size for token in root["tokens"])
+                if not known or tokenizer.decode(root["tokens"]) != root["text"]:
+                    raise ValueError(
+                        f"{path}: record {record['id']!r} was written with another tokenizer"
+                    )
+                yield record
+
+    solutions = select_solutions(read(), max_per_problem=max_per_problem, is_right=is_right)
+    if not solutions:
+        raise ValueError(f"no right solution in {', '.join(map(str, paths))}")
+    return [make_solution_example(solution) for solution in solutions]
+
+
+def make_solution_example(solution: Solution) -> TokenExample:
+    """The prompt, of weight 0, and the steps, of weight 1."""
+    steps = [token for step in solution.steps for token in step]
+    return make_example([*solution.prompt, *steps], num_prompt=len(solution.prompt))
+
+
+def make_verifier(task: Task) -> IsRight:
+    """Judges any finished path by its task, which needs the record's question alone for it.
+
+    Raises:
+      ValueError: the task does not verify itself, or cannot read its own questions.
+    """
+    if not task.self_verifying or task.read is None:
+        raise ValueError(f"task {task.name} cannot verify answers from their questions alone")
+    read = task.read
+
+    def is_right(record: Record, path: Path) -> bool:
+        return task.verify(read(record["question"]), Gold(), path_text(path)).correct is True
+
+    return is_right
 
 
 def select_solutions(

@@ -35,8 +35,8 @@ class Limits:
     step_tokens: the longest step, for the end of a budget (`serve_lanes`). proven: stop at the
     first solution that a self-verifying task proves. min_value: stop when a solution is worth at
     least that (ReST-MCTS*'s end gate: 0.9). min_share, min_solutions: stop when so large a share of
-    the votes, value-weighted, of at least so many solutions goes to one answer. max_expansions: of
-    a structure; None leaves the end to tokens and nodes.
+    the votes, value-weighted, of at least so many solutions goes to one answer. Tokens and
+    expansions have their limits in the structure.
     """
 
     step_tokens: int = 1
@@ -44,11 +44,8 @@ class Limits:
     min_value: float | None = None
     min_share: float | None = None
     min_solutions: int = 3
-    max_expansions: int | None = None
 
     def __post_init__(self):
-        if self.max_expansions is not None and self.max_expansions < 1:
-            raise ValueError(f"max_expansions must be >= 1 or None, got {self.max_expansions}")
         for name in ("step_tokens", "min_solutions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -326,16 +323,14 @@ def next_request(
         request = strategy.ask(state, structure, keys)
     else:
         request = strategy.ask(state, structure, keys, num_lanes=num_lanes)
-    request = serve_lanes(request, structure, limits.step_tokens, limits.max_expansions)
+    request = serve_lanes(request, structure, limits.step_tokens)
     proven = structure.proven.any(-1) if proven is None else proven
     settled = _is_settled(structure, proven, limits)
     nodes = jnp.where(settled[:, None], NO_NODE, request.nodes)
     return dataclasses.replace(request, nodes=nodes)
 
 
-def serve_lanes(
-    request: Request, structure: Structure, step_tokens: int, max_expansions: int | None = None
-) -> Request:
+def serve_lanes(request: Request, structure: Structure, step_tokens: int) -> Request:
     """Drops lanes that the capacity cannot hold or the budget cannot pay.
 
     Lanes are served in order as long as the budget pays for whole steps of `step_tokens` in all of
@@ -348,8 +343,7 @@ def serve_lanes(
     room = structure.num_nodes[:, None] + num_new <= structure.capacity
     funds = num_new * step_tokens <= left
     funds |= (place == 1) & (request.num_children <= left)
-    if max_expansions is not None:
-        room &= structure.budget.expansions[:, None] + place <= max_expansions
+    room &= place <= (structure.expansion_limit - structure.budget.expansions)[:, None]
     served = room & funds | ~request.grows
     return dataclasses.replace(request, nodes=jnp.where(served, request.nodes, NO_NODE))
 

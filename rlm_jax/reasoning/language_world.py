@@ -241,13 +241,15 @@ def admit(
     prompts: Int32[Array, "F T"],
     lengths: Int32[Array, "F"],
     token_limits: Int32[Array, "F"] | int = UNLIMITED,
+    expansion_limits: Int32[Array, "F"] | int = UNLIMITED,
     *,
     cfg: LanguageConfig,
 ) -> tuple[Structure, World]:
     """Prefills F right-padded prompts and gives them rows of the batch; what stood there is gone.
 
     Args:
-      rows: B leaves a prompt out. T: the `width` of `make_world`.
+      rows: B leaves a prompt out. T: the `width` of `make_world`. token_limits,
+        expansion_limits: generated tokens and expansions allowed per structure.
     """
     limits = jnp.minimum(token_limits, cfg.max_new_tokens) + lengths * 0
     fresh = make_structure(
@@ -255,6 +257,7 @@ def admit(
         cfg.num_nodes,
         num_parents=structure.more_parents.shape[-1] + 1,
         token_limit=limits,
+        expansion_limit=expansion_limits,
     )
     cost = dataclasses.replace(
         zero_budget(lengths), prefilled_tokens=lengths, model_calls=jnp.ones_like(lengths)

@@ -63,7 +63,8 @@ class Structure:
     num_nodes: slots in use; they are the first ones.
     num_created: nodes ever made; more than num_nodes once a subtree was kept and the rest let go.
     dropped_tokens: tokens of the nodes let go.
-    budget: what has been spent; token_limit: the generated tokens allowed.
+    budget: what has been spent; token_limit, expansion_limit: the generated tokens and the
+      expansions allowed.
     """
 
     parent: Int32[jax.Array, "B N"]
@@ -90,6 +91,7 @@ class Structure:
     dropped_tokens: Int32[jax.Array, "B"]
     budget: Budget
     token_limit: Int32[jax.Array, "B"]
+    expansion_limit: Int32[jax.Array, "B"]
 
     @property
     def capacity(self) -> int:
@@ -110,6 +112,7 @@ def make_structure(
     *,
     num_parents: int = 1,
     token_limit: Int32[jax.Array, "B"] | int = UNLIMITED,
+    expansion_limit: Int32[jax.Array, "B"] | int = UNLIMITED,
 ) -> Structure:
     """B structures that hold only their root.
 
@@ -118,7 +121,7 @@ def make_structure(
         loop carries built on the result vary over a mesh as the batch does.
       capacity: N, at least 1.
       num_parents: P; 1 for chains and trees.
-      token_limit: generated tokens allowed per structure.
+      token_limit, expansion_limit: generated tokens and expansions allowed per structure.
 
     Raises:
       ValueError: capacity or num_parents is below 1.
@@ -160,6 +163,7 @@ def make_structure(
         dropped_tokens=row + 0,
         budget=zero_budget(row),
         token_limit=row + jnp.asarray(token_limit, jnp.int32),
+        expansion_limit=row + jnp.asarray(expansion_limit, jnp.int32),
     )
 
 
@@ -265,7 +269,8 @@ def check(structure: Structure) -> None:
         ),
         "visits are counts": ((s.visits >= 0) & (s.visits == np.round(s.visits))).all(-1),
         "values are finite": np.isfinite(s.value).all(-1) & np.isfinite(s.model_value).all(-1),
-        "the budget holds": s.budget.generated_tokens <= s.token_limit,
+        "the budget holds": (s.budget.generated_tokens <= s.token_limit)
+        & (s.budget.expansions <= s.expansion_limit),
         "generated tokens are those of nodes and rollouts": s.budget.generated_tokens
         == np.where(inner, s.span_length, 0).sum(-1) + s.dropped_tokens + s.budget.rollout_tokens,
         "nodes made are kept or dropped": s.num_created >= s.num_nodes,

@@ -4,10 +4,15 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from rlm_jax.data.builders import build as building
 from rlm_jax.data.builders.build import build
+from rlm_jax.data.builders.countdown.countdown_dataset_builder import CountdownSpec
+from rlm_jax.data.builders.countdown.countdown_dataset_builder import (
+    generate_splits as draw_countdown,
+)
 from rlm_jax.data.builders.gsm8k import gsm8k_dataset_builder
 from rlm_jax.data.builders.gsm8k.gsm8k_dataset_builder import build_gsm8k
 from rlm_jax.data.builders.puzzles.puzzles_dataset_builder import (
@@ -20,8 +25,10 @@ from rlm_jax.data.examples import make_example
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.overlap import exact_text, require_disjoint
 from rlm_jax.data.packing import Packed
-from rlm_jax.tasks import arithmetic, game24, gsm8k
+from rlm_jax.data.splits import load_split
+from rlm_jax.tasks import arithmetic, countdown, game24, gsm8k
 from rlm_jax.tasks.base import Gold, Problem
+from rlm_jax.tasks.countdown_split import is_held_out
 
 SMALL = PuzzleSpec(arithmetic.TASK, difficulty=0.3, num_train=50, num_validation=5, num_test=8)
 ROWS = [("How many?", "1 + 1 = <<1+1=2>>2\n#### 2"), ("Ünd nöw?", "#### 1,000")]
@@ -151,6 +158,55 @@ def test_elements_give_back_their_examples():
         to_element(dataclasses.replace(problem, data=([1, 2],)), Gold())
     with pytest.raises(ValueError, match="a: the gold answer"):
         to_element(problem, Gold(""))
+
+
+# Countdown
+
+
+def test_countdown_is_built_by_the_rule(tmp_path):
+    sources = build("countdown", tmp_path, size=4, num_train=30)
+    read = {
+        split: [to_example(source[i]) for i in range(len(source))]
+        for split, source in sources.items()
+    }
+    assert {split: len(examples) for split, examples in read.items()} == {
+        "train": 30,
+        "test_inputs": 1000,
+        "test_targets": 1000,
+    }
+    assert tuple(read["test_inputs"]) == load_split("countdown4-inputs").examples
+    assert tuple(read["test_targets"]) == load_split("countdown4-targets").examples
+    for problem, gold in read["train"]:
+        numbers, target = problem.data
+        assert not is_held_out(np.array([sorted(numbers)]), np.array([target]))[0]
+        assert countdown.verify(problem, gold, f"#### {countdown.solve(numbers, target)}").correct
+    assert list(tmp_path.glob("countdown/n4-s0-30/1.0.0/*.array_record-*"))
+
+
+def test_training_problems_of_countdown_hang_on_seed_and_size_alone():
+    def draw(**options):
+        return list(itertools.islice(draw_countdown(CountdownSpec(**options))["train"], 12))
+
+    first = draw(num_train=12, size=3)
+    assert first == draw(num_train=5000, size=3)
+    assert questions_of(first) != questions_of(draw(num_train=12, size=3, seed=1))
+    assert {len(problem.data[0]) for problem, _ in first} == {3}
+    assert len({problem.id for problem, _ in first}) == 12
+    assert set(draw_countdown(CountdownSpec(size=3))) == {"train"}
+    assert set(draw_countdown(CountdownSpec(size=5))) == {"train", "test_inputs"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 7}, "size 7: accepted are 3, 4, 5, 6"),
+        ({"seed": -1}, "seed"),
+        ({"num_train": 0}, "num_train"),
+    ],
+)
+def test_bad_sets_of_countdown_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CountdownSpec(**options)
 
 
 # GSM8K

@@ -8,12 +8,10 @@ import pytest
 
 from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shard, make_shards, problem_key
 from rlm_jax.data.demonstrations import label_tokens, tokenize_demonstration
-from rlm_jax.data.examples import make_example
-from rlm_jax.data.generated import GeneratedSource
+from rlm_jax.data.examples import TokenTable, make_example
+from rlm_jax.data.generated import GeneratedSource, mix_shards
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.packing import Packed
-from rlm_jax.data.splits import SPLITS, load_split
-from rlm_jax.tasks.base import Gold
 from rlm_jax.tasks.countdown_split import is_held_out
 from rlm_jax.tasks.demonstrations import Demonstration, Step
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
@@ -73,13 +71,33 @@ def test_shards_are_functions_of_their_number(mix):
     assert any(len(a.tokens) != len(b.tokens) for a, b in zip(first, other, strict=True))
 
 
+def test_stored_examples_take_their_share_of_every_shard(mix):
+    stored = TokenTable([make_example([1, 2, 3]), make_example([4, 5])])
+    mixed = mix_shards(make_shards(mix), stored, share=0.25, seed=3)
+    pure = make_shard(mix, 1)
+    first, again, other = mixed(1), mixed(1), mixed(2)
+    assert len(first) == len(pure) == 48
+    taken = [one.tokens.tolist() in ([1, 2, 3], [4, 5]) for one in first]
+    assert 3 <= sum(taken) <= 24
+    for one, two, of_old, was_taken in zip(first, again, pure, taken, strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        assert was_taken or one.tokens.tolist() == of_old.tokens.tolist()
+    assert [one.tokens.tolist() in ([1, 2, 3], [4, 5]) for one in other] != taken
+    with contextlib.closing(GeneratedSource(mixed, num_shards=3, shard_examples=48)) as source:
+        source[0]
+        # Made in another process.
+        np.testing.assert_array_equal(source[48 + 5].tokens, first[5].tokens)
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 1\.5"):
+        mix_shards(make_shards(mix), stored, share=1.5, seed=0)
+
+
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_a_generated_source_resumes(mix, prefetch):
     def open_source():
         return GeneratedSource(make_shards(mix), num_shards=4, shard_examples=48, prefetch=prefetch)
 
     def batches(source):
-        return make_batches(source, Packed(8, 64, 8), seed=0, shuffle=False)
+        return make_batches(source, Packed(8, 128, 8), seed=0, shuffle=False)
 
     with contextlib.closing(open_source()) as source:
         stream = batches(source)
@@ -123,23 +141,6 @@ def test_a_shard_of_another_size_is_refused():
 def test_wrong_mixes_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         CountdownMix("tokenizer.model", 0, **fields)
-
-
-@pytest.mark.parametrize("name", [name for name in SPLITS if name != "countdown6"])
-def test_splits_are_fixed_held_out_and_solvable(name):
-    split = load_split(name)
-    assert len(split.examples) == {"game24": 100, "countdown5": 500}.get(name, 1000)
-    assert len({problem.id for problem, _ in split.examples}) == len(split.examples)
-    data = [p.data if split.task == "countdown" else (p.data, 24) for p, _ in split.examples]
-    numbers = np.array([sorted(row) for row, _ in data])
-    targets = np.array([target for _, target in data])
-    assert is_held_out(numbers, targets).all()
-    assert all(gold == Gold() for _, gold in split.examples)
-
-
-def test_unknown_splits_are_named():
-    with pytest.raises(ValueError, match="'gsm'"):
-        load_split("gsm")
 
 
 def test_drawn_problems_are_not_held_out():

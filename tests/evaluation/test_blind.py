@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlm_jax.data.splits import load_split
-from rlm_jax.evaluation.blind import MAX_NUMBERS, _list_moves, search_blindly
+from rlm_jax.evaluation.blind import MAX_NUMBERS, _compile, _list_moves, search_blindly
 from rlm_jax.evaluation.intervals import wilson_interval
 from rlm_jax.reasoning.strategies.best_first import make_best_first
 from rlm_jax.reasoning.strategies.puct import make_puct
@@ -34,6 +34,11 @@ def test_a_search_of_everything_solves_all(make):
     few = search_blindly(strategy, problems, num_nodes=1 + 24 * 12, max_expansions=8, seed=0)
     assert np.asarray(few.expansions).max() <= 8
     assert np.asarray(few.solved).mean() < 0.7
+    # The limit is an argument of what is compiled.
+    before = _compile.cache_info().currsize
+    one = search_blindly(strategy, problems, num_nodes=1 + 24 * 12, max_expansions=1, seed=0)
+    assert np.asarray(one.expansions).tolist() == [1] * 16
+    assert _compile.cache_info().currsize == before
     # A four-number tree has at most 24 states of three and 288 of two numbers.
     all_of_it = search_blindly(
         strategy, problems, num_nodes=1 + 24 * 340, max_expansions=320, seed=0

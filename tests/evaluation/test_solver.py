@@ -80,6 +80,48 @@ def test_shards_give_the_records_of_one_device(split, together):
             assert a["value"] == pytest.approx(b["value"], abs=1e-4)
 
 
+def count_compiles(run):
+    """What `run()` gives, and how many programs XLA compiled for it."""
+    names = []
+
+    def listen(name, seconds, **details):
+        names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        return run(), sum(name.endswith("backend_compile_duration") for name in names)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_budgets_of_expansions_and_tokens_share_what_is_compiled(one, together):
+    """A limit above what a search takes changes nothing; one below is kept exactly."""
+    free = [solved.record["budget"] for solved in together]
+    most = min(budget["expansions"] for budget in free)
+    assert most > 2
+    for expansions in (most - 1, 1, 10**6):
+        limited = dataclasses.replace(one, max_expansions=expansions)
+        found, compiles = count_compiles(lambda limited=limited: solve(limited, PROBLEMS))
+        assert compiles == 0
+        if expansions == 10**6:
+            assert found == together
+        else:
+            assert {solved.record["budget"]["expansions"] for solved in found} == {expansions}
+    few, compiles = count_compiles(
+        lambda: solve(dataclasses.replace(one, budget_tokens=40), PROBLEMS)
+    )
+    assert compiles == 0
+    for solved, budget in zip(few, free, strict=True):
+        assert solved.record["budget"]["generated_tokens"] <= 40 < budget["generated_tokens"]
+    # The count counts: another batch size is another program.
+    _, compiles = count_compiles(
+        lambda: solve(dataclasses.replace(one, batch_size=1, programs={}), PROBLEMS[:1])
+    )
+    assert compiles > 0
+    with pytest.raises(ValueError, match="max_expansions must be >= 1 or None, got 0"):
+        dataclasses.replace(one, max_expansions=0)
+
+
 def stop_and_go(one, path):
     """Every chunk in a run of its own: what all of them wrote, and the first file saved."""
     done, first, num_stops = {}, None, 0

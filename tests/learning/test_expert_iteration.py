@@ -2,12 +2,17 @@
 
 import pytest
 
-from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, make_record
+from rlm_jax.data.countdown import is_held_out_question
+from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, RecordWriter, make_record
 from rlm_jax.learning.expert_iteration import (
     finished_paths,
     make_answer_key,
+    make_verifier,
+    read_examples,
     select_solutions,
 )
+from rlm_jax.tasks import countdown, gsm8k
+from rlm_jax.text.tokenizer import ByteTokenizer
 
 # parent, text, terminal, alive, searched value
 TREE = [
@@ -22,7 +27,7 @@ TREE = [
 ]
 
 
-def make(tree=TREE, id="p", correct=True, chosen=(0, 1, 3)):
+def make(tree=TREE, id="p", correct=True, chosen=(0, 1, 3), question="Make 24."):
     parents = [[] if parent is None else [parent] for parent, *_ in tree]
     depth = [0] * len(tree)
     for i, above in enumerate(parents):
@@ -46,7 +51,7 @@ def make(tree=TREE, id="p", correct=True, chosen=(0, 1, 3)):
     )
     return make_record(
         id=id,
-        question="Make 24.",
+        question=question,
         answer="24",
         correct=correct,
         strategy="puct",
@@ -120,3 +125,83 @@ def test_dead_and_unfinished_ends_are_no_solutions_unless_chosen():
 def test_a_cap_below_one_is_refused():
     with pytest.raises(ValueError, match="max_per_problem"):
         select_solutions([], max_per_problem=0)
+
+
+# Lines in notation, a byte a token: an end that is wrong, and a chain that went back.
+PUZZLE = "Make 36 out of 3 5 7 8."
+LINES = [
+    (None, "36 : 3 5 7 8\n", False, True, None),
+    (0, "8 - 5 = 3 ; 3 3 7\n", False, True, 0.5),
+    (1, "7 - 3 = 4 ; 3 4\n", False, True, 0.5),
+    (2, "4 * 3 = 12", True, True, 0.9),
+    (0, "8 - 7 = 1 ; 1 3 5\n", False, True, 0.5),
+    (4, ": 3 5 7 8\n", False, True, 0.5),
+    (5, "5 + 7 = 12 ; 3 8 12\n", False, True, 0.5),
+    (6, "12 * 3 = 36 ; 8 36\n", False, True, 0.5),
+]
+
+
+def write(path, *records):
+    with RecordWriter(path) as writer:
+        for record in records:
+            writer.write(record)
+    return path
+
+
+def solved(**fields):
+    """12 = (8 - 5) * (7 - 3): the same lines with target 12."""
+    lines = [(None, "12 : 3 5 7 8\n", False, True, None), *LINES[1:4]]
+    lines += [
+        (0, ": 3 5 7 8\n", False, True, 0.5),
+        (0, "8 - 7 = 1 ; 1 3 5\n", False, True, 0.5),
+        (5, ": 3 5 7 8\n", False, True, 0.5),
+        (6, LINES[1][1], False, True, 0.5),
+        (7, LINES[2][1], False, True, 0.5),
+        (8, "4 * 3 = 12", True, True, 0.4),
+        (2, "4 + 3 = 7", True, True, 0.9),
+    ]
+    return make(lines, chosen=(0, 1, 2, 3), question="Make 12 out of 3 5 7 8.", **fields)
+
+
+def read(*paths, held_out_fn=is_held_out_question, **options):
+    return read_examples(
+        paths, task=countdown.TASK, tokenizer=ByteTokenizer(), held_out_fn=held_out_fn, **options
+    )
+
+
+def test_files_of_records_become_examples(tmp_path):
+    """Every right path is taught, the way that was taken back with it; prompts are not."""
+    path = write(tmp_path / "a.jsonl", solved())
+    direct, back = read(path)
+    prompt = "12 : 3 5 7 8\n"
+    steps = "".join(text for _, text, *_ in LINES[1:4])
+    assert bytes(direct.tokens.tolist()).decode() == prompt + steps
+    text = bytes(back.tokens.tolist()).decode()
+    assert text == f"{prompt}8 - 7 = 1 ; 1 3 5\n: 3 5 7 8\n{steps}"
+    for example in (direct, back):
+        assert example.loss_weight[: len(prompt)].max() == 0
+        assert example.loss_weight[len(prompt) :].min() == 1
+        assert example.value_weight.max() == 0
+    assert len(read(path, max_per_problem=1)) == 1
+    # Two files of one problem hold no more than one does.
+    again = write(tmp_path / "b.jsonl", solved(correct=False))
+    assert len(read(path, again)) == 2
+
+
+def test_what_must_not_be_trained_on_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", make(LINES, chosen=(0,), question=PUZZLE))
+    with pytest.raises(ValueError, match=r"a\.jsonl: record 'p' is of a test problem, 'Make 36"):
+        read(path, held_out_fn=lambda question: question == PUZZLE)
+    with pytest.raises(ValueError, match=r"no right solution in .*a\.jsonl"):
+        read(path)
+    assert is_held_out_question("Make 24 out of 4 4 7 10.")
+    assert is_held_out_question("33 : 1 2 3 4")
+    assert not is_held_out_question(PUZZLE)
+    record = solved()
+    record["nodes"][0]["tokens"][0] += 1
+    with pytest.raises(ValueError, match="another tokenizer"):
+        read(write(tmp_path / "b.jsonl", record))
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="gsm8k cannot verify"):
+        make_verifier(gsm8k.TASK)

@@ -103,6 +103,7 @@ BREAKS = {
     "a dead node has no living child": {"alive": (1, False)},
     "a child belongs where its parent does": {"owner": (6, 0)},
     "the budget holds": {"token_limit": 5},
+    "budget holds": {"expansion_limit": -1},
     "generated tokens are those of nodes and rollouts": {"dropped_tokens": 1},
     "nodes made are kept or dropped": {"num_created": 6},
     "what is proven is a solution": {"proven": (6, True)},

@@ -1,7 +1,7 @@
 """Any data set by its name: `python -m rlm_jax.data.builders.build NAME DATA_DIR [options]`.
 
-A name is "gsm8k" or a task that generates problems ("arithmetic", ...): the module of that name in
-`rlm_jax.tasks` says so by itself.
+A name is "gsm8k", "countdown", or another task that generates problems ("arithmetic", ...): the
+module of that name in `rlm_jax.tasks` says so by itself.
 """
 
 import argparse
@@ -11,6 +11,10 @@ import pkgutil
 from typing import Any
 
 import rlm_jax.tasks
+from rlm_jax.data.builders.countdown.countdown_dataset_builder import (
+    CountdownSpec,
+    build_countdown,
+)
 from rlm_jax.data.builders.gsm8k.gsm8k_dataset_builder import build_gsm8k
 from rlm_jax.data.builders.puzzles.puzzles_dataset_builder import PuzzleSpec, build_puzzles
 from rlm_jax.data.iterators import Source
@@ -21,15 +25,19 @@ def build(name: str, data_dir: str | os.PathLike[str], **options: Any) -> dict[s
     """Makes a data set where it is not yet and opens its splits.
 
     Args:
-      name: "gsm8k", or the name of a generating task.
+      name: "gsm8k", "countdown", or the name of another generating task.
       data_dir: where data sets are kept.
-      **options: `manual_dir` for gsm8k; the fields of `PuzzleSpec` for a task.
+      **options: `manual_dir` for gsm8k; the fields of `CountdownSpec` for countdown, whose test
+        problems are held out by rule; those of `PuzzleSpec` for other tasks.
 
     Raises:
-      ValueError: no such data set; and what `build_gsm8k` and `build_puzzles` raise.
+      ValueError: no such data set; and what `build_gsm8k`, `build_countdown` and `build_puzzles`
+        raise.
     """
     if name == "gsm8k":
         return build_gsm8k(data_dir, **options)
+    if name == "countdown":
+        return build_countdown(CountdownSpec(**options), data_dir)
     tasks = find_generating_tasks()
     if name not in tasks:
         raise ValueError(f"no data set {name!r}; accepted: gsm8k, {', '.join(sorted(tasks))}")
@@ -52,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("name")
     parser.add_argument("data_dir")
     parser.add_argument("--manual_dir", help="gsm8k: folder with train.jsonl and test.jsonl")
+    parser.add_argument("--size", type=int, help="countdown: numbers of a problem, 3 to 6")
     for flag in ("seed", "num_train", "num_validation", "num_test"):
         parser.add_argument(f"--{flag}", type=int)
     parser.add_argument("--difficulty", type=float)

@@ -274,7 +274,15 @@ _LINKS = ("parent", "more_parents", "owner")
 _PER_NODE = tuple(
     field.name
     for field in dataclasses.fields(Structure)
-    if field.name not in ("num_nodes", "num_created", "dropped_tokens", "budget", "token_limit")
+    if field.name
+    not in (
+        "num_nodes",
+        "num_created",
+        "dropped_tokens",
+        "budget",
+        "token_limit",
+        "expansion_limit",
+    )
 )
 
 

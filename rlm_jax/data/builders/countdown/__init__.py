@@ -1,0 +1,1 @@
+"""Countdown as TFDS data sets, held out by rule."""
