@@ -91,6 +91,7 @@ def _training() -> dict:
             "shard_examples": 4096,
         },
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
+        "value_head": "sigmoid",
         "loss": {"value_coef": 0.25, "value_loss": "bce", "z_coef": 0.0},
         "optimizer": {
             "name": "muon",
@@ -108,6 +109,8 @@ def _training() -> dict:
         "checkpoint_steps": 500,
         "eval_steps": 2000,
         "eval_problems": 100,
+        "keep_best": 0,  # Checkpoints beside the last two, by the evaluation during training.
+        "best_metric": "greedy_accuracy",
         "search": {
             "num_steps": 0,  # Search-and-learn steps behind the supervised ones.
             "strategy": "gumbel",
@@ -115,6 +118,9 @@ def _training() -> dict:
             "sizes": ((4, 1.0),),
             "step": {"batch_rows": 256, "num_updates": 2, "replay_rows": 8192},
             "budget_tokens": 1024,
+            "lora_rank": 0,  # Adapters of the policy are learned; 0: all of it.
+            "lora_alpha": 16.0,
+            "loss": {"kl_coef": 0.0, "kl_estimator": "exact"},  # And what train.loss says.
             "collect": {
                 "num_paths": 4,
                 "row_tokens": 64,
