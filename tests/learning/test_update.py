@@ -163,20 +163,31 @@ def test_eight_devices_update_as_one(networks, batch):
         )
 
 
-def _logits(policy, batch):
-    """Log-probabilities of the batch's tokens by a policy, in float64: position t predicts t."""
+@jax.jit
+def _forward(policy, batch):
+    """Hidden states of a batch, and logits; position t predicts t + 1."""
     attend = make_dense_attend(MODEL, segment_ids=batch.segments)
     hidden, _ = forward(policy, batch.tokens, batch.positions, cfg=MODEL, attend=attend)
-    logits = np.asarray(unembed(policy, hidden, cfg=MODEL), np.float64)[:, :-1]
+    return hidden, unembed(policy, hidden[:, :-1], cfg=MODEL)
+
+
+def _log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
-def test_kl_is_measured_from_the_base_at_the_tokens_that_teach(networks, batch, estimator):
+def test_kl_is_measured_from_the_base_at_the_tokens_that_teach(networks, batch):
     base = init_networks(jax.random.key(3), MODEL, HeadConfig((), "sigmoid")).policy
-    loss = _loss(LossConfig(kl_coef=0.7, kl_estimator=estimator))
-    value, metrics = jax.jit(loss)(networks, batch, total_weights(batch), base)
-    own, other = _logits(networks.policy, batch), _logits(base, batch)
+
+    @jax.jit
+    def losses(networks, batch, base):
+        totals = total_weights(batch)
+        cfgs = {name: LossConfig(kl_coef=0.7, kl_estimator=name) for name in KL_ESTIMATORS}
+        found = {name: _loss(cfg)(networks, batch, totals, base) for name, cfg in cfgs.items()}
+        return found, _loss(LossConfig())(networks, batch, totals)[0]
+
+    found, plain = losses(networks, batch, base)
+    own, other = (_log_softmax(_forward(p, batch)[1]) for p in (networks.policy, base))
     weight = np.asarray(batch.loss_weight)[:, 1:]
     at = np.asarray(batch.tokens)[:, 1:, None]
     p, q = (np.take_along_axis(logs, at, -1)[..., 0] for logs in (own, other))
@@ -186,14 +197,20 @@ def test_kl_is_measured_from_the_base_at_the_tokens_that_teach(networks, batch, 
         "k2": (q - p) ** 2 / 2,
         "k3": np.exp(q - p) - (q - p) - 1,
         "x1": np.exp(q) * (q - p),
-    }[estimator]
-    assert float(metrics["kl"].total) == pytest.approx((weight * expected).sum(), rel=1e-3)
-    assert float(metrics["kl"].count) == weight.sum()
-    plain, _ = jax.jit(_loss(LossConfig()))(networks, batch, total_weights(batch))
-    added = 0.7 * (weight * expected).sum() / weight.sum()
-    assert float(value) - float(plain) == pytest.approx(added, rel=1e-3)
+    }
+    assert expected.keys() == found.keys()
+    for name, (value, metrics) in found.items():
+        total = (weight * expected[name]).sum()
+        assert float(metrics["kl"].total) == pytest.approx(total, rel=1e-3), name
+        assert float(metrics["kl"].count) == weight.sum()
+        added = 0.7 * total / weight.sum()
+        assert float(value) - float(plain) == pytest.approx(added, rel=1e-3), name
+
+
+def test_a_base_is_asked_for_where_one_is_needed(networks, batch):
+    loss = _loss(LossConfig(kl_coef=0.7))
     with pytest.raises(ValueError, match=r"kl_coef=0.7 needs the policy"):
-        loss(networks, batch, total_weights(batch))
+        jax.eval_shape(loss, networks, batch, total_weights(batch))
 
 
 def test_adapters_learn_alone_and_leave_their_base_behind(networks, batch):
@@ -221,11 +238,9 @@ def test_a_histogram_head_learns_by_its_own_loss(batch):
     networks = init_networks(jax.random.key(0), MODEL, choose_head("hl_gauss", "hl_gauss"))
     cfg = LossConfig(value_loss="hl_gauss")
     _, metrics = jax.jit(_loss(cfg))(networks, batch, total_weights(batch))
-    attend = make_dense_attend(MODEL, segment_ids=batch.segments)
-    hidden, _ = forward(networks.policy, batch.tokens, batch.positions, cfg=MODEL, attend=attend)
+    hidden, _ = _forward(networks.policy, batch)
     (layer,), bins = networks.value_head.layers, networks.value_head.histogram
-    logits = np.asarray(hidden) @ np.asarray(layer.weight).T + np.asarray(layer.bias)
-    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    logs = _log_softmax(np.asarray(hidden) @ np.asarray(layer.weight).T + np.asarray(layer.bias))
     expected = 0.0
     edges = [bins.bin_width * (i - bins.margin_bins) for i in range(bins.num_bins + 1)]
     for row, at in np.argwhere(np.asarray(batch.value_weight) > 0):
@@ -237,7 +252,7 @@ def test_a_histogram_head_learns_by_its_own_loss(batch):
     values = apply_value_head(networks.value_head, hidden)
     assert 0 <= float(values.min()) <= float(values.max()) <= 1
     with pytest.raises(ValueError, match="'bce' does not train a head of a histogram"):
-        _loss()(networks, batch, total_weights(batch))
+        jax.eval_shape(_loss(), networks, batch, total_weights(batch))
 
 
 def test_a_loss_that_does_not_train_a_head_is_refused(networks, batch):
@@ -247,7 +262,9 @@ def test_a_loss_that_does_not_train_a_head_is_refused(networks, batch):
         choose_head("linear", "mse")
     assert choose_head("sigmoid", "mse") == HeadConfig((), "sigmoid")
     with pytest.raises(ValueError, match="'hl_gauss' does not train a head of one number"):
-        _loss(LossConfig(value_loss="hl_gauss"))(networks, batch, total_weights(batch))
+        jax.eval_shape(
+            _loss(LossConfig(value_loss="hl_gauss")), networks, batch, total_weights(batch)
+        )
 
 
 def test_a_bad_batch_leaves_the_last_good_state(networks, batch):
