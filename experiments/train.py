@@ -16,7 +16,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import launching
@@ -42,7 +42,7 @@ from rlm_jax.learning.checkpoints import (
     save_checkpoint,
 )
 from rlm_jax.learning.export import export_policy
-from rlm_jax.learning.metrics_writer import open_metrics
+from rlm_jax.learning.metrics_writer import WriteMetrics, open_metrics
 from rlm_jax.learning.networks import Networks, init_networks
 from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
@@ -50,7 +50,7 @@ from rlm_jax.models.config import ModelConfig
 from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
-from rlm_jax.viz.training import draw_trees, watch_training
+from rlm_jax.viz.training import TrainingDisplay, draw_trees, watch_training
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -66,6 +66,14 @@ EVAL_SPLIT = "countdown4-inputs"
 NUM_TREES = 3
 # The exit status of a run whose updates are no numbers any more.
 NOT_FINITE = 3
+
+
+class _Outputs(NamedTuple):
+    """Where a phase leaves what it does."""
+
+    checkpoints: Checkpoints
+    write: WriteMetrics
+    display: TrainingDisplay
 
 
 def main() -> None:
@@ -164,13 +172,10 @@ def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Networ
       FloatingPointError: an update was refused; the state before it is a checkpoint.
     """
     train, state, position = run.train, phase.state, None
-    folder = run.workdir / "checkpoints" / phase.name
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            open_checkpoints(
-                folder, keep_last=2, keep_best=train["keep_best"], metric=train["best_metric"]
-            )
-        )
+    folder, keep_best = run.workdir / "checkpoints" / phase.name, train["keep_best"]
+    with open_checkpoints(
+        folder, keep_last=2, keep_best=keep_best, metric=train["best_metric"]
+    ) as checkpoints:
         done = checkpoints.latest_step()
         if done is not None:
             _require_same_config(train, read_extra(checkpoints)["train"])
@@ -178,39 +183,60 @@ def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Networ
             position = extra["position"]
         if done == phase.num_steps:
             return phase.networks(state)
-        log = run.workdir / phase.name
-        write = stack.enter_context(
-            open_metrics(log, restored_step=done, tensorboard=_TENSORBOARD.value)
+        with (
+            open_metrics(
+                run.workdir / phase.name,
+                restored_step=done,
+                tensorboard=_TENSORBOARD.value,
+            ) as write,
+            watch_training(phase.num_steps) as display,
+            contextlib.closing(phase.steps(state, position)) as steps,
+        ):
+            outputs = _Outputs(checkpoints, write, display)
+            state = _take_steps(run, phase, steps, done or 0, outputs, is_stopped)
+    return None if state is None else phase.networks(state)
+
+
+def _take_steps(
+    run: Run,
+    phase: Phase,
+    steps: phases.Steps,
+    done: int,
+    outputs: _Outputs,
+    is_stopped: Callable[[], bool],
+) -> Any:
+    """The state behind the last step; None when it was stopped before."""
+    train, (checkpoints, write, display) = run.train, outputs
+    pending: list[Any] = []
+    for step in range(done + 1, phase.num_steps + 1):
+        state, metrics, num_tokens, position_fn = next(steps)
+        pending.append(metrics)
+        display.update(step, num_tokens=num_tokens)
+        ends, stopped = step == phase.num_steps, is_stopped()
+        logs, looks, saves = (
+            ends or step % train[f"{name}_steps"] == 0 for name in ("log", "eval", "checkpoint")
         )
-        display = stack.enter_context(watch_training(phase.num_steps))
-        steps = stack.enter_context(contextlib.closing(phase.steps(state, position)))
-        pending: list[Any] = []
-        for step in range((done or 0) + 1, phase.num_steps + 1):
-            state, metrics, num_tokens, position_fn = next(steps)
-            pending.append(metrics)
-            display.update(step, num_tokens=num_tokens)
-            ends, stopped = step == phase.num_steps, is_stopped()
-            logs, looks, saves = (
-                ends or step % train[f"{name}_steps"] == 0 for name in ("log", "eval", "checkpoint")
-            )
-            if logs or looks or saves or stopped:
-                means = _read(pending)
-                if not all(map(math.isfinite, means.values())):
-                    _refuse(checkpoints, pending, step, state, train, position_fn())
+        # Nothing is saved, or looked at, that has refused an update.
+        if logs or looks or saves or stopped:
+            means = _read(pending)
+            if not all(map(math.isfinite, means.values())):
+                _refuse(checkpoints, pending, step, state, train, position_fn())
             if logs or stopped:
                 write(step, means)
                 display.update(step, metrics=_shown(means))
                 pending = []
-            scores = None
-            if looks:
-                scores, trees = _evaluate(run, phase.networks(state))
-                write(step, scores, {"trees": trees})
-                display.update(step, metrics=scores)
-            if saves or stopped or (looks and train["keep_best"]):
-                _save(checkpoints, step, state, train, position_fn(), scores)
-            if stopped and not ends:
-                return None
-    return phase.networks(state)
+        scores = None
+        if looks:
+            scores, trees = _evaluate(run, phase.networks(state))
+            write(step, scores, {"trees": trees})
+            display.update(step, metrics=scores)
+        if saves or stopped or (looks and train["keep_best"]):
+            _save(checkpoints, step, state, train, position_fn(), scores)
+        if ends:
+            return state
+        if stopped:
+            return None
+    return None
 
 
 def _refuse(

@@ -218,7 +218,7 @@ def test_adapters_are_learned_by_search_and_move_away_from_their_base(parts):
     learned = sum(leaf.size for leaf in jax.tree.leaves(state.train.params))
     assert learned < sum(leaf.size for leaf in jax.tree.leaves(networks)) / 4
     step = make_search_step(collect, **options, lora=lora)
-    divergences = []
+    state, divergences = jax.tree.map(jnp.copy, state), []
     for _ in range(2):
         state, metrics = step(state, *batch, networks.policy)
         divergences.append(float(metrics["kl"].mean()))

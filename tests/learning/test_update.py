@@ -222,7 +222,7 @@ def test_adapters_learn_alone_and_leave_their_base_behind(networks, batch):
     update = jax.jit(functools.partial(update_state, loss=loss, optimizer=optimizer))
     first, before = update(init_state(learned, optimizer), batch)
     second, after = update(first, batch)
-    assert float(before["kl"].total) == 0.0
+    assert abs(float(before["kl"].mean())) < 1e-6
     assert float(after["kl"].mean()) > 1e-5
     assert jax.tree.structure(second.params) == jax.tree.structure(learned)
     found = assemble(second.params, networks.policy, lora)
