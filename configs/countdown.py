@@ -91,7 +91,7 @@ def _training() -> dict:
             "shard_examples": 4096,
         },
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
-        "value_head": "sigmoid",
+        "value_head": "sigmoid",  # Or hl_gauss, a histogram, with value_loss hl_gauss.
         "loss": {"value_coef": 0.25, "value_loss": "bce", "z_coef": 0.0},
         "optimizer": {
             "name": "muon",
@@ -131,10 +131,10 @@ def _training() -> dict:
                 "min_visits": 2.0,
                 "value_rule": "max",
                 "discount": 1.0,
-                "path_rule": "none",
+                "path_rule": "none",  # Or monte_carlo, n_step, td_lambda: values by the path alone.
                 "path_steps": 1,
                 "path_trace": 0.95,
-                "policy_weight": "none",
+                "policy_weight": "none",  # Or advantage: exp(A / advantage_scale).
                 "advantage_scale": 1.0,
                 "finished_only": False,
             },

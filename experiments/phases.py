@@ -215,6 +215,24 @@ def as_sizes(sizes: Any) -> tuple[tuple[int, float], ...]:
     return tuple((int(size), float(share)) for size, share in sizes)
 
 
+def make_model(network: Mapping[str, int], tokenizer: Tokenizer) -> ModelConfig:
+    """The policy's shape, from `train.network` and what the tokenizer knows."""
+    return ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=network["num_layers"],
+        model_dim=network["model_dim"],
+        num_heads=network["num_heads"],
+        num_kv_heads=network["num_heads"],
+        head_dim=network["model_dim"] // network["num_heads"],
+        ffn_dim=network["ffn_dim"],
+        qk_norm=True,
+        tie_embeddings=True,
+        context_length=network["context_length"],
+        eos_ids=tuple(tokenizer.eos_ids),
+        bos_id=tokenizer.bos_id,
+    )
+
+
 def as_policy(run: Run, networks: Networks) -> build.Policy:
     """The networks as solvers take them."""
     return build.Policy(

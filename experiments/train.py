@@ -6,7 +6,9 @@ First supervised, on demonstrations by an exact solver; then, for `train.search.
 search -> train -> search inside one compiled step. DIR holds everything: the tokenizer,
 checkpoints, metrics.jsonl, TensorBoard's files and, at the end, the networks in DIR/policy, which
 solve.py and evaluate.py load. The same command started again, after Ctrl-C, SIGTERM, kill -9 or a
-power cut, goes on where it stopped and ends on the same parameters, bit for bit.
+power cut, goes on where it stopped and ends on the same parameters, bit for bit. An update that is
+no number ends a run with status 3, the networks before it saved. --mesh=data=8 splits batches over
+devices; a run may go on on another mesh.
 """
 
 import contextlib
@@ -46,7 +48,6 @@ from rlm_jax.learning.metrics_writer import WriteMetrics, open_metrics
 from rlm_jax.learning.networks import Networks, init_networks
 from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
-from rlm_jax.models.config import ModelConfig
 from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
@@ -117,26 +118,9 @@ def _prepare(config: dict[str, Any], workdir: pathlib.Path, mesh: Mesh | None) -
     if not path.exists():
         train_puzzle_tokenizer(path, bare_numbers=False)
     tokenizer = load_tokenizer(path)
-    model = _make_model(train["network"], tokenizer)
+    model = phases.make_model(train["network"], tokenizer)
     rules = FSDP if _FSDP.value else TENSOR_PARALLEL
     return Run(config, train, settings, workdir, tokenizer, model, {}, mesh, rules)
-
-
-def _make_model(network: dict[str, int], tokenizer: Tokenizer) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        num_layers=network["num_layers"],
-        model_dim=network["model_dim"],
-        num_heads=network["num_heads"],
-        num_kv_heads=network["num_heads"],
-        head_dim=network["model_dim"] // network["num_heads"],
-        ffn_dim=network["ffn_dim"],
-        qk_norm=True,
-        tie_embeddings=True,
-        context_length=network["context_length"],
-        eos_ids=tuple(tokenizer.eos_ids),
-        bos_id=tokenizer.bos_id,
-    )
 
 
 def _require_disjoint(run: Run) -> None:

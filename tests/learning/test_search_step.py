@@ -28,7 +28,7 @@ from rlm_jax.learning.search_step import (
     make_search_step,
 )
 from rlm_jax.learning.targets import target_weights, value_tree
-from rlm_jax.learning.update import OptimizerConfig, init_state, make_optimizer
+from rlm_jax.learning.update import OptimizerConfig, init_state, make_optimizer, spread_state
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import HeadConfig, apply_value_head
 from rlm_jax.models.lora import LoraConfig
@@ -256,7 +256,11 @@ def test_eight_devices_learn_what_one_learns(parts):
     plain, metrics = make_search_step(collect, **options)(jax.tree.map(jnp.copy, state), *batch)
     mesh = make_mesh(data=8)
     state, collect, options = _make_step(parts, mesh)
-    split, split_metrics = make_search_step(collect, **options)(state, *batch)
+    state = spread_state(mesh, jax.tree.map(jnp.copy, state))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_search_step(collect, **options, mesh=mesh, shardings=shardings)
+    split, split_metrics = step(state, *batch)
+    assert jax.tree.map(lambda leaf: leaf.sharding, split) == shardings
     for one, two in zip(jax.tree.leaves(plain.train), jax.tree.leaves(split.train), strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), atol=1e-5)
     for name, value in metrics.items():
