@@ -85,7 +85,8 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm={self.clip_norm}, weight_decay={self.weight_decay}: >= 0")
 
 
-Loss = Callable[[PyTree, PyTree, PyTree], tuple[Array, Metrics]]
+# (params, batch, totals) -> loss, metrics; search training gives a fourth, `base`, where it has one.
+Loss = Callable[..., tuple[Array, Metrics]]
 
 
 def make_schedule(cfg: OptimizerConfig) -> optax.Schedule:
