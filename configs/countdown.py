@@ -92,6 +92,7 @@ def _training() -> dict:
             "shard_examples": 4096,
         },
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
+        "value_head": "sigmoid",  # Or hl_gauss, a histogram, with value_loss hl_gauss.
         "loss": {"value_coef": 0.25, "value_loss": "bce", "z_coef": 0.0},
         "optimizer": {
             "name": "muon",
@@ -109,6 +110,8 @@ def _training() -> dict:
         "checkpoint_steps": 500,
         "eval_steps": 2000,
         "eval_problems": 100,
+        "keep_best": 0,  # Checkpoints beside the last two, by the evaluation during training.
+        "best_metric": "greedy_accuracy",
         "search": {
             "num_steps": 0,  # Search-and-learn steps behind the supervised ones.
             "strategy": "gumbel",
@@ -116,13 +119,25 @@ def _training() -> dict:
             "sizes": ((4, 1.0),),
             "step": {"batch_rows": 256, "num_updates": 2, "replay_rows": 8192},
             "budget_tokens": 1024,
+            "lora_rank": 0,  # Adapters of the policy are learned; 0: all of it.
+            "lora_alpha": 16.0,
+            "loss": {"kl_coef": 0.0, "kl_estimator": "exact"},  # And what train.loss says.
             "collect": {
                 "num_paths": 4,
                 "row_tokens": 64,
                 "improvement": "completed_q",
+                "temperature": 1.0,
                 "value_scale": 1.0,
+                "visit_offset": 50.0,
                 "min_visits": 2.0,
                 "value_rule": "max",
+                "discount": 1.0,
+                "path_rule": "none",  # Or monte_carlo, n_step, td_lambda: values by the path alone.
+                "path_steps": 1,
+                "path_trace": 0.95,
+                "policy_weight": "none",  # Or advantage: exp(A / advantage_scale).
+                "advantage_scale": 1.0,
+                "finished_only": False,
             },
             "optimizer": {
                 "name": "muon",

@@ -6,35 +6,36 @@ First supervised, on demonstrations by an exact solver; then, for `train.search.
 search -> train -> search inside one compiled step. DIR holds everything: the tokenizer,
 checkpoints, metrics.jsonl, TensorBoard's files and, at the end, the networks in DIR/policy, which
 solve.py and evaluate.py load. The same command started again, after Ctrl-C, SIGTERM, kill -9 or a
-power cut, goes on where it stopped and ends on the same parameters, bit for bit.
+power cut, goes on where it stopped and ends on the same parameters, bit for bit. An update that is
+no number ends a run with status 3, the networks before it saved. --mesh=data=8 splits batches over
+devices; a run may go on on another mesh.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
+import math
 import pathlib
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import launching
 import numpy as np
+import phases
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
+from phases import Phase, Run
 
-from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shard, make_shards, problem_key
+from rlm_jax.core.sharding import FSDP, TENSOR_PARALLEL
+from rlm_jax.data.countdown import make_shard, problem_key
 from rlm_jax.data.examples import TokenExample
-from rlm_jax.data.generated import GeneratedSource
-from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.overlap import require_disjoint
-from rlm_jax.data.packing import Packed
 from rlm_jax.data.records import list_changes
 from rlm_jax.data.splits import SPLITS, load_split
 from rlm_jax.evaluation import build, solver
-from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
 from rlm_jax.learning.checkpoints import (
     Checkpoints,
     open_checkpoints,
@@ -42,75 +43,39 @@ from rlm_jax.learning.checkpoints import (
     restore_checkpoint,
     save_checkpoint,
 )
-from rlm_jax.learning.collect import CollectConfig
 from rlm_jax.learning.export import export_policy
-from rlm_jax.learning.metrics_writer import open_metrics
-from rlm_jax.learning.networks import LossConfig, Networks, init_networks, token_loss
-from rlm_jax.learning.search_step import (
-    SearchStepConfig,
-    init_search_state,
-    make_collect,
-    make_search_step,
-)
+from rlm_jax.learning.metrics_writer import WriteMetrics, open_metrics
+from rlm_jax.learning.networks import Networks, init_networks
 from rlm_jax.learning.stopping import catch_stop
-from rlm_jax.learning.update import (
-    Loss,
-    OptimizerConfig,
-    init_state,
-    make_optimizer,
-    require_finite,
-    sum_metrics,
-    update_state,
-)
-from rlm_jax.models.config import ModelConfig
-from rlm_jax.models.heads import HeadConfig
+from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
 from rlm_jax.models.number_embedding import init_number_embeddings
+from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
-from rlm_jax.viz.training import draw_trees, watch_training
+from rlm_jax.viz.training import TrainingDisplay, draw_trees, watch_training
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard's files too.")
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Devices to split batches and the model over, as data=8 or data=4,model=2."
+)
+_FSDP = flags.DEFINE_bool("fsdp", False, "Split the parameters over the mesh's data axis too.")
 flags.adopt_module_key_flags(launching)
 
-# More than any run reads: position, not count, is what a resumed run needs.
-NUM_SHARDS = 1 << 20
 # Of the split that is looked at during training, and of the trees that are drawn.
 EVAL_SPLIT = "countdown4-inputs"
 NUM_TREES = 3
+# The exit status of a run whose updates are no numbers any more.
+NOT_FINITE = 3
 
 
-class Run(NamedTuple):
-    """What both phases need. config: the whole file; train: its part for training. solvers: of the
-    evaluations, compiled once."""
+class _Outputs(NamedTuple):
+    """Where a phase leaves what it does."""
 
-    config: dict[str, Any]
-    train: dict[str, Any]
-    workdir: pathlib.Path
-    tokenizer: Tokenizer
-    model: ModelConfig
-    loss: Loss
-    solvers: dict[str, solver.Solver]
-
-
-# Yields (state, metrics, tokens, position_fn) of one update after another.
-Steps = Generator[tuple[Any, Any, int, Callable[[], Any]]]
-
-
-class Phase(NamedTuple):
-    """A loop of updates: `steps(state, position)` yields (state, metrics, tokens, position_fn).
-
-    name: of its checkpoints' folder and its metrics. position: where its data stands, in JSON; None
-    at the beginning, and told by `position_fn()` until the next update.
-    networks: the part of the state that is learned.
-    """
-
-    name: str
-    num_steps: int
-    state: Any
-    steps: Callable[[Any, Any], Steps]
-    networks: Callable[[Any], Networks]
+    checkpoints: Checkpoints
+    write: WriteMetrics
+    display: TrainingDisplay
 
 
 def main() -> None:
@@ -120,55 +85,48 @@ def main() -> None:
         raise ValueError("--workdir=DIR is missing: the folder that the run lives in")
     if "train" not in config:
         raise ValueError("the config has no `train`: name one as configs/countdown.py")
+    mesh = launching.read_mesh(_MESH.value)
+    if _FSDP.value and mesh is None:
+        raise ValueError("--fsdp needs --mesh, as in --mesh=data=8")
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    run = _prepare(config, workdir, mesh)
     launching.use_compilation_cache()
-    run = _prepare(config, workdir)
     _require_disjoint(run)
     networks = _draw_networks(run)
     with catch_stop() as is_stopped:
-        phases = (
-            (run.train["num_steps"], _make_supervised),
-            (run.train["search"]["num_steps"], _make_search),
-        )
-        for num_steps, make_phase in phases:
+        for num_steps, make_phase in (
+            (run.train["num_steps"], phases.make_supervised),
+            (run.train["search"]["num_steps"], phases.make_search),
+        ):
             if not num_steps:
                 continue
-            networks = _run_phase(run, make_phase(run, networks), is_stopped)
+            try:
+                networks = _run_phase(run, make_phase(run, networks), is_stopped)
+            except FloatingPointError as error:
+                print(f"train.py: {error}", file=sys.stderr, flush=True)
+                raise SystemExit(NOT_FINITE) from None
             if networks is None:
                 print("stopped; the same command goes on from the last checkpoint")
                 return
     _export(run, networks)
 
 
-def _prepare(config: dict[str, Any], workdir: pathlib.Path) -> Run:
-    train = config["train"]
-    path = workdir / "tokenizer.model"
+def _prepare(config: dict[str, Any], workdir: pathlib.Path, mesh: Mesh | None) -> Run:
+    """Checks all settings, and trains the tokenizer where there is none yet."""
+    train, path = config["train"], workdir / "tokenizer.model"
+    settings = phases.read_settings(config, str(path), mesh)
     if not path.exists():
         train_puzzle_tokenizer(path, bare_numbers=False)
     tokenizer = load_tokenizer(path)
-    network = train["network"]
-    model = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        num_layers=network["num_layers"],
-        model_dim=network["model_dim"],
-        num_heads=network["num_heads"],
-        num_kv_heads=network["num_heads"],
-        head_dim=network["model_dim"] // network["num_heads"],
-        ffn_dim=network["ffn_dim"],
-        qk_norm=True,
-        tie_embeddings=True,
-        context_length=network["context_length"],
-        eos_ids=tuple(tokenizer.eos_ids),
-        bos_id=tokenizer.bos_id,
-    )
-    loss = functools.partial(token_loss, model=model, cfg=LossConfig(**train["loss"]))
-    return Run(config, train, workdir, tokenizer, model, loss, {})
+    model = phases.make_model(train["network"], tokenizer)
+    rules = FSDP if _FSDP.value else TENSOR_PARALLEL
+    return Run(config, train, settings, workdir, tokenizer, model, {}, mesh, rules)
 
 
 def _draw_networks(run: Run) -> Networks:
     """The networks that training begins with."""
     key = jax.random.key(run.train["seed"])
-    networks = init_networks(key, run.model, HeadConfig((), "sigmoid"))
+    networks = init_networks(key, run.model, run.settings.head)
     if not run.train["network"]["number_waves"]:
         return networks
     texts = [run.tokenizer.token_bytes(token).strip() for token in range(run.model.vocab_size)]
@@ -178,17 +136,12 @@ def _draw_networks(run: Run) -> Networks:
     return dataclasses.replace(networks, policy=dataclasses.replace(policy, embed=embed))
 
 
-def _mix(run: Run) -> CountdownMix:
-    data = {**run.train["data"], "sizes": _as_sizes(run.train["data"]["sizes"])}
-    return CountdownMix(str(run.workdir / "tokenizer.model"), run.train["seed"], **data)
-
-
 def _require_disjoint(run: Run) -> None:
     """Refuses to start when a test problem is among what training begins with.
 
     The generator leaves out all that is held out; this looks whether it does.
     """
-    prompts = [_read_prompt(run.tokenizer, example) for example in make_shard(_mix(run), 0)]
+    prompts = [_read_prompt(run.tokenizer, example) for example in make_shard(run.settings.mix, 0)]
     test = [
         problem_key(notation(problem))
         for split in map(load_split, SPLITS[:1] + SPLITS[-1:])
@@ -209,95 +162,17 @@ def _read_prompt(tokenizer: Tokenizer, example: TokenExample) -> str:
     return tokenizer.decode(prompt, skip_special=True)
 
 
-def _make_supervised(run: Run, networks: Networks) -> Phase:
-    """Cross-entropy and values on demonstrations, made while the training goes on."""
-    train = run.train
-    optimizer = make_optimizer(
-        OptimizerConfig(num_steps=train["num_steps"], **train["optimizer"]), networks
-    )
-    update = jax.jit(
-        functools.partial(
-            update_state,
-            loss=run.loss,
-            optimizer=optimizer,
-            num_microbatches=train["num_microbatches"],
-        ),
-        donate_argnums=0,
-    )
-
-    def steps(state: Any, position: Any) -> Steps:
-        mix = _mix(run)
-        source = GeneratedSource(
-            make_shards(mix), num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
-        )
-        with contextlib.closing(source):
-            batches = make_batches(
-                source, Packed(**train["layout"]), seed=mix.seed, shuffle=False, too_long="drop"
-            )
-            if position is not None:
-                batches.set_state(position)
-            while True:
-                before = batches.counts.tokens
-                state, metrics = update(state, next(batches))
-                yield state, metrics, batches.counts.tokens - before, batches.get_state
-
-    state = init_state(networks, optimizer)
-    return Phase("supervised", train["num_steps"], state, steps, lambda state: state.params)
-
-
-def _make_search(run: Run, networks: Networks) -> Phase:
-    """Search and learning in one compiled step, on problems without solutions."""
-    search = run.train["search"]
-    plan = build.plan_strategy({**run.config, "batch_size": 1}, search["strategy"])
-    policy = _as_policy(run, networks)
-    one = build.build_solver(run.config, plan, policy, seed=run.train["seed"], batch_size=1)
-    optimizer = make_optimizer(
-        OptimizerConfig(
-            num_steps=search["num_steps"] * search["step"]["num_updates"],
-            **search["optimizer"],
-        ),
-        networks,
-    )
-    collect = make_collect(
-        one.lm,
-        language=one.language,
-        strategy=one.strategy,
-        cfg=CollectConfig(
-            num_children=one.strategy.num_children,
-            max_depth=one.language.max_depth,
-            **search["collect"],
-        ),
-        budget_tokens=search["budget_tokens"],
-    )
-    cfg = SearchStepConfig(**search["step"])
-    step_fn = make_search_step(collect, cfg=cfg, loss=run.loss, optimizer=optimizer)
-
-    def draw(number: int) -> tuple[Any, Any, Any]:
-        rng = np.random.default_rng([run.train["seed"], 1, number])
-        problems = draw_problems(rng, search["num_problems"], _as_sizes(search["sizes"]))
-        prompts = [encode_problem(run.tokenizer, one.task, problem) for problem in problems]
-        tokens, lengths = pad_prompts(prompts, run.config["bucket_tokens"])
-        keys = jax.random.split(jax.random.key(number), len(problems))
-        return keys, jnp.asarray(tokens), jnp.asarray(lengths)
-
-    def steps(state: Any, position: Any) -> Steps:
-        number = 0 if position is None else position
-        while True:
-            state, metrics = step_fn(state, *draw(number))
-            number += 1
-            yield state, metrics, 0, functools.partial(int, number)
-
-    state = init_search_state(
-        init_state(networks, optimizer), jax.random.key(run.train["seed"]), collect, draw(0), cfg
-    )
-    return Phase("search", search["num_steps"], state, steps, lambda state: state.train.params)
-
-
 def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Networks | None:
-    """The networks at the end of a phase, None when it was stopped before."""
+    """The networks at the end of a phase, None when it was stopped before.
+
+    Raises:
+      FloatingPointError: an update was refused; the state before it is a checkpoint.
+    """
     train, state, position = run.train, phase.state, None
-    folder = run.workdir / "checkpoints" / phase.name
-    with open_checkpoints(folder, keep_last=2) as checkpoints:
+    folder, keep_best = run.workdir / "checkpoints" / phase.name, train["keep_best"]
+    with open_checkpoints(
+        folder, keep_last=2, keep_best=keep_best, metric=train["best_metric"]
+    ) as checkpoints:
         done = checkpoints.latest_step()
         if done is not None:
             _require_same_config(train, read_extra(checkpoints)["train"])
@@ -312,36 +187,85 @@ def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Networ
                 tensorboard=_TENSORBOARD.value,
             ) as write,
             watch_training(phase.num_steps) as display,
+            contextlib.closing(phase.steps(state, position)) as steps,
         ):
-            pending: list[Any] = []
-            steps = phase.steps(state, position)
-            for step in range((done or 0) + 1, phase.num_steps + 1):
-                state, metrics, num_tokens, position_fn = next(steps)
-                pending.append(metrics)
-                display.update(step, num_tokens=num_tokens)
-                ends = step == phase.num_steps
-                if step % train["log_steps"] == 0 or ends or is_stopped():
-                    means = _read(pending)
-                    write(step, means)
-                    display.update(step, metrics=_shown(means))
-                    require_finite(means, step)
-                    pending = []
-                if step % train["eval_steps"] == 0 or ends:
-                    scores, trees = _evaluate(run, phase.networks(state))
-                    write(step, scores, {"trees": trees})
-                    display.update(step, metrics=scores)
-                if step % train["checkpoint_steps"] == 0 or ends or is_stopped():
-                    _save(checkpoints, step, state, train, position_fn())
-                if is_stopped() and not ends:
-                    steps.close()
-                    return None
-            steps.close()
-    return phase.networks(state)
+            outputs = _Outputs(checkpoints, write, display)
+            state = _take_steps(run, phase, steps, done or 0, outputs, is_stopped)
+    return None if state is None else phase.networks(state)
 
 
-def _save(checkpoints: Checkpoints, step: int, state: Any, train: Any, position: Any) -> None:
+def _take_steps(
+    run: Run,
+    phase: Phase,
+    steps: phases.Steps,
+    done: int,
+    outputs: _Outputs,
+    is_stopped: Callable[[], bool],
+) -> Any:
+    """The state behind the last step; None when it was stopped before."""
+    train, (checkpoints, write, display) = run.train, outputs
+    pending: list[Any] = []
+    for step in range(done + 1, phase.num_steps + 1):
+        state, metrics, num_tokens, position_fn = next(steps)
+        pending.append(metrics)
+        display.update(step, num_tokens=num_tokens)
+        ends, stopped = step == phase.num_steps, is_stopped()
+        logs, looks, saves = (
+            ends or step % train[f"{name}_steps"] == 0 for name in ("log", "eval", "checkpoint")
+        )
+        # Nothing is saved, or looked at, that has refused an update.
+        if logs or looks or saves or stopped:
+            means = _read(pending)
+            if not all(map(math.isfinite, means.values())):
+                _refuse(checkpoints, pending, step, state, train, position_fn())
+            if logs or stopped:
+                write(step, means)
+                display.update(step, metrics=_shown(means))
+                pending = []
+        scores = None
+        if looks:
+            scores, trees = _evaluate(run, phase.networks(state))
+            write(step, scores, {"trees": trees})
+            display.update(step, metrics=scores)
+        if saves or stopped or (looks and train["keep_best"]):
+            _save(checkpoints, step, state, train, position_fn(), scores)
+        if ends:
+            return state
+        if stopped:
+            return None
+    return None
+
+
+def _refuse(
+    checkpoints: Checkpoints, pending: list[Any], step: int, state: Any, train: Any, position: Any
+) -> None:
+    """Ends a run at a step whose update was refused, with the networks before it saved.
+
+    Nothing is changed from that step on, so the state is the last good one still. The checkpoint
+    bears the number of the refused step, and its data begin behind what was read since.
+    """
+    bad = find_bad_step(pending, step)
+    if bad is None:
+        return
+    _save(checkpoints, bad.step, accept_updates(state), train, position)
+    checkpoints.wait()
+    raise FloatingPointError(
+        f"{bad.metric} is {bad.value} at step {bad.step}: its update was refused. The networks "
+        f"before it are checkpoint {bad.step} in {checkpoints.folder}; the same command goes on "
+        "from there, with the data that follow"
+    )
+
+
+def _save(
+    checkpoints: Checkpoints,
+    step: int,
+    state: Any,
+    train: Any,
+    position: Any,
+    scores: dict[str, float] | None = None,
+) -> None:
     extra = {"train": train, "position": position, "command": sys.argv}
-    save_checkpoint(checkpoints, step, state, extra)
+    save_checkpoint(checkpoints, step, state, extra, scores)
 
 
 def _read(pending: list[Any]) -> dict[str, float]:
@@ -351,23 +275,18 @@ def _read(pending: list[Any]) -> dict[str, float]:
 
 
 def _shown(means: dict[str, float]) -> dict[str, float]:
-    names = ("loss", "choice_accuracy", "search_solved")
+    names = ("loss", "choice_accuracy", "kl", "search_solved")
     return {name: means[name] for name in names if name in means}
 
 
 def _evaluate(run: Run, networks: Networks) -> tuple[dict[str, float], str]:
     """Accuracy of a greedy chain and of the search on held-out problems, and some trees."""
     examples = load_split(EVAL_SPLIT).examples[: run.train["eval_problems"]]
+    networks = phases.place_networks(run, networks, TENSOR_PARALLEL)
     scores, drawn = {}, ""
     for name in ("greedy", run.train["search"]["strategy"]):
         if name not in run.solvers:
-            run.solvers[name] = build.build_solver(
-                run.config,
-                build.plan_strategy(run.config, name),
-                _as_policy(run, networks),
-                seed=0,
-                batch_size=min(run.config["batch_size"], len(examples)),
-            )
+            run.solvers[name] = _make_solver(run, name, networks, len(examples))
         one = run.solvers[name]
         lm = dataclasses.replace(one.lm, policy=networks.policy, value_head=networks.value_head)
         one = dataclasses.replace(one, lm=lm)
@@ -378,14 +297,21 @@ def _evaluate(run: Run, networks: Networks) -> tuple[dict[str, float], str]:
     return scores, drawn
 
 
+def _make_solver(run: Run, name: str, networks: Networks, num_problems: int) -> solver.Solver:
+    shards = 1 if run.mesh is None else count_shards(run.mesh)
+    rows = min(run.config["batch_size"], num_problems)
+    one = build.build_solver(
+        run.config,
+        build.plan_strategy(run.config, name),
+        phases.as_policy(run, networks),
+        seed=0,
+        batch_size=-(-rows // shards) * shards,
+    )
+    return one if run.mesh is None else solver.spread_solver(one, run.mesh)
+
+
 def _is_right(record: dict[str, Any]) -> bool:
     return record["correct"] is True
-
-
-def _as_policy(run: Run, networks: Networks) -> build.Policy:
-    return build.Policy(
-        networks.policy, run.model, run.tokenizer, networks.value_head, str(run.workdir)
-    )
 
 
 def _require_same_config(now: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -396,10 +322,6 @@ def _require_same_config(now: dict[str, Any], saved: dict[str, Any]) -> None:
             f"--workdir={_WORKDIR.value} holds a run with {', '.join(other)}; give another "
             "--workdir, or the config of that run"
         )
-
-
-def _as_sizes(sizes: Any) -> tuple[tuple[int, float], ...]:
-    return tuple((int(size), float(share)) for size, share in sizes)
 
 
 def _export(run: Run, networks: Networks) -> None:

@@ -7,23 +7,34 @@ steps), so one row teaches all siblings of all nodes on it. Half of the paths fo
 policy and half the policy's own samples, so that values are learned where the policy really goes;
 a path that leaves the search's choice teaches up to where it leaves.
 
+What a value should be is read off the whole tree (`targets.value_tree`), or off the path alone, as
+from a trajectory that was sampled (`returns.py`): then an outcome speaks for the states before it,
+whatever else the search found there, and a path that was cut off counts for what the network
+thought of its last state.
+
 Everything has fixed shapes and stays on the device: the rows are `TokenBatch` rows for replay.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.types import Array, Bool, Float32, Int32
 from rlm_jax.data.packing import TokenBatch
+from rlm_jax.learning.advantages import leads_to_terminal, path_advantages, tree_advantages
 from rlm_jax.learning.distillation import IMPROVEMENTS, ImprovedPolicy, improve_policy
-from rlm_jax.learning.targets import VALUE_RULES, target_weights, value_tree
+from rlm_jax.learning.returns import n_step_returns, td_lambda_returns
+from rlm_jax.learning.targets import VALUE_RULES, ValueTree, target_weights, value_tree
 from rlm_jax.reasoning.protocol import Keys
 from rlm_jax.reasoning.structure import Structure
 
+PATH_RULES = ("none", "monte_carlo", "n_step", "td_lambda")
+POLICY_WEIGHTS = ("none", "advantage")
 _PATH_KEY = 2**31 - 5  # A number that no node has.
+_MOST_WEIGHT = 20.0  # As in Peng et al. 2019.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,15 @@ class CollectConfig:
     num_paths: rows of each structure. row_tokens: tokens of a row; a longer path is left out.
     num_children: K, siblings compared at a node. max_depth: steps of a path.
     improvement, temperature, value_scale, visit_offset: see `improve_policy`. min_visits: visits a
-    node needs to teach. value_rule: see `value_tree`.
+    node needs to teach. value_rule, discount: see `value_tree`; the improved policy rests on it.
+
+    path_rule: "none" takes the targets of values from that tree, too. "monte_carlo": the outcome of
+    the path, where it has one; "n_step": what `path_steps` steps bring and the network's value
+    behind them; "td_lambda": all of these mixed by `path_trace`, its step-level GAE plus the value.
+    policy_weight: "advantage" weighs the labels of a step by exp(A / advantage_scale), at most 20,
+    with the step's advantage in the tree (Algorithm 6; advantage-weighted regression, 1910.00177);
+    "none" weighs all alike. finished_only: only nodes at or above the end of a solution teach the
+    policy (x1's pruning, spec B5).
     """
 
     num_paths: int = 4
@@ -46,11 +65,29 @@ class CollectConfig:
     visit_offset: float = 50.0
     min_visits: float = 2.0
     value_rule: str = "max"
+    discount: float = 1.0
+    path_rule: str = "none"
+    path_steps: int = 1
+    path_trace: float = 0.95
+    policy_weight: str = "none"
+    advantage_scale: float = 1.0
+    finished_only: bool = False
 
     def __post_init__(self):
-        for name in ("num_paths", "row_tokens", "num_children", "max_depth"):
+        for name in ("num_paths", "row_tokens", "num_children", "max_depth", "path_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("temperature", "advantage_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number > 0, got {getattr(self, name)}")
+        if not (0 < self.discount <= 1 and 0 <= self.path_trace <= 1):
+            raise ValueError(
+                f"discount={self.discount} and path_trace={self.path_trace}: accepted is 0 to 1, "
+                "a discount above 0"
+            )
+        for name, accepted in (("path_rule", PATH_RULES), ("policy_weight", POLICY_WEIGHTS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} {getattr(self, name)!r}: accepted are {accepted}")
         if self.improvement not in IMPROVEMENTS:
             raise ValueError(f"improvement {self.improvement!r}: accepted are {IMPROVEMENTS}")
         if self.value_rule not in VALUE_RULES:
@@ -78,7 +115,7 @@ def collect_rows(
     if prompts.shape[1] > cfg.row_tokens:
         raise ValueError(f"prompts of {prompts.shape[1]} tokens in rows of {cfg.row_tokens}")
     rewards = structure.proven.astype(jnp.float32)
-    tree = value_tree(structure, rewards, rule=cfg.value_rule)
+    tree = value_tree(structure, rewards, rule=cfg.value_rule, discount=cfg.discount)
     improved = improve_policy(
         structure,
         tree,
@@ -89,12 +126,66 @@ def collect_rows(
         visit_offset=cfg.visit_offset,
         min_visits=cfg.min_visits,
     )
-    values = (tree.value, target_weights(structure, tree, min_visits=cfg.min_visits))
+    if cfg.finished_only:
+        teaches = improved.teaches & leads_to_terminal(structure)
+        weights = jnp.where(teaches[..., None], improved.weights, 0.0)
+        improved = dataclasses.replace(improved, teaches=teaches, weights=weights)
     paths = _draw_paths(structure, improved, keys, cfg)
+    values = _target_values(structure, tree, rewards, paths, cfg)
+    weights = _weigh_steps(structure, tree, paths, cfg)
     write = functools.partial(_write_row, cfg=cfg)
-    of_paths = jax.vmap(write, (None, None, None, None, None, 0))
-    rows, teaches = jax.vmap(of_paths)(structure, tokens, prompts, improved, values, paths)
+    of_paths = jax.vmap(write, (None, None, None, None, 0, 0, 0))
+    rows, teaches = jax.vmap(of_paths)(structure, tokens, prompts, improved, values, weights, paths)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), (rows, teaches))
+
+
+def _target_values(
+    structure: Structure,
+    tree: ValueTree,
+    rewards: Float32[Array, "B N"],
+    paths: Int32[Array, "B R L"],
+    cfg: CollectConfig,
+) -> tuple[Float32[Array, "B R ends"], Float32[Array, "B R ends"]]:
+    """Targets of the root and of each node of a path, and their weights; ends = L + 1.
+
+    Anything behind the end of a path.
+    """
+    nodes = jnp.pad(jnp.maximum(paths, 0), ((0, 0), (0, 0), (1, 0)))
+    rows = jnp.arange(paths.shape[0])[:, None, None]
+    if cfg.path_rule == "none":
+        weight = target_weights(structure, tree, min_visits=cfg.min_visits)
+        return tree.value[rows, nodes], weight[rows, nodes]
+    mask = paths >= 0
+    length = mask.sum(-1, keepdims=True)
+    last = jnp.take_along_axis(nodes, length, axis=-1)[..., 0]
+    opinion = structure.model_value.astype(jnp.float32)
+    finished = (structure.alive & structure.terminal)[rows[..., 0], last]
+    bootstrap = jnp.where(finished, 0.0, opinion[rows[..., 0], last])
+    gained, thought = rewards[rows, nodes[..., 1:]], opinion[rows, nodes[..., :-1]]
+    path = (gained, thought, mask, bootstrap)
+    if cfg.path_rule == "td_lambda":
+        returns = td_lambda_returns(*path, discount=cfg.discount, trace=cfg.path_trace)
+    else:
+        num_steps = cfg.max_depth if cfg.path_rule == "monte_carlo" else cfg.path_steps
+        returns = n_step_returns(*path, num_steps=num_steps, discount=cfg.discount)
+    known = mask & (finished[..., None] | (cfg.path_rule != "monte_carlo"))
+    # The last node is no state before a step: it is worth its outcome, if it has one.
+    is_last = jnp.arange(nodes.shape[-1]) == length
+    pad = ((0, 0), (0, 0), (0, 1))
+    target = jnp.where(is_last, rewards[rows, nodes], jnp.pad(returns, pad))
+    weight = jnp.where(is_last, finished[..., None], jnp.pad(known, pad))
+    return target, weight.astype(jnp.float32)
+
+
+def _weigh_steps(
+    structure: Structure, tree: ValueTree, paths: Int32[Array, "B R L"], cfg: CollectConfig
+) -> Float32[Array, "B R L"]:
+    """What the labels of each step of a path count for."""
+    if cfg.policy_weight == "none":
+        return jnp.ones_like(paths, jnp.float32)
+    flat = paths.reshape(paths.shape[0], -1)
+    advantages = path_advantages(tree_advantages(structure, tree), flat).reshape(paths.shape)
+    return jnp.minimum(jnp.exp(advantages / cfg.advantage_scale), _MOST_WEIGHT)
 
 
 def _draw_paths(
@@ -138,7 +229,8 @@ def _write_row(
     tokens: Int32[Array, "N S"],
     prompt: Int32[Array, "T"],
     improved: ImprovedPolicy,
-    values: tuple[Float32[Array, "N"], Float32[Array, "N"]],
+    values: tuple[Float32[Array, "ends"], Float32[Array, "ends"]],
+    weights: Float32[Array, "L"],
     path: Int32[Array, "L"],
     *,
     cfg: CollectConfig,
@@ -162,7 +254,6 @@ def _write_row(
     whole = jnp.where(known, jnp.pad(prompt, (0, cfg.row_tokens - prompt.shape[0])), 0)
     ends = jnp.concatenate([prompt_length[None] - 1, start + length - 1])
     ends = jnp.where(jnp.concatenate([jnp.ones(1, bool), on_path]), ends, cfg.row_tokens)
-    all_nodes = jnp.concatenate([nodes[:1] * 0, nodes])
     fits = total <= cfg.row_tokens
     zeros = jnp.zeros(cfg.row_tokens, jnp.float32) + 0 * values[0][0]
 
@@ -170,8 +261,8 @@ def _write_row(
         return array.at[at].set(new, mode="drop")
 
     soft_shape = (cfg.row_tokens, soft_ids.shape[-1])
-    value_weight = put(zeros, ends, values[1][all_nodes]) * fits
-    loss_weight = put(zeros, place, labelled.astype(jnp.float32)) * fits
+    value_weight = put(zeros, ends, values[1]) * fits
+    loss_weight = put(zeros, place, labelled * weights[:, None]) * fits
     batch = TokenBatch(
         tokens=put(whole, place, tokens[nodes]),
         segments=(row < total).astype(jnp.int32),
@@ -179,7 +270,7 @@ def _write_row(
         loss_weight=loss_weight,
         soft_ids=put(jnp.zeros(soft_shape, jnp.int32) + 0 * path[0], place, soft_ids),
         soft_weights=put(zeros[:, None] + jnp.zeros(soft_shape), place, soft_weights),
-        value_target=put(zeros, ends, values[0][all_nodes]),
+        value_target=put(zeros, ends, values[0]),
         value_weight=value_weight,
     )
     return batch, (loss_weight.sum() > 0) | (value_weight.sum() > 0)

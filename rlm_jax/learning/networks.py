@@ -4,9 +4,14 @@ The one idea: policy and value head read one trunk in one forward, and every obj
 of the batch (`rlm_jax.data.packing.TokenBatch`): supervised steps, a search's improved policy as
 soft labels, exact or backed-up values. So supervised training and search distillation are one loss
 on two sources of batches (Blueprint 2501.11223, C.2 and C.3; AlphaZero's loss, 1712.01815).
+
+What is learned is `Networks`, or with LoRA `Adapted`: adapters of a policy that stays as it is.
+That policy, the one a phase of training begins with, is called the base; it is also what a policy
+is held near to by the KL term (spec B5, C2.5), so one argument of the loss serves both.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +22,25 @@ from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Float32, Key
 from rlm_jax.data.packing import TokenBatch
 from rlm_jax.learning import losses, values
+from rlm_jax.learning.kl import ESTIMATORS, exact_kl, kl_penalty
 from rlm_jax.models.attention import make_dense_attend
 from rlm_jax.models.config import ModelConfig
-from rlm_jax.models.heads import HeadConfig, ValueHead, apply_value_head, init_value_head
+from rlm_jax.models.heads import (
+    HeadConfig,
+    ValueHead,
+    apply_value_head,
+    init_value_head,
+    value_logits,
+)
+from rlm_jax.models.histogram import Histogram
+from rlm_jax.models.lora import Lora, LoraConfig, init_lora, merge_lora
 from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.transformer import forward, unembed
 
-VALUE_LOSSES = ("mse", "bce")
+# What trains a head of each kind; the values of all are chances of success.
+VALUE_HEADS = {"sigmoid": ("bce", "mse"), "hl_gauss": ("hl_gauss",)}
+VALUE_LOSSES = ("mse", "bce", "hl_gauss")
+KL_ESTIMATORS = ("exact", *ESTIMATORS)
 
 
 @struct
@@ -34,20 +51,37 @@ class Networks:
     value_head: ValueHead
 
 
+@struct
+class Adapted:
+    """What LoRA learns: adapters of a policy that is kept elsewhere, and the value head."""
+
+    lora: Lora
+    value_head: ValueHead
+
+
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """value_coef: weight of the value loss beside the policy's. value_loss: "mse" on the head's
-    output, or "bce", for a head that ends in a sigmoid. z_coef: weight of `losses.z_penalty`."""
+    output; "bce", for a head that ends in a sigmoid; "hl_gauss", for one that is a histogram.
+    z_coef: weight of `losses.z_penalty`. kl_coef: weight of KL(policy || base). kl_estimator:
+    "exact", over the vocabulary at each token, or one of `kl.ESTIMATORS` on the batch's tokens,
+    which is what its name says where they were sampled from the policy.
+    """
 
     value_coef: float = 0.1
     value_loss: str = "bce"
     z_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "exact"
 
     def __post_init__(self):
         if self.value_loss not in VALUE_LOSSES:
             raise ValueError(f"value_loss {self.value_loss!r}: accepted are {VALUE_LOSSES}")
-        if self.value_coef < 0 or self.z_coef < 0:
-            raise ValueError(f"value_coef={self.value_coef} and z_coef={self.z_coef}: >= 0")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator {self.kl_estimator!r}: accepted are {KL_ESTIMATORS}")
+        for name in ("value_coef", "z_coef", "kl_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
 
 
 @struct
@@ -56,6 +90,24 @@ class Totals:
 
     policy: Float32[Array, ""]
     value: Float32[Array, ""]
+
+
+def choose_head(kind: str, value_loss: str) -> HeadConfig:
+    """The value head of a kind: "sigmoid", or "hl_gauss" for a histogram over [0, 1].
+
+    Raises:
+      ValueError: the kind is unknown, or the loss does not train it.
+    """
+    if kind not in VALUE_HEADS:
+        raise ValueError(f"value_head {kind!r}: accepted are {tuple(VALUE_HEADS)}")
+    if value_loss not in VALUE_HEADS[kind]:
+        raise ValueError(
+            f"value_loss {value_loss!r} does not train value_head {kind!r}: accepted are "
+            f"{VALUE_HEADS[kind]}"
+        )
+    if kind == "hl_gauss":
+        return HeadConfig((), "none", Histogram(0.0, 1.0))
+    return HeadConfig((), kind)
 
 
 def init_networks(key: Key[Array, ""], cfg: ModelConfig, head: HeadConfig) -> Networks:
@@ -67,6 +119,28 @@ def init_networks(key: Key[Array, ""], cfg: ModelConfig, head: HeadConfig) -> Ne
     )
 
 
+def init_adapted(
+    key: Key[Array, ""], networks: Networks, cfg: ModelConfig, lora: LoraConfig
+) -> Adapted:
+    """Draws adapters that change nothing yet; the value head goes on as it is."""
+    return Adapted(init_lora(key, cfg, lora), networks.value_head)
+
+
+def assemble(
+    learned: Networks | Adapted, base: Params | None = None, lora: LoraConfig | None = None
+) -> Networks:
+    """The networks that are searched with and exported: adapters are merged into the base.
+
+    Raises:
+      ValueError: adapters without a base or their config.
+    """
+    if isinstance(learned, Networks):
+        return learned
+    if base is None or lora is None:
+        raise ValueError("adapters need the policy that they change, and their LoraConfig")
+    return Networks(merge_lora(base, learned.lora, lora), learned.value_head)
+
+
 def total_weights(batch: TokenBatch) -> Totals:
     """What `token_loss` divides by; at least 1, so that an empty batch gives 0."""
     return Totals(
@@ -76,7 +150,14 @@ def total_weights(batch: TokenBatch) -> Totals:
 
 
 def token_loss(
-    networks: Networks, batch: TokenBatch, totals: Totals, *, model: ModelConfig, cfg: LossConfig
+    learned: Networks | Adapted,
+    batch: TokenBatch,
+    totals: Totals,
+    base: Params | None = None,
+    *,
+    model: ModelConfig,
+    cfg: LossConfig,
+    lora: LoraConfig | None = None,
 ) -> tuple[Float32[Array, ""], Metrics]:
     """Cross-entropy of the policy plus the value loss, over the tokens that carry weight.
 
@@ -86,24 +167,42 @@ def token_loss(
     Args:
       totals: `total_weights` of the batch, or of the larger batch that this one is a part of;
         losses and gradients of the parts then add up to those of the whole.
+      base: the policy that training began with; adapters change it, and `kl_coef` holds the policy
+        near it. It gets no gradient, and is not touched where neither is wanted.
+      lora: of adapters.
+
+    Raises:
+      ValueError: there is no base where one is needed, or the value loss does not fit the head.
     """
-    hidden, _ = forward(
-        networks.policy,
-        batch.tokens,
-        batch.positions,
-        cfg=model,
-        attend=make_dense_attend(model, segment_ids=batch.segments),
-    )
+    networks = assemble(learned, base, lora)
+    attend = make_dense_attend(model, segment_ids=batch.segments)
+    hidden, _ = forward(networks.policy, batch.tokens, batch.positions, cfg=model, attend=attend)
     # Position t predicts t + 1; the first token of a segment has weight 0.
     logits = unembed(networks.policy, hidden[:, :-1], cfg=model)
-    parts = _policy_losses(logits, jax.tree.map(lambda column: column[:, 1:], batch))
+    labels = jax.tree.map(lambda column: column[:, 1:], batch)
+    parts = _policy_losses(logits, labels)
     parts["value_loss"] = _value_loss(networks.value_head, hidden, batch, cfg)
     loss = (parts["token_loss"].total + parts["choice_loss"].total) / totals.policy
     loss += cfg.value_coef * parts["value_loss"].total / totals.value
     if cfg.z_coef:
-        parts["z_loss"] = losses.z_penalty(logits, batch.loss_weight[:, 1:])
+        parts["z_loss"] = losses.z_penalty(logits, labels.loss_weight)
         loss += cfg.z_coef * parts["z_loss"].total / totals.policy
+    if cfg.kl_coef:
+        if base is None:
+            raise ValueError(f"kl_coef={cfg.kl_coef} needs the policy that training began with")
+        hidden, _ = forward(base, batch.tokens, batch.positions, cfg=model, attend=attend)
+        reference = unembed(base, hidden[:, :-1], cfg=model)
+        parts["kl"] = _divergence(logits, reference, labels, cfg.kl_estimator)
+        loss += cfg.kl_coef * parts["kl"].total / totals.policy
     return loss, parts
+
+
+def _divergence(logits: Array, reference: Array, labels: TokenBatch, estimator: str) -> MaskedSum:
+    """KL(policy || reference) at the tokens that the policy learns from."""
+    if estimator == "exact":
+        return exact_kl(logits, reference, labels.loss_weight)
+    logs, others = (losses.token_logprobs(array, labels.tokens) for array in (logits, reference))
+    return kl_penalty(logs, others, labels.loss_weight, estimator)
 
 
 def _policy_losses(logits: Array, labels: TokenBatch) -> dict[str, MaskedSum]:
@@ -125,9 +224,14 @@ def _policy_losses(logits: Array, labels: TokenBatch) -> dict[str, MaskedSum]:
 
 
 def _value_loss(head: ValueHead, hidden: Array, batch: TokenBatch, cfg: LossConfig) -> MaskedSum:
+    targets, weights = batch.value_target, batch.value_weight
+    if (head.histogram is not None) != (cfg.value_loss == "hl_gauss"):
+        kind = "one number" if head.histogram is None else "a histogram"
+        raise ValueError(f"value_loss {cfg.value_loss!r} does not train a head of {kind}")
     if cfg.value_loss == "mse":
-        predicted = apply_value_head(head, hidden)
-        return values.value_mse(predicted, batch.value_target, batch.value_weight)
+        return values.value_mse(apply_value_head(head, hidden), targets, weights)
+    logits = value_logits(head, hidden)
+    if head.histogram is not None:
+        return values.value_hl_gauss(logits, targets, weights, head.histogram)
     # Before its sigmoid, where nothing is rounded to 0 or 1.
-    logits = apply_value_head(dataclasses.replace(head, squash="none"), hidden)
-    return values.value_bce(logits, batch.value_target, batch.value_weight)
+    return values.value_bce(logits[..., 0], targets, weights)

@@ -20,20 +20,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from rlm_jax.core.masked import MaskedSum
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Bool, Int32, Key
+from rlm_jax.core.types import Array, Bool, Int32, Key, PyTree
 from rlm_jax.data.packing import TokenBatch
 from rlm_jax.learning.collect import CollectConfig, collect_rows
-from rlm_jax.learning.networks import Networks
+from rlm_jax.learning.networks import Networks, assemble
 from rlm_jax.learning.replay import Replay, add_rows, make_replay, sample_rows
 from rlm_jax.learning.update import Loss, TrainState, sum_metrics, update_state
+from rlm_jax.models.lora import LoraConfig
+from rlm_jax.models.params import Params
 from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, begin, make_expand
 from rlm_jax.reasoning.protocol import Keys, Strategy
-from rlm_jax.reasoning.sharding import shard_search
+from rlm_jax.reasoning.sharding import BATCH_SPEC, shard_search
 
 Metrics = dict[str, MaskedSum]
 
@@ -126,9 +128,16 @@ def init_search_state(
     collect: Collect,
     batch: tuple[Keys, Array, Array],
     cfg: SearchStepConfig,
+    networks: Networks | None = None,
 ) -> SearchState:
-    """The state before the first search. `batch`: keys, prompts and lengths, or their shapes."""
-    shapes = jax.eval_shape(collect, train.params, *batch).rows
+    """The state before the first search.
+
+    Args:
+      batch: keys, prompts and lengths, or their shapes.
+      networks: that search, where `train.params` is not all of them.
+    """
+    searching = train.params if networks is None else networks
+    shapes = jax.eval_shape(collect, searching, *batch).rows
     row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes)
     return SearchState(train=train, replay=make_replay(row, cfg.replay_rows), key=key)
 
@@ -136,18 +145,28 @@ def init_search_state(
 def learn(
     state: SearchState,
     collected: Collected,
+    base: Params | None = None,
     *,
     cfg: SearchStepConfig,
     loss: Loss,
     optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
 ) -> tuple[SearchState, Metrics]:
-    """Puts new rows into the buffer and updates the networks on rows drawn from all of it."""
+    """Puts new rows into the buffer and updates the networks on rows drawn from all of it.
+
+    Args:
+      base: the policy that adapters change, or that learning stays near: see `token_loss`.
+      mesh: the rows of an update are split over its batch axes.
+    """
     replay = add_rows(state.replay, collected.rows, collected.teaches)
     key, draw = jax.random.split(state.key)
+    loss = loss if base is None else functools.partial(loss, base=base)
     train, steps = state.train, []
     for number in range(cfg.num_updates):
-        sample = sample_rows(replay, jax.random.fold_in(draw, number), cfg.batch_rows)
-        train, metrics = update_state(train, sample.rows, loss=loss, optimizer=optimizer)
+        rows = sample_rows(replay, jax.random.fold_in(draw, number), cfg.batch_rows).rows
+        if mesh is not None:
+            rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, BATCH_SPEC))
+        train, metrics = update_state(train, rows, loss=loss, optimizer=optimizer)
         steps.append(metrics)
     metrics = sum_metrics(steps) | _count(collected)
     return SearchState(train=train, replay=replay, key=key), metrics
@@ -158,15 +177,19 @@ def search_and_learn(
     keys: Keys,
     prompts: Int32[Array, "B T"],
     lengths: Int32[Array, "B"],
+    base: Params | None = None,
     *,
     collect: Collect,
     cfg: SearchStepConfig,
     loss: Loss,
     optimizer: optax.GradientTransformation,
+    lora: LoraConfig | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[SearchState, Metrics]:
     """One step: `collect`, then `learn`. To be jitted with the state donated."""
-    collected = collect(state.train.params, keys, prompts, lengths)
-    return learn(state, collected, cfg=cfg, loss=loss, optimizer=optimizer)
+    networks = assemble(state.train.params, base, lora)
+    collected = collect(networks, keys, prompts, lengths)
+    return learn(state, collected, base, cfg=cfg, loss=loss, optimizer=optimizer, mesh=mesh)
 
 
 def make_search_step(
@@ -175,12 +198,27 @@ def make_search_step(
     cfg: SearchStepConfig,
     loss: Loss,
     optimizer: optax.GradientTransformation,
+    lora: LoraConfig | None = None,
+    mesh: Mesh | None = None,
+    shardings: PyTree = None,
 ) -> Callable[..., tuple[SearchState, Metrics]]:
-    """`search_and_learn` compiled: (state, keys, prompts, lengths) -> (state, metrics)."""
+    """`search_and_learn` compiled: (state, keys, prompts, lengths, base) -> (state, metrics).
+
+    Args:
+      lora: what is learned are adapters of `base`.
+      mesh: see `make_collect` and `learn`. shardings: of the state that goes in and comes out.
+    """
     step = functools.partial(
-        search_and_learn, collect=collect, cfg=cfg, loss=loss, optimizer=optimizer
+        search_and_learn,
+        collect=collect,
+        cfg=cfg,
+        loss=loss,
+        optimizer=optimizer,
+        lora=lora,
+        mesh=mesh,
     )
-    return jax.jit(step, donate_argnums=0)
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def _count(collected: Collected) -> Metrics:

@@ -12,12 +12,13 @@ arXiv 2502.16982, so that learning rates are those of AdamW), everything else by
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax import contrib
 
 from rlm_jax.core.masked import MaskedSum
@@ -28,6 +29,8 @@ from rlm_jax.learning.networks import total_weights
 
 OPTIMIZERS = ("muon", "adamw")
 _EMBEDDINGS = ("embed", "lm_head")
+# Metrics that follow from the others, in this order.
+_WHOLE = ("loss", "grad_norm", "update_norm")
 
 
 @struct
@@ -35,7 +38,7 @@ class TrainState:
     """What training carries from step to step.
 
     step: updates done. params: what is learned. opt_state: of the optimizer. healthy: no update has
-    been refused; once one has, the state stays as it was before it.
+    been refused; once one has, the state stays as it was before it, until `accept_updates`.
     """
 
     step: Int32[Array, ""]
@@ -82,7 +85,8 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm={self.clip_norm}, weight_decay={self.weight_decay}: >= 0")
 
 
-Loss = Callable[[PyTree, PyTree, PyTree], tuple[Array, Metrics]]
+# (params, batch, totals) -> loss, metrics; search training gives a fourth, `base`, where it has one.
+Loss = Callable[..., tuple[Array, Metrics]]
 
 
 def make_schedule(cfg: OptimizerConfig) -> optax.Schedule:
@@ -152,7 +156,7 @@ def update_state(
     optimizer: optax.GradientTransformation,
     num_microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, MaskedSum]]:
-    """One update, unless its loss or gradient is not finite.
+    """One update, unless its loss, its gradient or the update itself is not finite.
 
     Args:
       batch: a `TokenBatch`; its rows are a multiple of `num_microbatches`.
@@ -181,7 +185,8 @@ def update_state(
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    healthy = state.healthy & jnp.isfinite(value) & jnp.isfinite(norm)
+    change = optax.tree.norm(updates)
+    healthy = state.healthy & jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change)
     keep = functools.partial(jnp.where, healthy)
     following = TrainState(
         step=state.step + healthy,
@@ -194,7 +199,7 @@ def update_state(
         **metrics,
         "loss": MaskedSum(value, one),
         "grad_norm": MaskedSum(norm, one),
-        "update_norm": MaskedSum(optax.tree.norm(updates), one),
+        "update_norm": MaskedSum(change, one),
     }
 
 
@@ -203,17 +208,49 @@ def sum_metrics(steps: list[dict[str, MaskedSum]]) -> dict[str, MaskedSum]:
     return functools.reduce(add_metrics, steps)
 
 
-def require_finite(means: Mapping[str, float], step: int) -> None:
-    """Stops a run whose metrics are not finite.
+class BadStep(NamedTuple):
+    """A step whose update was refused: its number, and its first metric that is not finite."""
 
-    Raises:
-      FloatingPointError: names the first metric that is not, and the step.
+    step: int
+    metric: str
+    value: float
+
+
+def find_bad_step(steps: Sequence[Mapping[str, MaskedSum]], last_step: int) -> BadStep | None:
+    """The first of several steps, the last of which is `last_step`, with a metric that is not
+    finite; None where all are. Reads the device once.
+
+    Of a step's metrics, the parts of a loss come before the loss, and that before the norms.
     """
-    for name, value in means.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} near step {step}; the state of the last good step is kept"
-            )
+    means = jax.device_get([{n: each.mean() for n, each in step.items()} for step in steps])
+    for number, metrics in enumerate(means, start=last_step - len(steps) + 1):
+        parts = [name for name in metrics if name not in _WHOLE]
+        for name in (*parts, *_WHOLE):
+            if not math.isfinite(metrics[name]):
+                return BadStep(number, name, float(metrics[name]))
+    return None
+
+
+def accept_updates(state: PyTree) -> PyTree:
+    """A state (a `TrainState`, or what holds one) that goes on learning after a refused update."""
+
+    def heal(node: Any) -> Any:
+        if not isinstance(node, TrainState):
+            return node
+        return dataclasses.replace(node, healthy=jnp.ones_like(node.healthy))
+
+    return jax.tree.map(heal, state, is_leaf=lambda node: isinstance(node, TrainState))
+
+
+def spread_state(mesh: Mesh, state: PyTree) -> PyTree:
+    """Puts on the mesh, whole on every device, what of a state does not lie there yet."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Array) -> Array:
+        there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        return leaf if there else jax.device_put(leaf, whole)
+
+    return jax.tree.map(place, state)
 
 
 def name_leaves(tree: PyTree) -> dict[str, Any]:

@@ -22,21 +22,6 @@ from rlm_jax.learning.losses import weighted_sum
 from rlm_jax.models.histogram import Histogram, bin_edges
 
 
-def bound_value(raw: Float[Array, "..."], low: float, high: float) -> Float32[Array, "..."]:
-    """low + (high - low) sigmoid(raw): x1's head for rewards in [low, high] (spec A3, G43)."""
-    return low + (high - low) * jax.nn.sigmoid(raw.astype(jnp.float32))
-
-
-def to_unit(value: Float[Array, "..."], low: float, high: float) -> Float32[Array, "..."]:
-    """Values of [low, high] as numbers in [0, 1], for BCE; the inverse is `from_unit`."""
-    return (value.astype(jnp.float32) - low) / (high - low)
-
-
-def from_unit(unit: Float[Array, "..."], low: float, high: float) -> Float32[Array, "..."]:
-    """Numbers of [0, 1] as values in [low, high]."""
-    return low + (high - low) * unit.astype(jnp.float32)
-
-
 def value_mse(
     predictions: Float[Array, "*rows"],
     targets: Float[Array, "*rows"],

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import Done, run_program
 
+from rlm_jax.learning.checkpoints import open_checkpoints, restore_checkpoint
 from rlm_jax.learning.metrics_writer import read_metrics
 from rlm_jax.models.load import load_model
 
@@ -82,6 +84,71 @@ def test_a_finished_run_is_left_alone_and_another_config_is_refused(trained):
     assert "seed=0" in other.err
 
 
+def test_a_bad_update_ends_a_run_with_the_last_good_networks_saved(tmp_path):
+    """A rate that no network survives: one line says where, and a checkpoint holds what was."""
+    flags = ("--config.train.optimizer.learning_rate=1e30",)
+    done = _train(tmp_path, *flags)
+    assert done.status == 3
+    assert "update_norm is inf at step 1: its update was refused" in done.err
+    assert "Traceback" not in done.out + done.err
+    folder = tmp_path / "checkpoints" / "supervised"
+    with open_checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1]
+        shapes = {"healthy": jnp.bool_(False), "step": jnp.int32(0)}
+        for name, wanted in (("healthy", True), ("step", 0)):
+            found, extra = restore_checkpoint(checkpoints, shapes[name], part=name)
+            assert found == wanted
+        # Behind the batches that were read before it was noticed.
+        assert extra["position"]["counts"]["batches"] == 2
+    assert "update_norm is inf at step 2" in _train(tmp_path, *flags).err
+
+
+def test_adapters_near_their_base_and_a_histogram_of_values(tmp_path):
+    """The search phase alone: what is kept of it, what it logs, and what comes out."""
+    done = _train(
+        tmp_path,
+        "--config.train.num_steps=0",
+        "--config.train.keep_best=1",
+        "--config.train.value_head=hl_gauss",
+        "--config.train.loss.value_loss=hl_gauss",
+        "--config.train.search.lora_rank=2",
+        "--config.train.search.loss.kl_coef=0.1",
+        "--config.train.search.collect.path_rule=td_lambda",
+        "--config.train.search.collect.policy_weight=advantage",
+    )
+    assert done.status == 0, done.err[-2000:]
+    points = read_metrics(tmp_path / "search" / "metrics.jsonl")
+    assert points[0]["kl"] > 0
+    model = load_model(str(tmp_path / "policy"))
+    assert model.value_head.histogram is not None
+    with open_checkpoints(
+        tmp_path / "checkpoints" / "search",
+        keep_best=1,
+        metric="greedy_accuracy",
+        read_only=True,
+    ) as checkpoints:
+        assert checkpoints.best_step() == 2
+        # Adapters and the head are all that is kept.
+        restore_checkpoint(checkpoints, {}, part="train.params.policy")
+        with pytest.raises(ValueError, match=r"train\.params\.lora\.layers\.0"):
+            restore_checkpoint(checkpoints, {}, part="train.params.lora")
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_what_one_device_learns(trained, tmp_path):
+    done = _train(tmp_path, "--mesh=replica=2,data=2,model=2", "--fsdp")
+    assert done.status == 0, done.err[-2000:]
+    one, eight = (
+        [p for p in read_metrics(folder / "supervised" / "metrics.jsonl") if "loss" in p]
+        for folder in (trained, tmp_path)
+    )
+    for name in ("loss", "value_loss", "token_loss", "choice_loss"):
+        assert eight[0][name] == pytest.approx(one[0][name], abs=1e-5)
+    searched = read_metrics(tmp_path / "search" / "metrics.jsonl")
+    assert searched[0]["search_expansions"] > 1
+    assert load_model(str(tmp_path / "policy")).value_head is not None
+
+
 @pytest.mark.slow
 def test_a_stopped_run_ends_on_the_same_networks(trained, tmp_path):
     process = _start(tmp_path)
@@ -146,13 +213,34 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
     [
         ((), "--workdir=DIR is missing"),
         (("--config=configs/smollm2.py",), "no `train`"),
+        ((CONFIG, "--mesh=data=8"), "num_problems=4: accepted are multiples of 8"),
+        ((CONFIG, "--fsdp"), "--fsdp needs --mesh"),
+        *(
+            ((CONFIG, f"--config.train.{setting}"), message)
+            for setting, message in (
+                ("value_head=hl_gauss", "'bce' does not train value_head 'hl_gauss'"),
+                ("loss.value_loss=huber", "value_loss 'huber'"),
+                ("num_microbatches=3", "train.layout.num_rows=8: accepted are multiples of 3"),
+                ("log_steps=0", "train.log_steps must be >= 1, got 0"),
+                ("keep_best=-1", "train.keep_best must be >= 0, got -1"),
+                ("best_metric=loss", "train.best_metric 'loss'"),
+                ("data.wrong_share=2.0", "train.data: wrong_share must lie in [0, 1]"),
+                ("search.strategy=luck", "strategy 'luck'"),
+                ("search.lora_rank=-1", "train.search.lora_rank, lora_alpha: rank"),
+                ("search.loss.kl_coef=-1.0", "train.search.loss: kl_coef must be"),
+                ("search.loss.kl_estimator=k4", "train.search.loss: kl_estimator 'k4'"),
+                ("search.collect.path_rule=best", "train.search.collect: path_rule 'best'"),
+                ("search.step.batch_rows=0", "train.search.step: batch_rows must be >= 1"),
+            )
+        ),
     ],
 )
 def test_wrong_flags_are_named(flags, message, tmp_path):
     extra = (f"--workdir={tmp_path}",) if flags else ()
     done = run_program("train.py", *(flags or (CONFIG,)), *extra)
-    assert done.status != 0
+    assert done.status == 2
     assert message in done.err
+    assert not any(tmp_path.iterdir())
 
 
 def test_wrong_evaluations_are_named(tmp_path):

@@ -13,7 +13,13 @@ from rlm_jax.data.packing import TokenBatch, check_batch
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.learning.collect import CollectConfig, collect_rows
 from rlm_jax.learning.distillation import improve_policy
-from rlm_jax.learning.networks import LossConfig, init_networks, token_loss
+from rlm_jax.learning.networks import (
+    LossConfig,
+    assemble,
+    init_adapted,
+    init_networks,
+    token_loss,
+)
 from rlm_jax.learning.search_step import (
     SearchStepConfig,
     init_search_state,
@@ -22,9 +28,10 @@ from rlm_jax.learning.search_step import (
     make_search_step,
 )
 from rlm_jax.learning.targets import target_weights, value_tree
-from rlm_jax.learning.update import OptimizerConfig, init_state, make_optimizer
+from rlm_jax.learning.update import OptimizerConfig, init_state, make_optimizer, spread_state
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import HeadConfig, apply_value_head
+from rlm_jax.models.lora import LoraConfig
 from rlm_jax.reasoning.drive import run_compiled
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel, begin, make_expand
 from rlm_jax.reasoning.strategies.puct import make_puct
@@ -187,18 +194,40 @@ def test_labels_are_the_improved_policy_of_the_siblings(parts, searched):
 STEP = SearchStepConfig(batch_rows=16, num_updates=2, replay_rows=64)
 
 
-def _make_step(parts, mesh=None):
+def _make_step(parts, mesh=None, lora=None, cfg=None):
     model, networks, rules, strategy, language, batch = parts
-    cfg = OptimizerConfig(name="adamw", learning_rate=2e-2, num_steps=20, warmup_steps=1)
-    optimizer = make_optimizer(cfg, networks)
-    loss = functools.partial(token_loss, model=model, cfg=LossConfig())
+    learned = networks
+    if lora is not None:
+        learned = init_adapted(jax.random.key(6), networks, model, lora)
+    rates = OptimizerConfig(name="adamw", learning_rate=2e-2, num_steps=20, warmup_steps=1)
+    optimizer = make_optimizer(rates, learned)
+    loss = functools.partial(token_loss, model=model, cfg=cfg or LossConfig(), lora=lora)
     collect = make_collect(
         rules, language=language, strategy=strategy, cfg=CFG, budget_tokens=128, mesh=mesh
     )
     state = init_search_state(
-        init_state(networks, optimizer), jax.random.key(5), collect, batch, STEP
+        init_state(learned, optimizer), jax.random.key(5), collect, batch, STEP, networks
     )
     return state, collect, {"cfg": STEP, "loss": loss, "optimizer": optimizer}
+
+
+def test_adapters_are_learned_by_search_and_move_away_from_their_base(parts):
+    networks, batch = parts[1], parts[-1]
+    lora = LoraConfig(rank=2)
+    state, collect, options = _make_step(parts, lora=lora, cfg=LossConfig(kl_coef=0.01))
+    learned = sum(leaf.size for leaf in jax.tree.leaves(state.train.params))
+    assert learned < sum(leaf.size for leaf in jax.tree.leaves(networks)) / 4
+    step = make_search_step(collect, **options, lora=lora)
+    state, divergences = jax.tree.map(jnp.copy, state), []
+    for _ in range(2):
+        state, metrics = step(state, *batch, networks.policy)
+        divergences.append(float(metrics["kl"].mean()))
+    # Of two updates a step, the first of all is the only one at the base.
+    assert 0 < divergences[0] < divergences[1]
+    assert bool(state.train.healthy)
+    found = assemble(state.train.params, networks.policy, lora).policy
+    assert (np.asarray(found.embed) == np.asarray(networks.policy.embed)).all()
+    assert (np.asarray(found.layers[1].w_up) != np.asarray(networks.policy.layers[1].w_up)).any()
 
 
 def test_one_program_is_two_and_loss_falls(parts):
@@ -227,7 +256,11 @@ def test_eight_devices_learn_what_one_learns(parts):
     plain, metrics = make_search_step(collect, **options)(jax.tree.map(jnp.copy, state), *batch)
     mesh = make_mesh(data=8)
     state, collect, options = _make_step(parts, mesh)
-    split, split_metrics = make_search_step(collect, **options)(state, *batch)
+    state = spread_state(mesh, jax.tree.map(jnp.copy, state))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_search_step(collect, **options, mesh=mesh, shardings=shardings)
+    split, split_metrics = step(state, *batch)
+    assert jax.tree.map(lambda leaf: leaf.sharding, split) == shardings
     for one, two in zip(jax.tree.leaves(plain.train), jax.tree.leaves(split.train), strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), atol=1e-5)
     for name, value in metrics.items():

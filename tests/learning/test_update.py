@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +15,29 @@ from rlm_jax.core.mesh import BATCH_AXES, make_mesh
 from rlm_jax.data.examples import make_example
 from rlm_jax.data.packing import TokenBatch, pack_examples
 from rlm_jax.learning.networks import (
+    KL_ESTIMATORS,
     LossConfig,
+    assemble,
+    choose_head,
+    init_adapted,
     init_networks,
     token_loss,
     total_weights,
 )
 from rlm_jax.learning.update import (
+    BadStep,
     OptimizerConfig,
+    accept_updates,
+    find_bad_step,
     init_state,
     make_optimizer,
     make_schedule,
-    require_finite,
-    sum_metrics,
     update_state,
 )
 from rlm_jax.models.attention import make_dense_attend
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import HeadConfig, apply_value_head
+from rlm_jax.models.lora import LoraConfig
 from rlm_jax.models.transformer import forward, unembed
 
 MODEL = ModelConfig(
@@ -156,24 +163,144 @@ def test_eight_devices_update_as_one(networks, batch):
         )
 
 
+@jax.jit
+def _forward(policy, batch):
+    """Hidden states of a batch, and logits; position t predicts t + 1."""
+    attend = make_dense_attend(MODEL, segment_ids=batch.segments)
+    hidden, _ = forward(policy, batch.tokens, batch.positions, cfg=MODEL, attend=attend)
+    return hidden, unembed(policy, hidden[:, :-1], cfg=MODEL)
+
+
+def _log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_kl_is_measured_from_the_base_at_the_tokens_that_teach(networks, batch):
+    base = init_networks(jax.random.key(3), MODEL, HeadConfig((), "sigmoid")).policy
+
+    @jax.jit
+    def losses(networks, batch, base):
+        totals = total_weights(batch)
+        cfgs = {name: LossConfig(kl_coef=0.7, kl_estimator=name) for name in KL_ESTIMATORS}
+        found = {name: _loss(cfg)(networks, batch, totals, base) for name, cfg in cfgs.items()}
+        return found, _loss(LossConfig())(networks, batch, totals)[0]
+
+    found, plain = losses(networks, batch, base)
+    own, other = (_log_softmax(_forward(p, batch)[1]) for p in (networks.policy, base))
+    weight = np.asarray(batch.loss_weight)[:, 1:]
+    at = np.asarray(batch.tokens)[:, 1:, None]
+    p, q = (np.take_along_axis(logs, at, -1)[..., 0] for logs in (own, other))
+    expected = {
+        "exact": (np.exp(own) * (own - other)).sum(-1),
+        "k1": p - q,
+        "k2": (q - p) ** 2 / 2,
+        "k3": np.exp(q - p) - (q - p) - 1,
+        "x1": np.exp(q) * (q - p),
+    }
+    assert expected.keys() == found.keys()
+    for name, (value, metrics) in found.items():
+        total = (weight * expected[name]).sum()
+        assert float(metrics["kl"].total) == pytest.approx(total, rel=1e-3), name
+        assert float(metrics["kl"].count) == weight.sum()
+        added = 0.7 * total / weight.sum()
+        assert float(value) - float(plain) == pytest.approx(added, rel=1e-3), name
+
+
+def test_a_base_is_asked_for_where_one_is_needed(networks, batch):
+    loss = _loss(LossConfig(kl_coef=0.7))
+    with pytest.raises(ValueError, match=r"kl_coef=0.7 needs the policy"):
+        jax.eval_shape(loss, networks, batch, total_weights(batch))
+
+
+def test_adapters_learn_alone_and_leave_their_base_behind(networks, batch):
+    """The KL is 0 while the adapters are fresh, and above it after one step."""
+    lora = LoraConfig(rank=2)
+    learned = init_adapted(jax.random.key(4), networks, MODEL, lora)
+    optimizer = make_optimizer(OptimizerConfig(num_steps=10, warmup_steps=1), learned)
+    loss = functools.partial(_loss(LossConfig(kl_coef=0.1)), base=networks.policy, lora=lora)
+    update = jax.jit(functools.partial(update_state, loss=loss, optimizer=optimizer))
+    first, before = update(init_state(learned, optimizer), batch)
+    second, after = update(first, batch)
+    assert abs(float(before["kl"].mean())) < 1e-6
+    assert float(after["kl"].mean()) > 1e-5
+    assert jax.tree.structure(second.params) == jax.tree.structure(learned)
+    found = assemble(second.params, networks.policy, lora)
+    assert found.policy.embed is networks.policy.embed
+    change = np.asarray(found.policy.layers[0].wq - networks.policy.layers[0].wq)
+    assert np.linalg.matrix_rank(change, tol=1e-5) == 2
+    with pytest.raises(ValueError, match="adapters need the policy"):
+        assemble(second.params)
+
+
+def test_a_histogram_head_learns_by_its_own_loss(batch):
+    """Its loss against a Gaussian cut into bins by the error function of Python."""
+    networks = init_networks(jax.random.key(0), MODEL, choose_head("hl_gauss", "hl_gauss"))
+    cfg = LossConfig(value_loss="hl_gauss")
+    _, metrics = jax.jit(_loss(cfg))(networks, batch, total_weights(batch))
+    hidden, _ = _forward(networks.policy, batch)
+    (layer,), bins = networks.value_head.layers, networks.value_head.histogram
+    logs = _log_softmax(np.asarray(hidden) @ np.asarray(layer.weight).T + np.asarray(layer.bias))
+    expected = 0.0
+    edges = [bins.bin_width * (i - bins.margin_bins) for i in range(bins.num_bins + 1)]
+    for row, at in np.argwhere(np.asarray(batch.value_weight) > 0):
+        target = float(batch.value_target[row, at])
+        below = [math.erf((edge - target) / (math.sqrt(2) * bins.sigma)) for edge in edges]
+        mass = np.diff(below) / (below[-1] - below[0])
+        expected -= float(batch.value_weight[row, at]) * float(mass @ logs[row, at])
+    assert float(metrics["value_loss"].total) == pytest.approx(expected, rel=1e-4)
+    values = apply_value_head(networks.value_head, hidden)
+    assert 0 <= float(values.min()) <= float(values.max()) <= 1
+    with pytest.raises(ValueError, match="'bce' does not train a head of a histogram"):
+        jax.eval_shape(_loss(), networks, batch, total_weights(batch))
+
+
+def test_a_loss_that_does_not_train_a_head_is_refused(networks, batch):
+    with pytest.raises(ValueError, match="'mse' does not train value_head 'hl_gauss'"):
+        choose_head("hl_gauss", "mse")
+    with pytest.raises(ValueError, match="value_head 'linear'"):
+        choose_head("linear", "mse")
+    assert choose_head("sigmoid", "mse") == HeadConfig((), "sigmoid")
+    with pytest.raises(ValueError, match="'hl_gauss' does not train a head of one number"):
+        jax.eval_shape(
+            _loss(LossConfig(value_loss="hl_gauss")), networks, batch, total_weights(batch)
+        )
+
+
 def test_a_bad_batch_leaves_the_last_good_state(networks, batch):
     optimizer = make_optimizer(OptimizerConfig(num_steps=10, warmup_steps=1), networks)
     update = jax.jit(functools.partial(update_state, loss=_loss(), optimizer=optimizer))
-    good, _ = update(init_state(networks, optimizer), batch)
-    poisoned = jax.tree.map(jnp.copy, batch)
-    target = poisoned.value_target.at[:].set(jnp.nan)
-    bad, metrics = update(good, dataclasses.replace(poisoned, value_target=target))
+    good, fine = update(init_state(networks, optimizer), batch)
+    target = batch.value_target.at[:].set(jnp.nan)
+    bad, metrics = update(good, dataclasses.replace(batch, value_target=target))
     assert not bool(bad.healthy)
-    later, _ = update(bad, batch)
+    later, finite = update(bad, batch)
     for first, second in zip(
         jax.tree.leaves(good.params), jax.tree.leaves(later.params), strict=True
     ):
         np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
     assert int(later.step) == int(good.step) == 1
-    means = {name: float(value.mean()) for name, value in sum_metrics([metrics]).items()}
-    with pytest.raises(FloatingPointError, match="near step 7"):
-        require_finite(means, 7)
-    require_finite({"loss": 1.0}, 7)
+    found = find_bad_step([fine, metrics, finite], 9)
+    assert found is not None
+    assert found[:2] == (8, "value_loss")
+    assert np.isnan(found.value)
+    assert find_bad_step([fine, finite], 9) is None
+    # Told to, it goes on from where it was.
+    again, _ = update(accept_updates({"train": later})["train"], batch)
+    wanted, _ = update(good, batch)
+    for first, second in zip(jax.tree.leaves(again), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_an_update_that_is_no_number_is_refused(networks, batch):
+    cfg = OptimizerConfig(name="adamw", learning_rate=1e30, num_steps=10, warmup_steps=1)
+    optimizer = make_optimizer(cfg, networks)
+    update = jax.jit(functools.partial(update_state, loss=_loss(), optimizer=optimizer))
+    state, metrics = update(init_state(networks, optimizer), batch)
+    assert find_bad_step([metrics], 3) == BadStep(3, "update_norm", math.inf)
+    np.testing.assert_array_equal(
+        np.asarray(state.params.policy.embed), np.asarray(networks.policy.embed)
+    )
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -219,8 +346,11 @@ def test_wrong_optimizers_are_named(fields, message):
 def test_wrong_losses_are_named():
     with pytest.raises(ValueError, match="'huber'"):
         LossConfig(value_loss="huber")
-    with pytest.raises(ValueError, match="value_coef=-1"):
-        LossConfig(value_coef=-1.0)
+    with pytest.raises(ValueError, match="'k4'"):
+        LossConfig(kl_estimator="k4")
+    for name in ("value_coef", "z_coef", "kl_coef"):
+        with pytest.raises(ValueError, match=f"{name} must be a number >= 0, got -1.0"):
+            LossConfig(**{name: -1.0})
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adam(networks):

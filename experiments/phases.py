@@ -1,0 +1,367 @@
+"""The phases of a training run: their settings, checked before anything starts, and their updates.
+
+A phase is a state, a generator of updates over it, and where its data stands, in JSON: so one loop,
+that of train.py, logs, evaluates, saves and resumes all of them.
+"""
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlm_jax.core.sharding import Rules
+from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shards
+from rlm_jax.data.generated import GeneratedSource
+from rlm_jax.data.iterators import make_batches
+from rlm_jax.data.packing import Packed
+from rlm_jax.evaluation import build
+from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
+from rlm_jax.evaluation.solver import Solver
+from rlm_jax.learning.collect import CollectConfig
+from rlm_jax.learning.networks import (
+    Adapted,
+    LossConfig,
+    Networks,
+    assemble,
+    choose_head,
+    init_adapted,
+    token_loss,
+)
+from rlm_jax.learning.search_step import (
+    SearchStepConfig,
+    init_search_state,
+    make_collect,
+    make_search_step,
+)
+from rlm_jax.learning.update import (
+    OptimizerConfig,
+    init_state,
+    make_optimizer,
+    spread_state,
+    update_state,
+)
+from rlm_jax.models.config import ModelConfig
+from rlm_jax.models.heads import HeadConfig
+from rlm_jax.models.lora import LoraConfig, lora_axes
+from rlm_jax.models.params import Params, param_axes
+from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
+from rlm_jax.text.tokenizer import Tokenizer
+
+# More than any run reads: position, not count, is what a resumed run needs.
+NUM_SHARDS = 1 << 20
+
+
+class Supervised(NamedTuple):
+    """Settings of the supervised phase."""
+
+    layout: Packed
+    loss: LossConfig
+    optimizer: OptimizerConfig
+
+
+class Search(NamedTuple):
+    """Settings of the search phase. lora: None where all of the policy is learned."""
+
+    plan: build.Plan
+    collect: CollectConfig
+    step: SearchStepConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    lora: LoraConfig | None
+
+
+class Settings(NamedTuple):
+    """What a config asks of a run, checked; a phase without steps is None."""
+
+    mix: CountdownMix
+    head: HeadConfig
+    supervised: Supervised | None
+    search: Search | None
+
+
+class Run(NamedTuple):
+    """What all phases need. config: the whole file; train: its part for training.
+
+    solvers: of the evaluations, compiled once. mesh: what it runs on, None for one device. rules:
+    how parameters are split over it.
+    """
+
+    config: dict[str, Any]
+    train: dict[str, Any]
+    settings: Settings
+    workdir: pathlib.Path
+    tokenizer: Tokenizer
+    model: ModelConfig
+    solvers: dict[str, Solver]
+    mesh: Mesh | None
+    rules: Rules
+
+
+# Yields (state, metrics, tokens, position_fn) of one update after another.
+Steps = Generator[tuple[Any, Any, int, Callable[[], Any]]]
+
+
+class Phase(NamedTuple):
+    """A loop of updates: `steps(state, position)` yields (state, metrics, tokens, position_fn).
+
+    name: of its checkpoints' folder and its metrics. position: where its data stands, in JSON; None
+    at the beginning, and told by `position_fn()` until the next update.
+    networks: those that the state has learned.
+    """
+
+    name: str
+    num_steps: int
+    state: Any
+    steps: Callable[[Any, Any], Steps]
+    networks: Callable[[Any], Networks]
+
+
+def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) -> Settings:
+    """Reads and checks everything a run is asked to do.
+
+    Args:
+      tokenizer: the file that the run's tokenizer will be in.
+
+    Raises:
+      ValueError: a setting is not accepted, or does not go with another one; names it.
+    """
+    train = config["train"]
+    sizes = [f"{name}_steps" for name in ("log", "checkpoint", "eval")] + ["eval_problems"]
+    for name, least in (*((name, 1) for name in sizes), ("num_microbatches", 1), ("keep_best", 0)):
+        if train[name] < least:
+            raise ValueError(f"train.{name} must be >= {least}, got {train[name]}")
+    strategies = ("greedy", train["search"]["strategy"])
+    for name in strategies:
+        build.plan_strategy(config, name)
+    scores = tuple(f"{name}_accuracy" for name in strategies)
+    if train["best_metric"] not in scores:
+        raise ValueError(f"train.best_metric {train['best_metric']!r}: accepted are {scores}")
+    data = {**train["data"], "sizes": as_sizes(train["data"]["sizes"])}
+    return Settings(
+        mix=_make(
+            "train.data", CountdownMix, {"tokenizer": tokenizer, "seed": train["seed"]}, data
+        ),
+        head=choose_head(train["value_head"], train["loss"]["value_loss"]),
+        supervised=_read_supervised(train, mesh) if train["num_steps"] else None,
+        search=_read_search(config, mesh) if train["search"]["num_steps"] else None,
+    )
+
+
+def _read_supervised(train: Mapping[str, Any], mesh: Mesh | None) -> Supervised:
+    layout = _make("train.layout", Packed, train["layout"])
+    parts = train["num_microbatches"]
+    _check_split("train.layout.num_rows", layout.num_rows, mesh, parts)
+    loss = _make("train.loss", LossConfig, train["loss"])
+    if loss.kl_coef:
+        raise ValueError("train.loss.kl_coef: accepted in train.search.loss alone")
+    steps = {"num_steps": train["num_steps"]}
+    return Supervised(
+        layout, loss, _make("train.optimizer", OptimizerConfig, steps, train["optimizer"])
+    )
+
+
+def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
+    train, search = config["train"], config["train"]["search"]
+    plan = build.plan_strategy({**config, "batch_size": 1}, search["strategy"])
+    step = _make("train.search.step", SearchStepConfig, search["step"])
+    _check_split("train.search.num_problems", search["num_problems"], mesh)
+    _check_split("train.search.step.batch_rows", step.batch_rows, mesh)
+    shape = {
+        "num_children": plan.strategy.num_children,
+        "max_depth": plan.language.max_depth,
+    }
+    loss = _make("train.search.loss", LossConfig, train["loss"], search["loss"])
+    choose_head(train["value_head"], loss.value_loss)
+    updates = {"num_steps": search["num_steps"] * step.num_updates}
+    lora = None
+    if search["lora_rank"]:
+        fields = {"rank": search["lora_rank"], "alpha": search["lora_alpha"]}
+        lora = _make("train.search.lora_rank, lora_alpha", LoraConfig, fields)
+    return Search(
+        plan=plan,
+        collect=_make("train.search.collect", CollectConfig, shape, search["collect"]),
+        step=step,
+        loss=loss,
+        optimizer=_make("train.search.optimizer", OptimizerConfig, updates, search["optimizer"]),
+        lora=lora,
+    )
+
+
+def _make(where: str, make: Callable[..., Any], *fields: Mapping[str, Any]) -> Any:
+    """`make` of all fields, later ones first; a wrong one is named with its place in the config."""
+    try:
+        return make(**{name: value for part in fields for name, value in part.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_split(name: str, size: int, mesh: Mesh | None, num_parts: int = 1) -> None:
+    ways = num_parts * (1 if mesh is None else count_shards(mesh))
+    if size < 1 or size % ways:
+        raise ValueError(
+            f"{name}={size}: accepted are multiples of {ways}, the batch's parts "
+            f"({num_parts} microbatches on {ways // num_parts} shards)"
+        )
+
+
+def as_sizes(sizes: Any) -> tuple[tuple[int, float], ...]:
+    """Numbers of a problem and their shares, as a config holds them, in tuples."""
+    return tuple((int(size), float(share)) for size, share in sizes)
+
+
+def make_model(network: Mapping[str, int], tokenizer: Tokenizer) -> ModelConfig:
+    """The policy's shape, from `train.network` and what the tokenizer knows."""
+    return ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=network["num_layers"],
+        model_dim=network["model_dim"],
+        num_heads=network["num_heads"],
+        num_kv_heads=network["num_heads"],
+        head_dim=network["model_dim"] // network["num_heads"],
+        ffn_dim=network["ffn_dim"],
+        qk_norm=True,
+        tie_embeddings=True,
+        context_length=network["context_length"],
+        eos_ids=tuple(tokenizer.eos_ids),
+        bos_id=tokenizer.bos_id,
+    )
+
+
+def as_policy(run: Run, networks: Networks) -> build.Policy:
+    """The networks as solvers take them."""
+    return build.Policy(
+        networks.policy, run.model, run.tokenizer, networks.value_head, str(run.workdir)
+    )
+
+
+def place_networks(run: Run, networks: Networks, rules: Rules) -> Networks:
+    """The networks on the run's mesh, if it has one."""
+    if run.mesh is None:
+        return networks
+    axes = param_axes(run.model, run.mesh.shape["model"])
+    return place_params(run.mesh, networks, rules, policy=axes)
+
+
+def make_supervised(run: Run, networks: Networks) -> Phase:
+    """Cross-entropy and values on demonstrations, made while the training goes on."""
+    settings, mix = run.settings.supervised, run.settings.mix
+    assert settings is not None
+    networks = place_networks(run, networks, run.rules)
+    optimizer = make_optimizer(settings.optimizer, networks)
+    state = _spread(run, init_state(networks, optimizer))
+    update = jax.jit(
+        functools.partial(
+            update_state,
+            loss=functools.partial(token_loss, model=run.model, cfg=settings.loss),
+            optimizer=optimizer,
+            num_microbatches=run.train["num_microbatches"],
+        ),
+        donate_argnums=0,
+        out_shardings=None if run.mesh is None else (_shardings(state), None),
+    )
+
+    def steps(state: Any, position: Any) -> Steps:
+        source = GeneratedSource(
+            make_shards(mix), num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
+        )
+        with contextlib.closing(source):
+            batches = make_batches(
+                source, settings.layout, seed=mix.seed, shuffle=False, too_long="drop"
+            )
+            if position is not None:
+                batches.set_state(position)
+            while True:
+                before = batches.counts.tokens
+                state, metrics = update(state, _split(run, next(batches)))
+                yield state, metrics, batches.counts.tokens - before, batches.get_state
+
+    return Phase("supervised", run.train["num_steps"], state, steps, lambda state: state.params)
+
+
+def make_search(run: Run, networks: Networks) -> Phase:
+    """Search and learning in one compiled step, on problems without solutions."""
+    settings, search = run.settings.search, run.train["search"]
+    assert settings is not None
+    networks = place_networks(run, networks, run.rules)
+    policy = as_policy(run, networks)
+    one = build.build_solver(
+        run.config, settings.plan, policy, seed=run.train["seed"], batch_size=1
+    )
+    learned, base = _choose_learned(run, settings, networks)
+    optimizer = make_optimizer(settings.optimizer, learned)
+    collect = make_collect(
+        one.lm,
+        language=one.language,
+        strategy=one.strategy,
+        cfg=settings.collect,
+        budget_tokens=search["budget_tokens"],
+        mesh=run.mesh,
+    )
+
+    def draw(number: int) -> tuple[Any, Any, Any]:
+        rng = np.random.default_rng([run.train["seed"], 1, number])
+        problems = draw_problems(rng, search["num_problems"], as_sizes(search["sizes"]))
+        prompts = [encode_problem(run.tokenizer, one.task, problem) for problem in problems]
+        tokens, lengths = pad_prompts(prompts, run.config["bucket_tokens"])
+        keys = jax.random.split(jax.random.key(number), len(problems))
+        return _split(run, (keys, jnp.asarray(tokens), jnp.asarray(lengths)))
+
+    train = init_state(learned, optimizer)
+    key = jax.random.key(run.train["seed"])
+    state = init_search_state(train, key, collect, draw(0), settings.step, networks)
+    state = _spread(run, state)
+    step_fn = make_search_step(
+        collect,
+        cfg=settings.step,
+        loss=functools.partial(token_loss, model=run.model, cfg=settings.loss, lora=settings.lora),
+        optimizer=optimizer,
+        lora=settings.lora,
+        mesh=run.mesh,
+        shardings=None if run.mesh is None else _shardings(state),
+    )
+
+    def steps(state: Any, position: Any) -> Steps:
+        number = 0 if position is None else position
+        while True:
+            state, metrics = step_fn(state, *draw(number), base)
+            number += 1
+            yield state, metrics, 0, functools.partial(int, number)
+
+    def of_state(state: Any) -> Networks:
+        return assemble(state.train.params, base, settings.lora)
+
+    return Phase("search", search["num_steps"], state, steps, of_state)
+
+
+def _choose_learned(
+    run: Run, settings: Search, networks: Networks
+) -> tuple[Networks | Adapted, Params | None]:
+    """What the search phase learns, and the policy that stays as it is, where one is needed."""
+    if settings.lora is None:
+        # A copy: what is learned is donated to the first update.
+        base = jax.tree.map(jnp.copy, networks.policy) if settings.loss.kl_coef else None
+        return networks, base
+    key = jax.random.fold_in(jax.random.key(run.train["seed"]), 1)
+    learned = init_adapted(key, networks, run.model, settings.lora)
+    if run.mesh is not None:
+        axes = lora_axes(run.model, settings.lora, run.mesh.shape["model"])
+        learned = place_params(run.mesh, learned, run.rules, lora=axes)
+    return learned, networks.policy
+
+
+def _split(run: Run, batch: Any) -> Any:
+    return batch if run.mesh is None else place_batch(run.mesh, batch)
+
+
+def _spread(run: Run, state: Any) -> Any:
+    return state if run.mesh is None else spread_state(run.mesh, state)
+
+
+def _shardings(state: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
