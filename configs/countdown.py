@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def _training() -> dict:
     return {
         "seed": 0,
-        "num_steps": 5_000,
+        "num_steps": 4_000,
         "network": {
             "num_layers": 6,
             "model_dim": 160,
