@@ -1,8 +1,7 @@
 """The test sets of the puzzles: fixed problems that no training meets.
 
 The one idea: a test set is drawn with a seed of its own from what `tasks.countdown_split` holds
-out, so its name alone says which problems it holds. That a problem can be solved is proven by one
-solution, which is quicker than `countdown.draw_solvable`'s count of all; the draws are the same.
+out, so its name alone says which problems it holds.
 
   countdown4-inputs    1,000 sets of four numbers that no training sees, targets that it does
   countdown4-targets   1,000 problems whose targets no training sees
@@ -11,12 +10,10 @@ solution, which is quicker than `countdown.draw_solvable`'s count of all; the dr
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from rlm_jax.data.solvable import is_solvable
 from rlm_jax.tasks import countdown, game24
 from rlm_jax.tasks.base import Example, Gold
 from rlm_jax.tasks.countdown_split import HARD_24, is_held_out_input, is_held_out_target
@@ -55,33 +52,16 @@ def load_split(name: str) -> Split:
     held = is_held_out_target(targets)
     size = _SIZES.get(name, 4)
     rng = np.random.default_rng([_SEED, SPLITS.index(name)])
-    if name == "countdown4-targets":
-        draw = _draw(rng, 1000, size, targets[held], lambda numbers: ~is_held_out_input(numbers))
-    else:
-        draw = _draw(rng, 1000 if size == 4 else 500, size, targets[~held], is_held_out_input)
+    inputs = name != "countdown4-targets"
+    draw = countdown.draw_solvable(
+        rng,
+        1000 if size == 4 else 500,
+        size,
+        targets[~held] if inputs else targets[held],
+        admit_fn=lambda numbers, _: is_held_out_input(numbers) == inputs,
+    )
     examples = [
         (countdown.make_problem(tuple(numbers.tolist()), int(target), f"{name}-{i}"), Gold())
         for i, (numbers, target) in enumerate(zip(*draw, strict=True))
     ]
     return Split("countdown", tuple(examples))
-
-
-def _draw(
-    rng: np.random.Generator,
-    num_problems: int,
-    size: int,
-    targets: np.ndarray,
-    admit_fn: Callable[[np.ndarray], np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """`countdown.draw_solvable` of sets of numbers that `admit_fn` admits, problem for problem."""
-    numbers, wanted, found = [], [], 0
-    while found < num_problems:
-        rows = max(16, min(8192, 8 * (num_problems - found))) >> max(0, 2 * (size - 4))
-        state = np.sort(rng.integers(1, countdown.MAX_NUMBER + 1, (max(rows, 1), size)), axis=1)
-        target = rng.choice(targets, len(state))
-        kept = admit_fn(state)
-        kept[kept] = is_solvable(state[kept], target[kept])
-        numbers.append(state[kept])
-        wanted.append(target[kept])
-        found += int(kept.sum())
-    return np.concatenate(numbers)[:num_problems], np.concatenate(wanted)[:num_problems]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from rlm_jax.data.records import Record
-from rlm_jax.data.solvable import is_solvable
 from rlm_jax.evaluation.calibration import Judged
 from rlm_jax.tasks import game24
 from rlm_jax.tasks.base import Problem
+from rlm_jax.tasks.countdown_solvable import is_solvable
 
 COUNTDOWN_TASKS = ("countdown", "game24")
 

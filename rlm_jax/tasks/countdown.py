@@ -29,7 +29,8 @@ import numpy as np
 from rlm_jax.tasks.answers import find_marked
 from rlm_jax.tasks.base import Example, Gold, Message, Problem, Task, Verdict, judge, make_chat
 from rlm_jax.tasks.countdown_device import DEVICE_TASK
-from rlm_jax.tasks.countdown_solver import OPERATORS, count_below, count_solutions
+from rlm_jax.tasks.countdown_solvable import is_solvable
+from rlm_jax.tasks.countdown_solver import OPERATORS, count_below
 from rlm_jax.tasks.dial import check_dial
 from rlm_jax.tasks.expressions import parse, strip_result, write_canonically
 
@@ -193,7 +194,7 @@ def draw_solvable(
         if admit_fn is not None:
             admitted = admit_fn(state, target)
             state, target = state[admitted], target[admitted]
-        solvable = count_solutions(state, target) > 0
+        solvable = is_solvable(state, target)
         numbers.append(state[solvable])
         wanted.append(target[solvable])
         found += int(solvable.sum())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlm_jax.data.solvable import is_solvable
+from rlm_jax.tasks.countdown_solvable import is_solvable
 from rlm_jax.tasks.countdown_solver import MAX_NUMBER, count_solutions
 
 
