@@ -91,6 +91,9 @@ def _training() -> dict:
             "sharpness": 0.5,
             "shard_examples": 4096,
         },
+        # Expert iteration: right solutions in records of solve.py or evaluate.py (of problems that
+        # no test set holds) take the place of a share of the demonstrations.
+        "records": {"paths": (), "share": 0.0, "max_per_problem": 4},
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
         "value_head": "sigmoid",  # Or hl_gauss, a histogram, with value_loss hl_gauss.
         "loss": {"value_coef": 0.25, "value_loss": "bce", "z_coef": 0.0},

@@ -16,14 +16,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlm_jax.core.sharding import Rules
-from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shards
-from rlm_jax.data.generated import GeneratedSource
+from rlm_jax.data.countdown import (
+    CountdownMix,
+    draw_problems,
+    is_held_out_question,
+    make_shards,
+)
+from rlm_jax.data.examples import TokenExample, TokenTable
+from rlm_jax.data.generated import GeneratedSource, mix_shards
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.packing import Packed
 from rlm_jax.evaluation import build
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
 from rlm_jax.evaluation.solver import Solver
 from rlm_jax.learning.collect import CollectConfig
+from rlm_jax.learning.expert_iteration import read_examples
 from rlm_jax.learning.networks import (
     Adapted,
     LossConfig,
@@ -268,7 +275,7 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
 
     def steps(state: Any, position: Any) -> Steps:
         source = GeneratedSource(
-            make_shards(mix), num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
+            _mix_in_records(run), num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
         )
         with contextlib.closing(source):
             batches = make_batches(
@@ -282,6 +289,21 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
                 yield state, metrics, batches.counts.tokens - before, batches.get_state
 
     return Phase("supervised", run.train["num_steps"], state, steps, lambda state: state.params)
+
+
+def _mix_in_records(run: Run) -> Callable[[int], list[TokenExample]]:
+    """Shards of demonstrations, and of solutions that searches found before (expert iteration)."""
+    mix, records = run.settings.mix, run.train["records"]
+    if not records["paths"]:
+        return make_shards(mix)
+    examples = read_examples(
+        records["paths"],
+        task=build.TASKS[run.config["task"]],
+        tokenizer=run.tokenizer,
+        held_out_fn=is_held_out_question,
+        max_per_problem=records["max_per_problem"],
+    )
+    return mix_shards(make_shards(mix), TokenTable(examples), share=records["share"], seed=mix.seed)
 
 
 def make_search(run: Run, networks: Networks) -> Phase:

@@ -103,11 +103,11 @@ def summarize(judged: Iterable[Judged], seed: int = 0) -> list[Calibration]:
       seed: of the bootstrap.
     """
     judged = list(judged)
-    depths: list[int | None] = sorted({one.depth for one in judged})
+    depths = sorted({one.depth for one in judged})
     parts = [[one for one in judged if depth in (None, one.depth)] for depth in (*depths, None)]
     return [
         _summarize(depth, part, seed)
-        for depth, part in zip([*depths, None], parts, strict=True)
+        for depth, part in zip((*depths, None), parts, strict=True)
         if part
     ]
 
