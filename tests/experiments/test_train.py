@@ -108,7 +108,7 @@ def test_adapters_near_their_base_and_a_histogram_of_values(tmp_path):
     done = _train(
         tmp_path,
         "--config.train.num_steps=0",
-        # What an untrained network writes is no legal step: none is, so none is left out.
+        # An untrained network writes no legal step: with those left out, nothing would teach.
         "--config.drop_illegal=False",
         "--config.train.keep_best=1",
         "--config.train.value_head=hl_gauss",
