@@ -85,7 +85,7 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm={self.clip_norm}, weight_decay={self.weight_decay}: >= 0")
 
 
-# (params, batch, totals) -> loss, metrics; search training gives `base` too, where it has one.
+# (params, batch, totals) -> loss, metrics; search training may add `base` to the arguments.
 Loss = Callable[..., tuple[Array, Metrics]]
 
 

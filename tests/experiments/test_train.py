@@ -108,16 +108,20 @@ def test_adapters_near_their_base_and_a_histogram_of_values(tmp_path):
     done = _train(
         tmp_path,
         "--config.train.num_steps=0",
+        # An untrained network writes no legal step: with those left out, nothing would teach.
+        "--config.drop_illegal=False",
         "--config.train.keep_best=1",
         "--config.train.value_head=hl_gauss",
         "--config.train.loss.value_loss=hl_gauss",
         "--config.train.search.lora_rank=2",
         "--config.train.search.loss.kl_coef=0.1",
+        "--config.train.search.collect.min_visits=1.0",
         "--config.train.search.collect.path_rule=td_lambda",
         "--config.train.search.collect.policy_weight=advantage",
     )
     assert done.status == 0, done.err[-2000:]
     points = read_metrics(tmp_path / "search" / "metrics.jsonl")
+    assert points[0]["search_rows"] > 0
     assert points[0]["kl"] > 0
     model = load_model(str(tmp_path / "policy"))
     assert model.value_head.histogram is not None
