@@ -1,6 +1,7 @@
 """Many problems through few rows: whose record is whose, on a mesh and over a restart."""
 
 import dataclasses
+import logging
 
 import jax
 import numpy as np
@@ -81,17 +82,20 @@ def test_shards_give_the_records_of_one_device(split, together):
 
 
 def count_compiles(run):
-    """What `run()` gives, and how many programs XLA compiled for it."""
-    names = []
-
-    def listen(name, seconds, **details):
-        names.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    """What `run()` gives, and how many programs XLA compiled for it, the reading of logs apart:
+    its arrays are as long as a search had rounds."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("jax._src.dispatch")
+    logger.addHandler(handler)
     try:
-        return run(), sum(name.endswith("backend_compile_duration") for name in names)
+        with jax.log_compiles():
+            found = run()
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        logger.removeHandler(handler)
+    compiled = [line for line in lines if line.startswith("Finished XLA compilation")]
+    return found, sum("_backtracks" not in line for line in compiled)
 
 
 def test_budgets_of_expansions_and_tokens_share_what_is_compiled(one, together):
