@@ -5,7 +5,6 @@ numbers were left behind them; the solver says whether those make the target. It
 records alone: no search ever sees what it says.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,17 +12,11 @@ import numpy as np
 
 from rlm_jax.data.records import Record
 from rlm_jax.evaluation.calibration import Judged
-from rlm_jax.tasks import game24
+from rlm_jax.tasks import countdown, game24
 from rlm_jax.tasks.base import Problem
 from rlm_jax.tasks.countdown_solvable import is_solvable
 
 COUNTDOWN_TASKS = ("countdown", "game24")
-
-_MOVE = re.compile(r" *([0-9]+) *([-+*/]) *([0-9]+) *= *([0-9]+) *(?:;((?: +[0-9]+)+))? *\n?")
-_RETURN = re.compile(r" *:((?: +[0-9]+)+) *\n?")
-
-# What is left, and all that was left on the way there, for the lines that go back.
-Path = tuple[tuple[int, ...], ...]
 
 
 def read_puzzle(task: str, problem: Problem) -> tuple[tuple[int, ...], int]:
@@ -69,45 +62,16 @@ def judge_states(
 
 def read_states(record: Record, numbers: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
     """What is left behind each node, sorted; without nodes whose line does not follow."""
-    paths: dict[int, Path] = {record["nodes"][0]["id"]: (tuple(sorted(numbers)),)}
+    paths = {record["nodes"][0]["id"]: [sorted(numbers)]}
     for node in record["nodes"][1:]:
         above = paths.get(node["parents"][0])
-        path = None if above is None else _follow(above, node["text"])
-        if path is not None:
+        line = countdown.read_line(node["text"].removesuffix("\n"))
+        if above is None or line is None:
+            continue
+        path = countdown.follow(above, line)
+        if isinstance(path, list):
             paths[node["id"]] = path
-    return {node: path[-1] for node, path in paths.items()}
-
-
-def _follow(path: Path, line: str) -> Path | None:
-    """The path one line on; None where the line is none, or is wrong."""
-    back = _RETURN.fullmatch(line)
-    if back is not None:
-        state = _read_numbers(back[1])
-        return path[: path.index(state) + 1] if state in path[:-1] else None
-    move = _MOVE.fullmatch(line)
-    if move is None:
-        return None
-    left, right, result = (int(move[place]) for place in (1, 3, 4))
-    rest = list(path[-1])
-    for number in (left, right):
-        if number not in rest:
-            return None
-        rest.remove(number)
-    if not _is_right(left, move[2], right, result):
-        return None
-    state = tuple(sorted([*rest, result]))
-    said = state if move[5] is None and len(state) == 1 else _read_numbers(move[5] or "")
-    return (*path, state) if said == state else None
-
-
-def _is_right(left: int, sign: str, right: int, result: int) -> bool:
-    if sign == "/":
-        return right > 0 and result * right == left
-    return result == {"+": left + right, "-": left - right, "*": left * right}[sign]
-
-
-def _read_numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted(map(int, text.split())))
+    return {node: tuple(path[-1]) for node, path in paths.items()}
 
 
 def _is_valued(record: Record, node: dict[str, Any]) -> bool:

@@ -273,23 +273,51 @@ class Line(NamedTuple):
     rest: list[int] | None
 
 
+def read_line(text: str) -> Line | None:
+    """One line of a chain, without its newline; None where it is none."""
+    text = text.lstrip(" ")
+    if max(map(len, re.findall("[0-9]+", text)), default=0) > 9:
+        return None
+    match, back = _LINE.fullmatch(text), _RETURN.fullmatch(text)
+    if match is not None:
+        left, sign, right, result, rest = match.groups()
+        return Line(int(left), sign, int(right), int(result), _read_rest(rest))
+    return None if back is None else Line(0, "", 0, 0, _read_rest(back[1]))
+
+
+def follow(path: list[list[int]], line: Line) -> list[list[int]] | str:
+    """The states from the problem on, rising, one line further; or what is wrong with the line."""
+    left, sign, right, result, rest = line
+    if not sign:
+        if rest not in path[:-1]:
+            return f"{_join(rest)} was not left before: there is no way back to it"
+        return path[: path.index(rest) + 1]
+    said = f"{left} {sign} {right} = {result}"
+    state = path[-1].copy()
+    for number in (left, right):
+        if number not in state:
+            return f"{said}: there is no {number} left"
+        state.remove(number)
+    if result != _apply(sign, left, right):
+        return f"{said} is wrong"
+    state = sorted([*state, result])
+    if rest is None and len(state) > 1:
+        return f"{said} does not say that {_join(state)} are left"
+    if rest is not None and (len(state) == 1 or rest != state):
+        return f"{said}: what is left is {_join(state)}"
+    return [*path, state]
+
+
 def _read_lines(text: str) -> list[Line] | None:
     """The lines of a chain; None where one is none."""
     lines: list[Line] = []
-    for line in text.split("\n"):
-        if not line.strip(" "):
+    for text_line in text.split("\n"):
+        if not text_line.strip(" "):
             continue
-        line = line.lstrip(" ")
-        match, back = _LINE.fullmatch(line), _RETURN.fullmatch(line)
-        if max(map(len, re.findall("[0-9]+", line)), default=0) > 9:
+        line = read_line(text_line)
+        if line is None:
             return None
-        if match is not None:
-            left, sign, right, result, rest = match.groups()
-            lines.append(Line(int(left), sign, int(right), int(result), _read_rest(rest)))
-        elif back is not None:
-            lines.append(Line(0, "", 0, 0, _read_rest(back[1])))
-        else:
-            return None
+        lines.append(line)
     return lines or None
 
 
@@ -300,26 +328,11 @@ def _read_rest(rest: str | None) -> list[int] | None:
 def _find_wrong_line(state: list[int], target: int, lines: list[Line]) -> str | None:
     """What is wrong with a chain from `state` to the target, or None."""
     path = [state]
-    for left, sign, right, result, rest in lines:
-        if not sign:
-            if rest not in path[:-1]:
-                return f"{_join(rest)} was not left before: there is no way back to it"
-            path = path[: path.index(rest) + 1]
-            continue
-        line = f"{left} {sign} {right} = {result}"
-        state = path[-1].copy()
-        for number in (left, right):
-            if number not in state:
-                return f"{line}: there is no {number} left"
-            state.remove(number)
-        if result != _apply(sign, left, right):
-            return f"{line} is wrong"
-        state = sorted([*state, result])
-        if rest is None and len(state) > 1:
-            return f"{line} does not say that {_join(state)} are left"
-        if rest is not None and (len(state) == 1 or rest != state):
-            return f"{line}: what is left is {_join(state)}"
-        path.append(state)
+    for line in lines:
+        found = follow(path, line)
+        if isinstance(found, str):
+            return found
+        path = found
     state = path[-1]
     if len(state) > 1:
         return f"{_join(state)} are left"
