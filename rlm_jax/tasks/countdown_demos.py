@@ -153,44 +153,40 @@ def _go_on(
     rng: np.random.Generator, walk: _Walk, wrong_share: float, stray_share: float, max_wrong: int
 ) -> np.ndarray | None:
     """Walks until it comes to a state to ask about, or ends."""
-    missed = False
     while True:
         here = walk.path[-1]
         share = stray_share if here.lost or len(here.state) == 2 else wrong_share
-        errs = not missed and here.wrong.any() and rng.random() < share
-        if here.lost or missed:
-            while walk.path[-1].lost and not errs:
-                walk.path.pop()
-            alive = next(visit for visit in reversed(walk.path) if not visit.lost)
-            back = write_return(alive.state)
-            choices = ((back, 1.0),)
-            if not errs:
-                walk.steps.append(Step(back, choices, 1.0))
-                missed = False
-                if walk.num_wrong >= max_wrong:
-                    return None
-                continue
-        else:
-            choices = here.choices
-        move = _draw(rng, here.wrong if errs else here.right)
-        moves, row = here.moves, here.row
-        if errs:
-            walk.num_wrong += 1
-            here.wrong[move] = 0.0
-            # Not what to choose, but what follows from the choice is to be learned.
-            opening = _write_opening(moves, row, move)
-            rest = _write_rest(moves, row, move).removesuffix("\n") + "\n"
-            walk.steps.append(Step(opening, choices, None))
-            walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
-        else:
-            walk.steps.append(Step(write_move(moves, row, move), choices, 1.0))
-        if len(here.state) > 2:
-            return moves.states[row, move]
-        # One number is left: the target, or a miss.
-        if not errs:
-            walk.solved = True
+        if here.wrong.any() and rng.random() < share:
+            state = _err(rng, walk)
+            if len(state) > 1:
+                return state
+        elif not here.lost:
+            move = _draw(rng, here.right)
+            walk.steps.append(Step(write_move(here.moves, here.row, move), here.choices, 1.0))
+            walk.solved = len(here.state) == 2
+            return None if walk.solved else here.moves.states[here.row, move]
+        while walk.path[-1].lost:
+            walk.path.pop()
+        back = write_return(walk.path[-1].state)
+        walk.steps.append(Step(back, ((back, 1.0),), 1.0))
+        if walk.num_wrong >= max_wrong:
             return None
-        missed = True
+
+
+def _err(rng: np.random.Generator, walk: _Walk) -> np.ndarray:
+    """Makes a move that is not right, and returns the state that it leads to."""
+    here = walk.path[-1]
+    move = _draw(rng, here.wrong)
+    walk.num_wrong += 1
+    here.wrong[move] = 0.0
+    alive = next(visit for visit in reversed(walk.path) if not visit.lost)
+    right = here.choices or ((write_return(alive.state), 1.0),)
+    # Not what to choose, but what follows from the choice is to be learned.
+    opening = _write_opening(here.moves, here.row, move)
+    rest = _write_rest(here.moves, here.row, move).removesuffix("\n") + "\n"
+    walk.steps.append(Step(opening, right, None))
+    walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
+    return here.moves.states[here.row, move]
 
 
 def _write_opening(moves: Moves, row: int, move: int) -> str:
