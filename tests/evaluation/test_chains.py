@@ -3,8 +3,8 @@
 import math
 
 import pytest
+from record_trees import make_tree_record
 
-from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, make_record
 from rlm_jax.evaluation.chains import (
     Chain,
     Price,
@@ -12,47 +12,6 @@ from rlm_jax.evaluation.chains import (
     price_accuracy,
     read_chains,
 )
-
-
-def make(tree):
-    """A record of nodes (parent, text, terminal, alive); a letter of text is a token."""
-    depth = [0]
-    for parent, *_ in tree:
-        depth.append(depth[parent] + 1)
-    count = len(tree) + 1
-    zeros = [0] * count
-    columns = NodeColumns(
-        parents=[[], *([parent] for parent, *_ in tree)],
-        op=["root"] + ["generate"] * len(tree),
-        owner=[-1] * count,
-        depth=depth,
-        text=["?", *(text for _, text, *_ in tree)],
-        tokens=[[0], *([1] * len(text) for _, text, *_ in tree)],
-        logprob=zeros,
-        visits=zeros,
-        value={"model": zeros},
-        prior=zeros,
-        reward=zeros,
-        terminal=[False, *(terminal for *_, terminal, _ in tree)],
-        alive=[True, *(alive for *_, alive in tree)],
-        budget=zeros,
-    )
-    return make_record(
-        id="p",
-        question="?",
-        answer=None,
-        correct=True,
-        strategy="best_of_n",
-        config={},
-        seed=0,
-        policy_version="x",
-        value_version=None,
-        budget=dict.fromkeys(BUDGET_FIELDS, 0),
-        seconds=0.0,
-        nodes=columns,
-        chosen=[],
-    )
-
 
 # Three chains side by side: one dies of an illegal step, one is right, one is cut off.
 SIDE_BY_SIDE = [
@@ -66,18 +25,20 @@ SIDE_BY_SIDE = [
 
 
 def test_chains_keep_their_order_and_what_they_cost():
-    assert read_chains(make(SIDE_BY_SIDE)) == [
+    assert read_chains(make_tree_record(SIDE_BY_SIDE)) == [
         Chain(5, "aaaxx", False),
         Chain(7, "bbright", True),
         Chain(3, "ccc", False),
     ]
-    assert read_chains(make([])) == []
+    assert read_chains(make_tree_record([])) == []
     with pytest.raises(ValueError, match="node 1 has 2 children"):
-        read_chains(make([(0, "a", False, True), (1, "b", False, True), (1, "c", False, True)]))
+        read_chains(
+            make_tree_record([(0, "a", False, True), (1, "b", False, True), (1, "c", False, True)])
+        )
 
 
 def test_drawing_in_turn_stops_at_the_first_that_is_right():
-    chains = read_chains(make(SIDE_BY_SIDE))
+    chains = read_chains(make_tree_record(SIDE_BY_SIDE))
     assert count_tokens_in_turn(chains, lambda text: text.endswith("right")) == 12
     assert count_tokens_in_turn(chains[::-1], lambda text: text.endswith("right")) == 10
     # Only what is finished can be proven.

@@ -1,7 +1,7 @@
 """States read out of records: of a tree, of a chain that goes back, of lines that are wrong."""
 
 import pytest
-from test_chains import make
+from record_trees import make_tree_record
 
 from rlm_jax.evaluation.calibration import Judged
 from rlm_jax.evaluation.states import judge_states, read_puzzle, read_states
@@ -13,7 +13,7 @@ NUMBERS = PROBLEM.data[0]
 
 
 def chain(*lines):
-    """Nodes in a row, as `make` takes them."""
+    """Nodes in a row, as `make_tree_record` takes them."""
     return [(place, line, False, True) for place, line in enumerate(lines)]
 
 
@@ -24,7 +24,7 @@ def values(record, *found):
 
 
 def test_a_tree_is_read_line_by_line():
-    record = make(
+    record = make_tree_record(
         [
             (0, "10 - 4 = 6 ; 4 6 7\n", False, True),
             (0, "10 * 4 = 40 ; 4 7 40\n", False, True),
@@ -58,13 +58,15 @@ def test_a_tree_is_read_line_by_line():
     ],
 )
 def test_a_wrong_line_leads_nowhere_and_so_does_what_follows(line):
-    record = make([(0, line, False, True), (1, "7 - 6 = 1 ; 1 4\n", False, True)])
+    record = make_tree_record([(0, line, False, True), (1, "7 - 6 = 1 ; 1 4\n", False, True)])
     assert set(read_states(record, NUMBERS)) == {0}
 
 
 def test_a_chain_that_goes_back_is_where_it_went():
     first, second = "10 * 4 = 40 ; 4 7 40\n", "40 - 7 = 33 ; 4 33\n"
-    record = make(chain(first, second, ": 4 7 40\n", ": 4 4 7 10\n", "10 - 7 = 3 ; 3 4 4\n"))
+    record = make_tree_record(
+        chain(first, second, ": 4 7 40\n", ": 4 4 7 10\n", "10 - 7 = 3 ; 3 4 4\n")
+    )
     states = [state for _, state in sorted(read_states(record, NUMBERS).items())]
     assert states == [
         (4, 4, 7, 10),
@@ -75,7 +77,7 @@ def test_a_chain_that_goes_back_is_where_it_went():
         (3, 4, 4),
     ]
     # What was left on the way that was taken back is no longer behind the chain.
-    astray = make(chain(first, second, ": 4 4 7 10\n", ": 4 7 40\n"))
+    astray = make_tree_record(chain(first, second, ": 4 4 7 10\n", ": 4 7 40\n"))
     assert set(read_states(astray, NUMBERS)) == {0, 1, 2, 3}
     judged = [one for _, one in judge_states("countdown", [PROBLEM], [values(record, *[0.5] * 5)])]
     # 3 * (4 + 4)
@@ -97,7 +99,7 @@ def test_what_a_network_did_not_value_is_left_out():
         (4, "3 * 0 = 0", True, True),
         (0, "7 - 4 = 3 ; 3 4 10\n", False, True),
     ]
-    record = values(make(tree), 0.9, 0.2, 0.3, 0.1, 0.0, None)
+    record = values(make_tree_record(tree), 0.9, 0.2, 0.3, 0.1, 0.0, None)
     assert list(judge_states("countdown", [PROBLEM], [record])) == [
         (1, Judged("p", 1, 0.9, True)),
         (2, Judged("p", 1, 0.2, False)),
@@ -111,7 +113,7 @@ def test_what_a_network_did_not_value_is_left_out():
 def test_the_verdict_is_that_of_the_task():
     """What the verifier says of a whole chain agrees with the states read from its lines."""
     lines = ("10 - 4 = 6 ; 4 6 7\n", "7 * 6 = 42 ; 4 42\n", ": 4 6 7\n", "7 - 4 = 3 ; 3 6\n")
-    record = make(chain(*lines))
+    record = make_tree_record(chain(*lines))
     numbers, target = read_puzzle("countdown", PROBLEM)
     states = read_states(record, numbers)
     assert states[4] == (3, 6)

@@ -1,9 +1,10 @@
 """Solutions worth imitating, picked out of records written by hand."""
 
 import pytest
+from record_trees import make_tree_record
 
 from rlm_jax.data.countdown import is_held_out_question
-from rlm_jax.data.records import BUDGET_FIELDS, NodeColumns, RecordWriter, make_record
+from rlm_jax.data.records import RecordWriter
 from rlm_jax.learning.expert_iteration import (
     finished_paths,
     make_answer_key,
@@ -28,40 +29,15 @@ TREE = [
 
 
 def make(tree=TREE, id="p", correct=True, chosen=(0, 1, 3), question="Make 24."):
-    parents = [[] if parent is None else [parent] for parent, *_ in tree]
-    depth = [0] * len(tree)
-    for i, above in enumerate(parents):
-        depth[i] = depth[above[0]] + 1 if above else 0
-    zeros = [0] * len(tree)
-    columns = NodeColumns(
-        parents=parents,
-        op=["root"] + ["generate"] * (len(tree) - 1),
-        owner=[-1] * len(tree),
-        depth=depth,
-        text=[text for _, text, *_ in tree],
-        tokens=[list(text.encode()) for _, text, *_ in tree],
-        logprob=zeros,
-        visits=zeros,
-        value={"search": [value for *_, value in tree]},
-        prior=zeros,
-        reward=zeros,
-        terminal=[terminal for *_, terminal, _, _ in tree],
-        alive=[alive for *_, alive, _ in tree],
-        budget=zeros,
-    )
-    return make_record(
+    return make_tree_record(
+        [step[:4] for step in tree[1:]],
+        root=tree[0][1],
+        values={"search": [value for *_, value in tree]},
         id=id,
         question=question,
         answer="24",
         correct=correct,
         strategy="puct",
-        config={},
-        seed=0,
-        policy_version="x",
-        value_version=None,
-        budget=dict.fromkeys(BUDGET_FIELDS, 0),
-        seconds=0.0,
-        nodes=columns,
         chosen=list(chosen),
     )
 
