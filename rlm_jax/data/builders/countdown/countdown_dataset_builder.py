@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from rlm_jax.data.builders.reading import build_splits, import_tfds, make_features, to_element
+from rlm_jax.data.builders.generated import build_generated
 from rlm_jax.data.countdown import draw_problems
 from rlm_jax.data.iterators import Source
 from rlm_jax.data.splits import load_split
@@ -86,13 +86,15 @@ def build_countdown(spec: CountdownSpec, data_dir: str | os.PathLike[str]) -> di
     Raises:
       ValueError: tensorflow_datasets is not installed.
     """
-    tfds = import_tfds()
-    config = tfds.core.BuilderConfig(
-        name=spec.name,
-        version=tfds.core.Version(f"{countdown.TASK.version}.{DRAW_VERSION}.0"),
+    return build_generated(
+        "countdown",
+        data_dir,
+        functools.partial(generate_splits, spec),
+        config_name=spec.name,
+        version=f"{countdown.TASK.version}.{DRAW_VERSION}.0",
         description=f"Countdown of {spec.size} numbers, seed {spec.seed}",
+        homepage="https://github.com/kanishkg/stream-of-search",
     )
-    return build_splits(_builder_class()(data_dir=os.fspath(data_dir), config=config, spec=spec))
 
 
 def _draw(spec: CountdownSpec) -> Iterator[Example]:
@@ -101,37 +103,3 @@ def _draw(spec: CountdownSpec) -> Iterator[Example]:
         problems = draw_problems(rng, BLOCK_PROBLEMS, ((spec.size, 1.0),))
         for number, problem in enumerate(problems[: spec.num_train - start], start):
             yield dataclasses.replace(problem, id=f"countdown{spec.size}-train-{number}"), Gold()
-
-
-@functools.cache
-def _builder_class():
-    tfds = import_tfds()
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Countdown; the config is made by `build_countdown`."""
-
-        name = "countdown"
-
-        def __init__(self, *, spec: CountdownSpec, **options):
-            self._spec = spec
-            super().__init__(**options)
-
-        def _info(self):
-            return self.dataset_info_from_configs(
-                features=make_features("id", "question", "answer", "data"),
-                homepage="https://github.com/kanishkg/stream-of-search",
-                disable_shuffling=True,
-            )
-
-        def _split_generators(self, dl_manager):
-            del dl_manager
-            return {
-                split: self._generate_examples(examples)
-                for split, examples in generate_splits(self._spec).items()
-            }
-
-        def _generate_examples(self, examples):
-            for number, (problem, gold) in enumerate(examples):
-                yield number, to_element(problem, gold)
-
-    return Builder

@@ -10,14 +10,13 @@ a split do not depend on how many there are.
 """
 
 import dataclasses
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
-from rlm_jax.data.builders.reading import build_splits, import_tfds, make_features, to_element
+from rlm_jax.data.builders.generated import build_generated
 from rlm_jax.data.iterators import Source
 from rlm_jax.data.overlap import exact_text
 from rlm_jax.tasks.base import Example, Problem, Task
@@ -111,13 +110,18 @@ def build_puzzles(spec: PuzzleSpec, data_dir: str | os.PathLike[str]) -> dict[st
       ValueError: the task has not so many different problems, an example that is no text and
         JSON, or tensorflow_datasets is not installed.
     """
-    tfds = import_tfds()
-    config = tfds.core.BuilderConfig(
-        name=spec.name,
-        version=tfds.core.Version(f"{spec.task.version}.0.0"),
+    return build_generated(
+        "puzzles",
+        data_dir,
+        lambda: {
+            split: examples
+            for split, examples in generate_splits(spec).items()
+            if spec.num_problems(split)
+        },
+        config_name=spec.name,
+        version=f"{spec.task.version}.0.0",
         description=f"{spec.task.name} at difficulty {spec.difficulty}, seed {spec.seed}",
     )
-    return build_splits(_builder_class()(data_dir=os.fspath(data_dir), config=config, spec=spec))
 
 
 def _draw(
@@ -151,38 +155,3 @@ def _draw(
 
 def _block_size(block: int) -> int:
     return min(FIRST_BLOCK_PROBLEMS << min(block, 16), MAX_BLOCK_PROBLEMS)
-
-
-@functools.cache
-def _builder_class():
-    tfds = import_tfds()
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Generated problems; the config is made by `build_puzzles`."""
-
-        name = "puzzles"
-
-        def __init__(self, *, spec: PuzzleSpec, **options):
-            self._spec = spec
-            super().__init__(**options)
-
-        def _info(self):
-            return self.dataset_info_from_configs(
-                features=make_features("id", "question", "answer", "data"),
-                disable_shuffling=True,
-            )
-
-        def _split_generators(self, dl_manager):
-            del dl_manager
-            splits = generate_splits(self._spec)
-            return {
-                split: self._generate_examples(examples)
-                for split, examples in splits.items()
-                if self._spec.num_problems(split)
-            }
-
-        def _generate_examples(self, examples):
-            for number, (problem, gold) in enumerate(examples):
-                yield number, to_element(problem, gold)
-
-    return Builder
