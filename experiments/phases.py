@@ -259,6 +259,7 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
     """Cross-entropy and values on demonstrations, made while the training goes on."""
     settings, mix = run.settings.supervised, run.settings.mix
     assert settings is not None
+    make_shard = _mix_in_records(run)
     networks = place_networks(run, networks, run.rules)
     optimizer = make_optimizer(settings.optimizer, networks)
     state = _spread(run, init_state(networks, optimizer))
@@ -275,7 +276,7 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
 
     def steps(state: Any, position: Any) -> Steps:
         source = GeneratedSource(
-            _mix_in_records(run), num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
+            make_shard, num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
         )
         with contextlib.closing(source):
             batches = make_batches(
@@ -303,7 +304,8 @@ def _mix_in_records(run: Run) -> Callable[[int], list[TokenExample]]:
         held_out_fn=is_held_out_question,
         max_per_problem=records["max_per_problem"],
     )
-    return mix_shards(make_shards(mix), TokenTable(examples), share=records["share"], seed=mix.seed)
+    mixed = functools.partial(mix_shards, make_shards(mix), TokenTable(examples))
+    return _make("train.records", mixed, {"share": records["share"], "seed": mix.seed})
 
 
 def make_search(run: Run, networks: Networks) -> Phase:

@@ -247,6 +247,14 @@ def test_wrong_flags_are_named(flags, message, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_records_that_are_not_there_are_named_before_a_step(tmp_path):
+    done = _train(tmp_path, "--config.train.records.paths=('/no/records.jsonl',)")
+    assert done.status == 2
+    assert "/no/records.jsonl" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
 def test_wrong_evaluations_are_named(tmp_path):
     for flags, message in (
         (("--split=gsm",), "'gsm'"),
