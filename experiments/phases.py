@@ -5,17 +5,19 @@ that of train.py, logs, evaluates, saves and resumes all of them.
 """
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from walks import WalkSettings, open_walks, sample_chains
 
-from rlm_jax.core.sharding import Rules
+from rlm_jax.core.sharding import TENSOR_PARALLEL, Rules
 from rlm_jax.data.countdown import (
     CountdownMix,
     draw_problems,
@@ -26,9 +28,8 @@ from rlm_jax.data.examples import TokenExample, TokenTable
 from rlm_jax.data.generated import GeneratedSource, mix_shards
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.packing import Packed
-from rlm_jax.evaluation import build
+from rlm_jax.evaluation import build, solver
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
-from rlm_jax.evaluation.solver import Solver
 from rlm_jax.learning.collect import CollectConfig
 from rlm_jax.learning.expert_iteration import read_examples
 from rlm_jax.learning.networks import (
@@ -58,6 +59,7 @@ from rlm_jax.models.heads import HeadConfig
 from rlm_jax.models.lora import LoraConfig, lora_axes
 from rlm_jax.models.params import Params, param_axes
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
+from rlm_jax.tasks.base import Problem
 from rlm_jax.text.tokenizer import Tokenizer
 
 # More than any run reads: position, not count, is what a resumed run needs.
@@ -70,6 +72,15 @@ class Supervised(NamedTuple):
     layout: Packed
     loss: LossConfig
     optimizer: OptimizerConfig
+
+
+class Walking(NamedTuple):
+    """Settings of the phase of corrected walks. plan: how a chain is written, `rows` at a time."""
+
+    plan: build.Plan
+    rows: int
+    walks: WalkSettings
+    learning: Supervised
 
 
 class Search(NamedTuple):
@@ -89,6 +100,7 @@ class Settings(NamedTuple):
     mix: CountdownMix
     head: HeadConfig
     supervised: Supervised | None
+    walking: Walking | None
     search: Search | None
 
 
@@ -105,7 +117,7 @@ class Run(NamedTuple):
     workdir: pathlib.Path
     tokenizer: Tokenizer
     model: ModelConfig
-    solvers: dict[str, Solver]
+    solvers: dict[str, solver.Solver]
     mesh: Mesh | None
     rules: Rules
 
@@ -150,27 +162,46 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
     if train["best_metric"] not in scores:
         raise ValueError(f"train.best_metric {train['best_metric']!r}: accepted are {scores}")
     data = {**train["data"], "sizes": as_sizes(train["data"]["sizes"])}
+    data |= {"tokenizer": tokenizer, "seed": train["seed"]}
     return Settings(
-        mix=_make(
-            "train.data", CountdownMix, {"tokenizer": tokenizer, "seed": train["seed"]}, data
-        ),
+        mix=_make("train.data", CountdownMix, data),
         head=choose_head(train["value_head"], train["loss"]["value_loss"]),
-        supervised=_read_supervised(train, mesh) if train["num_steps"] else None,
+        supervised=_read_supervised("train", train, mesh) if train["num_steps"] else None,
+        walking=_read_walking(config, data, mesh) if train["walks"]["num_steps"] else None,
         search=_read_search(config, mesh) if train["search"]["num_steps"] else None,
     )
 
 
-def _read_supervised(train: Mapping[str, Any], mesh: Mesh | None) -> Supervised:
-    layout = _make("train.layout", Packed, train["layout"])
+def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) -> Supervised:
+    """where: the place of these settings in the config, for messages."""
+    layout = _make(f"{where}.layout", Packed, train["layout"])
     parts = train["num_microbatches"]
-    _check_split("train.layout.num_rows", layout.num_rows, mesh, parts)
+    _check_split(f"{where}.layout.num_rows", layout.num_rows, mesh, parts)
     loss = _make("train.loss", LossConfig, train["loss"])
     if loss.kl_coef:
         raise ValueError("train.loss.kl_coef: accepted in train.search.loss alone")
     steps = {"num_steps": train["num_steps"]}
-    return Supervised(
-        layout, loss, _make("train.optimizer", OptimizerConfig, steps, train["optimizer"])
-    )
+    optimizer = _make(f"{where}.optimizer", OptimizerConfig, steps, train["optimizer"])
+    return Supervised(layout, loss, optimizer)
+
+
+def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None) -> Walking:
+    train, walks = config["train"], config["train"]["walks"]
+    own = {"temperature": walks["temperature"], "method": "sample"}
+    sampling = {**config["greedy"]["sampling"], **own}
+    chain = {**config["greedy"], "sampling": sampling}
+    plan = build.plan_strategy({**config, "greedy": chain}, "greedy")
+    if not 1 <= walks["num_chains"] <= walks["shard_examples"]:
+        raise ValueError(
+            f"train.walks.num_chains={walks['num_chains']}: accepted is 1 to shard_examples="
+            f"{walks['shard_examples']}"
+        )
+    _check_split("train.walks.rows", walks["rows"], mesh)
+    sizes = {"sizes": as_sizes(walks["sizes"]), "shard_examples": walks["shard_examples"]}
+    learning = _read_supervised("train.walks", {**train, **walks}, mesh)
+    mix = _make("train.walks", CountdownMix, data, sizes)
+    settings = WalkSettings(mix, walks["num_chains"], learning.layout.max_tokens)
+    return Walking(plan, walks["rows"], settings, learning)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
@@ -247,6 +278,22 @@ def as_policy(run: Run, networks: Networks) -> build.Policy:
     )
 
 
+def make_solver(run: Run, plan: build.Plan, networks: Networks, num_rows: int) -> solver.Solver:
+    """A solver by these networks, over the run's mesh if it has one; rows to fill its shards."""
+    shards = 1 if run.mesh is None else count_shards(run.mesh)
+    rows = -(-num_rows // shards) * shards
+    policy = as_policy(run, networks)
+    one = build.build_solver(run.config, plan, policy, seed=0, batch_size=rows)
+    return one if run.mesh is None else solver.spread_solver(one, run.mesh)
+
+
+def with_networks(run: Run, one: solver.Solver, networks: Networks) -> solver.Solver:
+    """The same solver by other networks, without compiling anew."""
+    networks = place_networks(run, networks, TENSOR_PARALLEL)
+    lm = dataclasses.replace(one.lm, policy=networks.policy, value_head=networks.value_head)
+    return dataclasses.replace(one, lm=lm)
+
+
 def place_networks(run: Run, networks: Networks, rules: Rules) -> Networks:
     """The networks on the run's mesh, if it has one."""
     if run.mesh is None:
@@ -260,6 +307,38 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
     settings, mix = run.settings.supervised, run.settings.mix
     assert settings is not None
     make_shard = _mix_in_records(run)
+
+    def open_source(_: Callable[[], Networks]) -> contextlib.closing[GeneratedSource]:
+        return contextlib.closing(
+            GeneratedSource(make_shard, num_shards=NUM_SHARDS, shard_examples=mix.shard_examples)
+        )
+
+    return _learn_tokens(run, networks, "supervised", settings, open_source)
+
+
+def make_walking(run: Run, networks: Networks) -> Phase:
+    """The same on chains of the networks' own, corrected by the solver (`walks.py`)."""
+    settings = run.settings.walking
+    assert settings is not None
+    one = make_solver(run, settings.plan, networks, settings.rows)
+
+    def open_source(networks_fn: Callable[[], Networks]) -> Any:
+        def sample(problems: Sequence[Problem]) -> list[str]:
+            return sample_chains(with_networks(run, one, networks_fn()), problems)
+
+        return open_walks(settings.walks, run.workdir / "walking" / "chains", sample)
+
+    return _learn_tokens(run, networks, "walking", settings.learning, open_source)
+
+
+def _learn_tokens(
+    run: Run,
+    networks: Networks,
+    name: str,
+    settings: Supervised,
+    open_source: Callable[[Callable[[], Networks]], contextlib.AbstractContextManager[Any]],
+) -> Phase:
+    """Updates on token examples. open_source: gets what tells the networks of the moment."""
     networks = place_networks(run, networks, run.rules)
     optimizer = make_optimizer(settings.optimizer, networks)
     state = _spread(run, init_state(networks, optimizer))
@@ -275,21 +354,19 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
     )
 
     def steps(state: Any, position: Any) -> Steps:
-        source = GeneratedSource(
-            make_shard, num_shards=NUM_SHARDS, shard_examples=mix.shard_examples
-        )
-        with contextlib.closing(source):
+        with open_source(lambda: state.params) as source:
             batches = make_batches(
-                source, settings.layout, seed=mix.seed, shuffle=False, too_long="drop"
+                source, settings.layout, seed=run.train["seed"], shuffle=False, too_long="drop"
             )
             if position is not None:
                 batches.set_state(position)
             while True:
                 before = batches.counts.tokens
-                state, metrics = update(state, _split(run, next(batches)))
+                batch = next(batches)
+                state, metrics = update(state, _split(run, batch))
                 yield state, metrics, batches.counts.tokens - before, batches.get_state
 
-    return Phase("supervised", run.train["num_steps"], state, steps, lambda state: state.params)
+    return Phase(name, settings.optimizer.num_steps, state, steps, lambda state: state.params)
 
 
 def _mix_in_records(run: Run) -> Callable[[int], list[TokenExample]]:

@@ -49,7 +49,6 @@ from rlm_jax.learning.networks import Networks, init_networks
 from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
 from rlm_jax.models.number_embedding import init_number_embeddings
-from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
 from rlm_jax.viz.training import TrainingDisplay, draw_trees, watch_training
@@ -96,6 +95,7 @@ def main() -> None:
     with catch_stop() as is_stopped:
         for num_steps, make_phase in (
             (run.train["num_steps"], phases.make_supervised),
+            (run.train["walks"]["num_steps"], phases.make_walking),
             (run.train["search"]["num_steps"], phases.make_search),
         ):
             if not num_steps:
@@ -282,32 +282,18 @@ def _shown(means: dict[str, float]) -> dict[str, float]:
 def _evaluate(run: Run, networks: Networks) -> tuple[dict[str, float], str]:
     """Accuracy of a greedy chain and of the search on held-out problems, and some trees."""
     examples = load_split(EVAL_SPLIT).examples[: run.train["eval_problems"]]
-    networks = phases.place_networks(run, networks, TENSOR_PARALLEL)
     scores, drawn = {}, ""
     for name in ("greedy", run.train["search"]["strategy"]):
         if name not in run.solvers:
-            run.solvers[name] = _make_solver(run, name, networks, len(examples))
-        one = run.solvers[name]
-        lm = dataclasses.replace(one.lm, policy=networks.policy, value_head=networks.value_head)
-        one = dataclasses.replace(one, lm=lm)
+            plan = build.plan_strategy(run.config, name)
+            rows = min(run.config["batch_size"], len(examples))
+            run.solvers[name] = phases.make_solver(run, plan, networks, rows)
+        one = phases.with_networks(run, run.solvers[name], networks)
         encoded = [solver.encode(one, problem) for problem, _ in examples]
         records = solver.solve_batch(one, encoded, [gold for _, gold in examples])
         scores[f"{name}_accuracy"] = sum(map(_is_right, records)) / len(records)
         drawn = draw_trees(records, max_trees=NUM_TREES, max_lines=12)
     return scores, drawn
-
-
-def _make_solver(run: Run, name: str, networks: Networks, num_problems: int) -> solver.Solver:
-    shards = 1 if run.mesh is None else count_shards(run.mesh)
-    rows = min(run.config["batch_size"], num_problems)
-    one = build.build_solver(
-        run.config,
-        build.plan_strategy(run.config, name),
-        phases.as_policy(run, networks),
-        seed=0,
-        batch_size=-(-rows // shards) * shards,
-    )
-    return one if run.mesh is None else solver.spread_solver(one, run.mesh)
 
 
 def _is_right(record: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from rlm_jax.data.demonstrations import tokenize_demonstration
 from rlm_jax.data.examples import TokenExample
 from rlm_jax.tasks.base import Problem
 from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable, make_problem, read
-from rlm_jax.tasks.countdown_demos import demonstrate, demonstrate_openings
+from rlm_jax.tasks.countdown_demos import correct_walks, demonstrate, demonstrate_openings
 from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_target
 from rlm_jax.tasks.demonstrations import Demonstration
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +65,29 @@ def make_shard(mix: CountdownMix, shard: int) -> list[TokenExample]:
             for demonstration in _demonstrate(mix, rng, int(size), int(number), highest):
                 examples.append(_tokenize(tokenizer, demonstration))
     return [examples[i] for i in rng.permutation(len(examples))]
+
+
+def make_walks(
+    mix: CountdownMix, shard: int, problems: Sequence[Problem], chains: Sequence[str]
+) -> list[TokenExample]:
+    """Examples of chains that a network wrote for solvable problems, labelled by the solver.
+
+    A pure function of its arguments; problems on whose way a held-out one stands are left out.
+    """
+    tokenizer = _load(mix.tokenizer)
+    rng = np.random.default_rng([mix.seed, 5, shard])
+    examples: list[TokenExample] = []
+    for size in sorted({len(problem.data[0]) for problem in problems}):
+        rows = [i for i, problem in enumerate(problems) if len(problem.data[0]) == size]
+        walks = correct_walks(
+            rng,
+            np.array([sorted(problems[i].data[0]) for i in rows]),
+            np.array([problems[i].data[1] for i in rows]),
+            [chains[i] for i in rows],
+            sharpness=mix.sharpness,
+        )
+        examples += [_tokenize(tokenizer, walk) for walk in walks]
+    return examples
 
 
 def make_shards(mix: CountdownMix) -> Callable[[int], list[TokenExample]]:

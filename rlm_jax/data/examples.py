@@ -137,6 +137,11 @@ def pad_soft(example: TokenExample, num_soft: int) -> TokenExample:
     )
 
 
+def cut_example(example: TokenExample, num_tokens: int) -> TokenExample:
+    """The first `num_tokens` tokens of an example, and what is to be learned at these."""
+    return TokenExample(*(column[:num_tokens] for column in example))
+
+
 def _to_ids(name: str, values) -> np.ndarray:
     ids = np.asarray(values)
     if ids.size and ids.dtype.kind not in "iu":

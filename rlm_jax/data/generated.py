@@ -36,7 +36,7 @@ def mix_shards(
 def _mix_shard(
     make_shard: MakeShard, stored: TokenTable, share: float, seed: int, shard: int
 ) -> list[TokenExample]:
-    rng = np.random.default_rng([seed, shard])
+    rng = np.random.default_rng([seed, 4, shard])  # Not what the shard itself is drawn by.
     examples = list(make_shard(shard))
     for place in np.flatnonzero(rng.random(len(examples)) < share):
         examples[place] = stored[int(rng.integers(len(stored)))]

@@ -7,16 +7,17 @@ a state is lost (as the next line, and as its value), and to try something else.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
-from rlm_jax.tasks.countdown import write_return, write_state
+from rlm_jax.tasks.countdown import Line, follow, read_line, write_return, write_state
 from rlm_jax.tasks.countdown_solver import OPERATORS, Moves, count_below
 from rlm_jax.tasks.countdown_split import is_held_out
 from rlm_jax.tasks.demonstrations import Demonstration, Step
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Visit:
     """A state on a walk: row `row` of `moves`.
 
@@ -94,6 +95,48 @@ def demonstrate(
     ]
 
 
+def correct_walks(
+    rng: np.random.Generator,
+    numbers: np.ndarray,
+    targets: np.ndarray,
+    chains: Sequence[str],
+    *,
+    sharpness: float,
+) -> list[Demonstration]:
+    """What the solver says to chains that a network wrote (DAgger, Ross et al., arXiv 1011.0686).
+
+    In a walk of `demonstrate` the wrong moves are drawn; here they are the network's own, so it
+    learns for the states, and with the tries behind it, that it will meet when it is asked. Lines
+    are labelled as there; one that does not follow ends the chain, and where a chain ends without a
+    solution one right line is added. Problems are left out as there.
+
+    Args:
+      numbers, targets: solvable problems, as in `demonstrate`. chains: lines of each, as written.
+    """
+    walks = [_Walk([], []) for _ in numbers]
+    taken = [_follow_chain(row.tolist(), chain) for row, chain in zip(numbers, chains, strict=True)]
+    clean = ~is_held_out(numbers, targets)
+    visits = _visit_chains(numbers, targets, taken, sharpness)
+    for index, (walk, lines) in enumerate(zip(walks, taken, strict=True)):
+        known = visits[index]
+        walk.path.append(known[tuple(numbers[index].tolist())])
+        missed = False
+        for line, state in lines:
+            _take_line(walk, line, known.get(tuple(state)), missed)
+            missed = len(state) == 1
+        if walk.path[-1].lost or (missed and not walk.solved):
+            _take_back(walk)
+        elif not walk.solved:
+            _take_right(walk, _draw(rng, walk.path[-1].right))
+        long = [np.array([state]) for state in known if len(state) > 3]
+        clean[index] &= not any(is_held_out(state, targets[index : index + 1])[0] for state in long)
+    return [
+        Demonstration(write_state(target, state) + "\n", tuple(walk.steps), walk.solved, None)
+        for target, state, walk, keep in zip(targets.tolist(), numbers, walks, clean, strict=True)
+        if keep
+    ]
+
+
 def demonstrate_openings(
     rng: np.random.Generator, numbers: np.ndarray, targets: np.ndarray, *, sharpness: float
 ) -> list[Demonstration]:
@@ -157,36 +200,109 @@ def _go_on(
         here = walk.path[-1]
         share = stray_share if here.lost or len(here.state) == 2 else wrong_share
         if here.wrong.any() and rng.random() < share:
-            state = _err(rng, walk)
+            move = _draw(rng, here.wrong)
+            here.wrong[move] = 0.0
+            walk.num_wrong += 1
+            state = _take_wrong(walk, move)
             if len(state) > 1:
                 return state
         elif not here.lost:
-            move = _draw(rng, here.right)
-            walk.steps.append(Step(write_move(here.moves, here.row, move), here.choices, 1.0))
-            walk.solved = len(here.state) == 2
-            return None if walk.solved else here.moves.states[here.row, move]
-        while walk.path[-1].lost:
-            walk.path.pop()
-        back = write_return(walk.path[-1].state)
-        walk.steps.append(Step(back, ((back, 1.0),), 1.0))
+            return _take_right(walk, _draw(rng, here.right))
+        _take_back(walk)
         if walk.num_wrong >= max_wrong:
             return None
 
 
-def _err(rng: np.random.Generator, walk: _Walk) -> np.ndarray:
-    """Makes a move that is not right, and returns the state that it leads to."""
+def _take_right(walk: _Walk, move: int) -> np.ndarray | None:
+    """Makes a right move; the state that it leads to, None behind the last."""
     here = walk.path[-1]
-    move = _draw(rng, here.wrong)
-    walk.num_wrong += 1
-    here.wrong[move] = 0.0
-    alive = next(visit for visit in reversed(walk.path) if not visit.lost)
-    right = here.choices or ((write_return(alive.state), 1.0),)
+    walk.steps.append(Step(write_move(here.moves, here.row, move), here.choices, 1.0))
+    walk.solved = len(here.state) == 2
+    return None if walk.solved else here.moves.states[here.row, move]
+
+
+def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
+    """Makes a move that is not right; the state that it leads to."""
+    here = walk.path[-1]
     # Not what to choose, but what follows from the choice is to be learned.
     opening = _write_opening(here.moves, here.row, move)
     rest = _write_rest(here.moves, here.row, move).removesuffix("\n") + "\n"
-    walk.steps.append(Step(opening, right, None))
+    walk.steps.append(Step(opening, here.choices or _right_return(walk), None))
     walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
     return here.moves.states[here.row, move]
+
+
+def _take_back(walk: _Walk) -> None:
+    """Goes back to the last state that can be solved."""
+    while walk.path[-1].lost:
+        walk.path.pop()
+    back = write_return(walk.path[-1].state)
+    walk.steps.append(Step(back, ((back, 1.0),), 1.0))
+
+
+def _right_return(walk: _Walk) -> tuple[tuple[str, float], ...]:
+    alive = next(visit for visit in reversed(walk.path) if not visit.lost)
+    return ((write_return(alive.state), 1.0),)
+
+
+def _follow_chain(state: list[int], chain: str) -> list[tuple[Line, list[int]]]:
+    """The lines of a chain up to the first that does not follow, and the state behind each."""
+    path, taken = [state], []
+    for text in chain.split("\n"):
+        line = read_line(text)
+        found = path if line is None else follow(path, line)
+        if line is None or isinstance(found, str):
+            break
+        path = found
+        taken.append((line, path[-1]))
+    return taken
+
+
+def _visit_chains(
+    numbers: np.ndarray,
+    targets: np.ndarray,
+    taken: Sequence[Sequence[tuple[Line, list[int]]]],
+    sharpness: float,
+) -> list[dict[tuple[int, ...], _Visit]]:
+    """Of each chain, what the solver says of its states of two numbers or more."""
+    keys = [
+        (index, state)
+        for index, lines in enumerate(taken)
+        for state in {tuple(numbers[index].tolist()): 0} | {tuple(state): 0 for _, state in lines}
+        if len(state) > 1
+    ]
+    wanted = targets[[index for index, _ in keys]]
+    visits = _visit({at: np.array(state) for at, (_, state) in enumerate(keys)}, wanted, sharpness)
+    found: list[dict[tuple[int, ...], _Visit]] = [{} for _ in numbers]
+    for at, (index, state) in enumerate(keys):
+        found[index][state] = visits[at]
+    return found
+
+
+def _take_line(walk: _Walk, line: Line, arrived: _Visit | None, missed: bool) -> None:
+    """Labels a line that was written, and goes where it leads.
+
+    arrived: None for a state of one number. missed: the walk stands behind a last line that made
+    another number than the target.
+    """
+    here = walk.path[-1]
+    if line.sign:
+        move = _find_move(here.moves, here.row, line)
+        (_take_right if here.right[move] > 0 else _take_wrong)(walk, move)
+        walk.path += [] if arrived is None else [arrived]
+        return
+    assert arrived is not None
+    choices = _right_return(walk) if missed or here.lost else here.choices
+    value = 0.0 if arrived.lost else 1.0
+    walk.steps.append(Step(write_return(arrived.state), choices, value))
+    walk.path = walk.path[: walk.path.index(arrived) + 1]
+
+
+def _find_move(moves: Moves, row: int, line: Line) -> int:
+    ends = max(line.left, line.right), min(line.left, line.right), OPERATORS.index(line.sign)
+    written = (moves.larger[row], moves.smaller[row], moves.operator[row])
+    same = np.logical_and.reduce([all_of == one for all_of, one in zip(written, ends, strict=True)])
+    return int(np.flatnonzero(same & moves.legal[row])[0])
 
 
 def _write_opening(moves: Moves, row: int, move: int) -> str:

@@ -67,6 +67,11 @@ def test_a_run_learns_by_demonstration_and_by_search(trained):
     points = read_metrics(trained / "supervised" / "metrics.jsonl")
     assert [p["step"] for p in points if "loss" in p] == [2, 4, 6]
     assert any("greedy_accuracy" in point for point in points)
+    walked = read_metrics(trained / "walking" / "metrics.jsonl")
+    assert [p["step"] for p in walked if "loss" in p] == [2]
+    chains = (trained / "walking" / "chains" / "000000.jsonl").read_text().splitlines()
+    assert len(chains) == 8
+    assert all(json.loads(chain).keys() == {"problem", "chain"} for chain in chains)
     searched = read_metrics(trained / "search" / "metrics.jsonl")
     assert searched[0]["search_expansions"] > 1
     model = load_model(str(trained / "policy"))
@@ -229,6 +234,9 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("keep_best=-1", "train.keep_best must be >= 0, got -1"),
                 ("best_metric=loss", "train.best_metric 'loss'"),
                 ("data.wrong_share=2.0", "train.data: wrong_share must lie in [0, 1]"),
+                ("walks.num_chains=17", "num_chains=17: accepted is 1 to shard_examples=16"),
+                ("walks.rows=0", "train.walks.rows=0"),
+                ("walks.sizes=((4, 0.5),)", "train.walks: the shares of sizes"),
                 ("search.strategy=luck", "strategy 'luck'"),
                 ("search.lora_rank=-1", "train.search.lora_rank, lora_alpha: rank"),
                 ("search.loss.kl_coef=-1.0", "train.search.loss: kl_coef must be"),

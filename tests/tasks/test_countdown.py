@@ -13,7 +13,7 @@ import pytest
 
 from rlm_jax.tasks import countdown, countdown_device, countdown_split, game24
 from rlm_jax.tasks.base import Gold
-from rlm_jax.tasks.countdown_demos import demonstrate, demonstrate_openings
+from rlm_jax.tasks.countdown_demos import correct_walks, demonstrate, demonstrate_openings
 from rlm_jax.tasks.countdown_solver import count_below, count_solutions
 from rlm_jax.tasks.expressions import parse
 from rlm_jax.text.tokenizer import ByteTokenizer
@@ -227,6 +227,63 @@ def test_demonstrations_say_what_is_right():
         assert dict(opening.steps[0].choices) == pytest.approx(shares)
 
 
+def test_walks_of_a_network_are_labelled_as_those_of_the_solver():
+    """The solver's own walks, given back as chains, are demonstrations again, step by step."""
+    rng = np.random.default_rng(4)
+    numbers, wanted = countdown.draw_solvable(rng, 40, 4, np.array([24, 36, 51]))
+    clean = ~countdown_split.is_held_out(numbers, wanted)
+    numbers, wanted = numbers[clean], wanted[clean]
+    walks = demonstrate(
+        rng, numbers, wanted, wrong_share=0.5, sharpness=0.5, stray_share=0.5, max_wrong=3
+    )
+    chains = [
+        "".join(
+            step.text if step.text[-1] in "0123456789\n" else step.text + " " for step in w.steps
+        )
+        for w in walks
+    ]
+    again = correct_walks(rng, numbers, wanted, chains, sharpness=0.5)
+    assert [walk.prompt for walk in again] == [walk.prompt for walk in walks]
+    assert {walk.finished for walk in walks} == {True, False}
+    for walk, other in zip(walks, again, strict=True):
+        assert other.steps[: len(walk.steps)] == walk.steps
+        # A chain without a solution gets one more line, a right one.
+        (added,) = other.steps[len(walk.steps) :] or (None,)
+        assert (added is None) == walk.finished
+        assert added is None or (added.value == 1 and added.text in dict(added.choices))
+
+
+def test_lines_of_a_network_that_are_wrong_are_corrected():
+    rng = np.random.default_rng(5)
+    numbers, target = np.array([[3, 5, 6, 8]]), np.array([24])
+
+    def correct(chain: str):
+        (walk,) = correct_walks(rng, numbers, target, [chain], sharpness=0.0)
+        return walk.steps
+
+    root, back = ": 3 5 6 8\n", ((": 3 5 6 8\n", 1.0),)
+    first = correct("")
+    assert [step.value for step in first] == [1.0]
+    lost = "8 * 5 = 40 ; 3 6 40\n"
+    opening, rest, returned = correct(lost)
+    assert (opening.text, opening.choices, opening.value) == ("8 * 5", first[0].choices, None)
+    assert (rest.text, rest.value, returned.choices) == ("= 40 ; 3 6 40\n", 0.0, back)
+    # On from a lost state, back to a lost state, and the same wrong move again.
+    steps = correct(lost + "40 + 3 = 43 ; 6 43\n: 3 6 40\n" + root + lost)
+    assert [step.text for step in steps[2:8]] == [
+        "40 + 3", "= 43 ; 6 43\n", ": 3 6 40\n", root, "8 * 5", "= 40 ; 3 6 40\n",
+    ]  # fmt: skip
+    assert [step.choices for step in steps[2:8:2]] == [back, back, first[0].choices]
+    assert [step.value for step in steps[2:8]] == [None, 0.0, 0.0, 1.0, None, 0.0]
+    # A line that does not follow is not learned from, and a state that can be solved not left.
+    right = first[0].choices[0][0]
+    assert correct(right + "1 + 1 = 3 ; 9\n" + lost)[0].text == right
+    taken = correct(right + root)
+    assert taken[1].text == root
+    assert taken[1].choices == correct(right)[1].choices
+    assert root not in dict(taken[1].choices)
+
+
 def test_training_never_meets_what_is_held_out():
     rng = np.random.default_rng(3)
     numbers = np.sort(rng.integers(1, 14, (4000, 4)), axis=1)
@@ -240,6 +297,10 @@ def test_training_never_meets_what_is_held_out():
         assert game24.solve(puzzle) is not None
     solvable = count_solutions(numbers, targets) > 0
     walks = demonstrate(rng, numbers[solvable], targets[solvable], wrong_share=0.2, sharpness=0.5)
+    assert len(walks) == (solvable & ~held).sum()
+    walks = correct_walks(
+        rng, numbers[solvable], targets[solvable], [""] * solvable.sum(), sharpness=0.5
+    )
     assert len(walks) == (solvable & ~held).sum()
 
 

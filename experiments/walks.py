@@ -1,0 +1,117 @@
+"""The phase of train.py in which the networks walk and the solver corrects them (DAgger).
+
+A network that has seen nothing but the solver's walks does not know what to do behind its own
+mistakes, since those of the demonstrations are others. So it writes chains for new problems, every
+line of them is labelled with what the exact solver would have written there, and it learns from
+these, mixed with demonstrations; then it writes the next chains (Ross, Gordon and Bagnell 2011,
+arXiv 1011.0686; all chains are the learner's own). The chains are kept in the run's folder, in
+plain text, so that a run that is resumed learns from the same ones.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shard, make_walks
+from rlm_jax.data.examples import TokenExample, cut_example
+from rlm_jax.data.generated import GeneratedSource
+from rlm_jax.evaluation import solver
+from rlm_jax.evaluation.chains import read_chains
+from rlm_jax.tasks import countdown
+from rlm_jax.tasks.base import Gold, Problem
+
+# More than any run reads; the demonstrations begin behind those of the phase before.
+_NUM_SHARDS = 1 << 20
+
+
+class WalkSettings(NamedTuple):
+    """What the chains of a shard are: `num_chains` by the network, the rest demonstrations.
+
+    mix: of the problems, and of the demonstrations. max_tokens: of an example; a longer chain is
+    cut.
+    """
+
+    mix: CountdownMix
+    num_chains: int
+    max_tokens: int
+
+
+def sample_chains(one: solver.Solver, problems: Sequence[Problem]) -> list[str]:
+    """What the network writes for each problem, one chain for each."""
+    encoded = [solver.encode(one, problem) for problem in problems]
+    records = solver.solve_batch(one, encoded, [Gold()] * len(problems))
+    return ["".join(chain.text for chain in read_chains(record)) for record in records]
+
+
+@contextlib.contextmanager
+def open_walks(
+    settings: WalkSettings,
+    folder: pathlib.Path,
+    sample_fn: Callable[[Sequence[Problem]], list[str]],
+) -> Iterator[GeneratedSource]:
+    """Shards of corrected chains and demonstrations, each made when it is first asked for.
+
+    Args:
+      folder: where the chains of each shard are kept, and found again.
+      sample_fn: problems -> chains, by the networks of the moment.
+    """
+    mix, num_chains = settings.mix, settings.num_chains
+    folder.mkdir(parents=True, exist_ok=True)
+    demonstrated = dataclasses.replace(mix, shard_examples=mix.shard_examples - num_chains)
+    with contextlib.closing(
+        GeneratedSource(
+            functools.partial(_make_demonstrations, demonstrated),
+            num_shards=_NUM_SHARDS,
+            shard_examples=demonstrated.shard_examples,
+        )
+    ) as demonstrations:
+
+        def write_shard(shard: int) -> list[TokenExample]:
+            path = folder / f"{shard:06}.jsonl"
+            if not path.exists():
+                rng = np.random.default_rng([mix.seed, 2, shard])
+                problems = draw_problems(rng, num_chains, mix.sizes)
+                named = [
+                    dataclasses.replace(problem, id=f"{shard}/{number}")
+                    for number, problem in enumerate(problems)
+                ]
+                _write(path, named, sample_fn(named))
+            walks = make_walks(mix, shard, *_read(path))
+            # A few are left out: others of the shard take their places.
+            examples = [cut_example(walk, settings.max_tokens) for walk in walks]
+            examples += examples[: num_chains - len(examples)]
+            first = shard * demonstrated.shard_examples
+            examples += [demonstrations[first + i] for i in range(demonstrated.shard_examples)]
+            order = np.random.default_rng([mix.seed, 3, shard]).permutation(len(examples))
+            return [examples[i] for i in order]
+
+        yield GeneratedSource(
+            write_shard, num_shards=_NUM_SHARDS, shard_examples=mix.shard_examples, prefetch=False
+        )
+
+
+def _make_demonstrations(mix: CountdownMix, shard: int) -> list[TokenExample]:
+    return make_shard(mix, _NUM_SHARDS + shard)
+
+
+def _write(path: pathlib.Path, problems: Sequence[Problem], chains: Sequence[str]) -> None:
+    """Chains and their problems, a line each, whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        for problem, chain in zip(problems, chains, strict=True):
+            file.write(json.dumps({"problem": countdown.notation(problem), "chain": chain}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _read(path: pathlib.Path) -> tuple[list[Problem], list[str]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [countdown.read(row["problem"]) for row in rows], [row["chain"] for row in rows]
