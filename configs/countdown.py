@@ -98,7 +98,7 @@ def _training() -> dict:
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 0,
+            "num_steps": 5_000,
             "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
             "shard_examples": 2048,
             "num_chains": 1024,

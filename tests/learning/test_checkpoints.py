@@ -391,6 +391,7 @@ def kill_during_a_save(folder, num_steps, seconds):
     return [path.name for path in folder.iterdir() if not path.name.isdecimal()]
 
 
+@pytest.mark.slow
 def test_killed_runs_end_where_an_undisturbed_one_does(tmp_path):
     """kill -9 in the middle of a save: the step before is whole, and the run goes on from it."""
     num_steps, folder = 9, tmp_path / "killed"

@@ -73,7 +73,7 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
         assert [point["a"] for point in read_metrics(tmp_path / "m.jsonl")] == [1]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=6))
 def test_restarted_runs_have_each_point_once(tmp_path_factory, parts):
     """Each process goes back some steps before it goes on; the curve is that of the last ones."""

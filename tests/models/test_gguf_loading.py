@@ -196,7 +196,7 @@ def check_loads_or_refuses(path, data):
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_flipped_bytes_give_a_model_or_a_value_error(data, good, tmp_path):

@@ -122,10 +122,11 @@ def attend_in_numpy(q, k, v, cfg, allowed):
         {"attn_softcap": 2.0, "attn_scale": 3.0},
     ],
 )
-def test_dense_attention_equals_numpy(changes, masked):
+@pytest.mark.parametrize("num_tokens", [7, 75])  # One block of queries, and three.
+def test_dense_attention_equals_numpy(num_tokens, changes, masked):
     cfg = tiny(**changes)
     rng = np.random.default_rng(0)
-    rows, num_tokens = 2, 7
+    rows = 2
     q = rng.standard_normal((rows, num_tokens, 4, 8)).astype(np.float32)
     k, v = rng.standard_normal((2, rows, num_tokens, 2, 8)).astype(np.float32)
     t, s = np.mgrid[:num_tokens, :num_tokens]
@@ -134,11 +135,13 @@ def test_dense_attention_equals_numpy(changes, masked):
         allowed &= t - s < cfg.sliding_window
     masks = {}
     if masked == "padding":
-        masks["key_mask"] = jnp.arange(num_tokens)[None] < jnp.array([[5], [7]])
+        masks["key_mask"] = jnp.arange(num_tokens)[None] < jnp.array(
+            [[num_tokens - 2], [num_tokens]]
+        )
         allowed &= np.asarray(masks["key_mask"])[:, None, :]
-        allowed[0, 5:] = s[5:] == t[5:]  # the padding's own rows: any values do
+        allowed[0, -2:] = s[-2:] == t[-2:]  # the padding's own rows: any values do
     if masked == "segments":
-        masks["segment_ids"] = jnp.array([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2, 2]])
+        masks["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 3, (rows, num_tokens))))
         ids = np.asarray(masks["segment_ids"])
         allowed &= ids[:, :, None] == ids[:, None, :]
     out, state = make_dense_attend(cfg, **masks)(0, *map(jnp.asarray, (q, k, v)), "state")

@@ -196,7 +196,7 @@ RECORDS = st.tuples(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(RECORDS, st.integers(4, 60), st.integers(8, 130))
 def test_any_graph_fits_any_screen_and_no_node_is_lost(drawn, max_lines, width):
     record = make_random_record(*drawn)
