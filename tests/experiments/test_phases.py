@@ -25,7 +25,8 @@ def _load(name):
 
 
 @pytest.mark.slow
-def test_a_mesh_learns_from_demonstrations_what_one_device_learns(tmp_path):
+def test_a_mesh_learns_from_demonstrations_what_one_device_learns(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     phases = _load("experiments/phases.py")
     config = _load("configs/countdown.py").get_config("smoke").to_dict()
     config["train"]["optimizer"]["name"] = "adamw"
