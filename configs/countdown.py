@@ -42,9 +42,9 @@ def get_config(variant: str = "") -> ConfigDict:
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
-    config.greedy = ConfigDict({"max_depth": 32, "sampling": {**sampling, "method": "greedy"}})
+    config.greedy = ConfigDict({"max_depth": 20, "sampling": {**sampling, "method": "greedy"}})
     config.best_of_n = ConfigDict(
-        {"num_chains": 16, "max_depth": 32, "rule": "majority", "sampling": sampling}
+        {"num_chains": 16, "max_depth": 20, "rule": "majority", "sampling": sampling}
     )
     tree = {"num_nodes": 257, "num_children": 16, "num_lanes": 1, "sampling": distinct}
     config.best_first = ConfigDict({**tree, "depth_bonus": 0.0})
@@ -98,13 +98,14 @@ def _training() -> dict:
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 5_000,
+            "num_steps": 4_000,
             "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
             "shard_examples": 2048,
-            "num_chains": 1024,
+            "num_chains": 512,
             "rows": 256,
+            "max_depth": 20,
             "temperature": 0.5,
-            "layout": {"num_rows": 8, "row_tokens": 320, "num_soft": 8},
+            "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
             "optimizer": {
                 "name": "muon",
                 "learning_rate": 1e-2,
@@ -200,7 +201,9 @@ def _shrink(config: ConfigDict) -> None:
     train.checkpoint_steps = 2
     train.eval_steps = 4
     train.eval_problems = 4
-    train.walks.update({"num_steps": 2, "shard_examples": 16, "num_chains": 8, "rows": 8})
+    train.walks.update(
+        {"num_steps": 2, "shard_examples": 16, "num_chains": 8, "rows": 8, "max_depth": 3}
+    )
     train.walks.update({"sizes": ((3, 0.5), (4, 0.5))})
     train.walks.layout.num_rows = 8
     train.walks.optimizer.warmup_steps = 1

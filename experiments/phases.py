@@ -189,7 +189,7 @@ def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh
     train, walks = config["train"], config["train"]["walks"]
     own = {"temperature": walks["temperature"], "method": "sample"}
     sampling = {**config["greedy"]["sampling"], **own}
-    chain = {**config["greedy"], "sampling": sampling}
+    chain = {**config["greedy"], "sampling": sampling, "max_depth": walks["max_depth"]}
     plan = build.plan_strategy({**config, "greedy": chain}, "greedy")
     if not 1 <= walks["num_chains"] <= walks["shard_examples"]:
         raise ValueError(

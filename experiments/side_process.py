@@ -56,7 +56,9 @@ class SideProcess:
     def __enter__(self) -> "SideProcess":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None:
+            self._process.kill()  # It may be at work for minutes still.
         self.close()
 
 
