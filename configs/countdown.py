@@ -98,20 +98,21 @@ def _training() -> dict:
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 4_000,
+            "num_steps": 3_400,
             "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
             "shard_examples": 2048,
             "num_chains": 512,
+            "num_shards": 2,  # A chain is learned from twice: it costs more than its updates.
             "rows": 256,
             "max_depth": 20,
             "temperature": 0.5,
             "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
             "optimizer": {
                 "name": "muon",
-                "learning_rate": 1e-2,
-                "adam_learning_rate": 2e-3,
+                "learning_rate": 3e-3,
+                "adam_learning_rate": 6e-4,
                 "warmup_steps": 100,
-                "decay_share": 0.5,
+                "decay_share": 0.6,
                 "final_share": 0.02,
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
@@ -202,7 +203,7 @@ def _shrink(config: ConfigDict) -> None:
     train.eval_steps = 4
     train.eval_problems = 4
     train.walks.update(
-        {"num_steps": 2, "shard_examples": 16, "num_chains": 8, "rows": 8, "max_depth": 3}
+        {"num_steps": 2, "shard_examples": 24, "num_chains": 8, "rows": 8, "max_depth": 3}
     )
     train.walks.update({"sizes": ((3, 0.5), (4, 0.5))})
     train.walks.layout.num_rows = 8

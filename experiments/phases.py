@@ -191,16 +191,21 @@ def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh
     sampling = {**config["greedy"]["sampling"], **own}
     chain = {**config["greedy"], "sampling": sampling, "max_depth": walks["max_depth"]}
     plan = build.plan_strategy({**config, "greedy": chain}, "greedy")
-    if not 1 <= walks["num_chains"] <= walks["shard_examples"]:
+    for name in ("num_chains", "num_shards"):
+        if walks[name] < 1:
+            raise ValueError(f"train.walks.{name} must be >= 1, got {walks[name]}")
+    if walks["num_chains"] * walks["num_shards"] >= walks["shard_examples"]:
         raise ValueError(
-            f"train.walks.num_chains={walks['num_chains']}: accepted is 1 to shard_examples="
-            f"{walks['shard_examples']}"
+            f"train.walks: num_chains={walks['num_chains']} * num_shards={walks['num_shards']}: "
+            f"accepted is less than shard_examples={walks['shard_examples']}"
         )
     _check_split("train.walks.rows", walks["rows"], mesh)
     sizes = {"sizes": as_sizes(walks["sizes"]), "shard_examples": walks["shard_examples"]}
     learning = _read_supervised("train.walks", {**train, **walks}, mesh)
     mix = _make("train.walks", CountdownMix, data, sizes)
-    settings = WalkSettings(mix, walks["num_chains"], learning.layout.max_tokens)
+    settings = WalkSettings(
+        mix, walks["num_chains"], walks["num_shards"], learning.layout.max_tokens
+    )
     return Walking(plan, walks["rows"], settings, learning)
 
 

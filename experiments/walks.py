@@ -11,6 +11,7 @@ plain text, so that a run that is resumed learns from the same ones.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -32,14 +33,16 @@ _NUM_SHARDS = 1 << 20
 
 
 class WalkSettings(NamedTuple):
-    """What the chains of a shard are: `num_chains` by the network, the rest demonstrations.
+    """What a shard is made of: chains by the network, and demonstrations for the rest.
 
-    mix: of the problems, and of the demonstrations. max_tokens: of an example; a longer chain is
-    cut.
+    mix: of the problems, and of the demonstrations. num_chains: written anew for each shard.
+    num_shards: in which a chain is learned from, the one it was written for and those behind it.
+    max_tokens: of an example; a longer chain is cut.
     """
 
     mix: CountdownMix
     num_chains: int
+    num_shards: int
     max_tokens: int
 
 
@@ -63,8 +66,9 @@ def open_walks(
       sample_fn: problems -> chains, by the networks of the moment.
     """
     mix, num_chains = settings.mix, settings.num_chains
+    num_walks = num_chains * settings.num_shards
     folder.mkdir(parents=True, exist_ok=True)
-    demonstrated = dataclasses.replace(mix, shard_examples=mix.shard_examples - num_chains)
+    demonstrated = dataclasses.replace(mix, shard_examples=mix.shard_examples - num_walks)
     with contextlib.closing(
         GeneratedSource(
             functools.partial(_make_demonstrations, demonstrated),
@@ -83,10 +87,12 @@ def open_walks(
                     for number, problem in enumerate(problems)
                 ]
                 _write(path, named, sample_fn(named))
-            walks = make_walks(mix, shard, *_read(path))
-            # A few are left out: others of the shard take their places.
+            numbers = range(max(0, shard - settings.num_shards + 1), shard + 1)
+            chains = [_read(folder / f"{number:06}.jsonl") for number in numbers]
+            walks = make_walks(mix, shard, *(sum(parts, []) for parts in zip(*chains, strict=True)))
+            # Some are left out, and the first shards have none behind them: others are repeated.
             examples = [cut_example(walk, settings.max_tokens) for walk in walks]
-            examples += examples[: num_chains - len(examples)]
+            examples = list(itertools.islice(itertools.cycle(examples), num_walks))
             first = shard * demonstrated.shard_examples
             examples += [demonstrations[first + i] for i in range(demonstrated.shard_examples)]
             order = np.random.default_rng([mix.seed, 3, shard]).permutation(len(examples))

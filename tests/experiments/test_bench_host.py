@@ -9,6 +9,7 @@ import importlib
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -193,6 +194,15 @@ def test_a_side_answers_its_mistakes_and_goes_on(program):
                 "search", mode="text", prompts=PROMPTS, expansions=1, children=1, step_tokens=1,
                 stop_ids=[], final_ids=[], fixed_length=True, seed=0,
             )  # fmt: skip
+
+
+def test_a_side_that_is_at_work_ends_with_an_interrupted_benchmark(program):
+    side_process = program("side_process")
+    side = side_process.SideProcess(sys.executable, "bench_host_search.py")
+    process = side._process
+    process.send_signal(signal.SIGSTOP)  # It reads nothing, as if it were searching.
+    side.__exit__(KeyboardInterrupt, None, None)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_side_without_its_packages_says_how_to_get_them(program, tmp_path):

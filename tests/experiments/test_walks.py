@@ -31,7 +31,7 @@ def settings(walks, tmp_path):
     path = tmp_path / "tokenizer.model"
     train_puzzle_tokenizer(path, bare_numbers=False)
     mix = CountdownMix(str(path), 3, shard_examples=SHARD, sizes=((3, 0.5), (4, 0.5)))
-    return walks.WalkSettings(mix, NUM_CHAINS, max_tokens=24)
+    return walks.WalkSettings(mix, NUM_CHAINS, num_shards=1, max_tokens=24)
 
 
 def test_a_shard_is_sampled_once_and_is_the_same_again(walks, settings, tmp_path):
