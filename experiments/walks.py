@@ -88,8 +88,8 @@ def open_walks(
                 ]
                 _write(path, named, sample_fn(named))
             numbers = range(max(0, shard - settings.num_shards + 1), shard + 1)
-            chains = [_read(folder / f"{number:06}.jsonl") for number in numbers]
-            walks = make_walks(mix, shard, *(sum(parts, []) for parts in zip(*chains, strict=True)))
+            rows = [row for number in numbers for row in _read(folder / f"{number:06}.jsonl")]
+            walks = make_walks(mix, shard, *zip(*rows, strict=True))
             # Some are left out, and the first shards have none behind them: others are repeated.
             examples = [cut_example(walk, settings.max_tokens) for walk in walks]
             examples = list(itertools.islice(itertools.cycle(examples), num_walks))
@@ -118,6 +118,6 @@ def _write(path: pathlib.Path, problems: Sequence[Problem], chains: Sequence[str
     os.replace(beside, path)
 
 
-def _read(path: pathlib.Path) -> tuple[list[Problem], list[str]]:
+def _read(path: pathlib.Path) -> list[tuple[Problem, str]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [countdown.read(row["problem"]) for row in rows], [row["chain"] for row in rows]
+    return [(countdown.read(row["problem"]), row["chain"]) for row in rows]
