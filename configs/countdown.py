@@ -98,7 +98,7 @@ def _training() -> dict:
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 3_400,
+            "num_steps": 3_000,
             "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
             "shard_examples": 2048,
             "num_chains": 512,
@@ -106,6 +106,7 @@ def _training() -> dict:
             "rows": 256,
             "max_depth": 20,
             "temperature": 0.5,
+            "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
             "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
             "optimizer": {
                 "name": "muon",

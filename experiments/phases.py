@@ -200,9 +200,10 @@ def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh
             f"accepted is less than shard_examples={walks['shard_examples']}"
         )
     _check_split("train.walks.rows", walks["rows"], mesh)
-    sizes = {"sizes": as_sizes(walks["sizes"]), "shard_examples": walks["shard_examples"]}
+    own_data = {name: walks[name] for name in ("shard_examples", "return_weight")}
+    own_data["sizes"] = as_sizes(walks["sizes"])
     learning = _read_supervised("train.walks", {**train, **walks}, mesh)
-    mix = _make("train.walks", CountdownMix, data, sizes)
+    mix = _make("train.walks", CountdownMix, data, own_data)
     settings = WalkSettings(
         mix, walks["num_chains"], walks["num_shards"], learning.layout.max_tokens
     )

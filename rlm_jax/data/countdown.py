@@ -29,7 +29,7 @@ class CountdownMix:
       sizes: numbers of a problem and their shares, which sum to 1.
       opening_share: demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
-      wrong_share, stray_share, max_wrong, sharpness: see `demonstrate`.
+      wrong_share, stray_share, max_wrong, return_weight, sharpness: see `demonstrate`.
     """
 
     tokenizer: str
@@ -41,12 +41,13 @@ class CountdownMix:
     wrong_share: float = 0.2
     stray_share: float = 0.0
     max_wrong: int = 4
+    return_weight: float = 1.0
     sharpness: float = 0.5
 
     def __post_init__(self):
         if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
             raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
-        for name in ("opening_share", "small_share", "wrong_share", "stray_share"):
+        for name in ("opening_share", "small_share", "wrong_share", "stray_share", "return_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.shard_examples < 1:
@@ -85,6 +86,7 @@ def make_walks(
             np.array([problems[i].data[1] for i in rows]),
             [chains[i] for i in rows],
             sharpness=mix.sharpness,
+            return_weight=mix.return_weight,
         )
         examples += [_tokenize(tokenizer, walk) for walk in walks]
     return examples
@@ -147,6 +149,7 @@ def _demonstrate(
         wrong_share=mix.wrong_share,
         stray_share=mix.stray_share,
         max_wrong=mix.max_wrong,
+        return_weight=mix.return_weight,
     )
     num_openings = rng.binomial(count, mix.opening_share) if size > 3 else 0
     for opens, wanted in ((False, count - num_openings), (True, num_openings)):

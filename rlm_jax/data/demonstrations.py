@@ -37,10 +37,10 @@ def tokenize_demonstration(
         tail = [eos_id] if is_last else []
         ids = encode(step.text) + tail
         right = [(encode(text) + tail, weight) for text, weight in step.choices]
-        for token, label in zip(ids, label_tokens(ids, right), strict=True):
+        for place, (token, label) in enumerate(zip(ids, label_tokens(ids, right), strict=True)):
             if label and list(label) != [token]:
                 soft[len(tokens)] = (list(label), list(label.values()))
-            weights.append(1.0 if label else 0.0)
+            weights.append((1.0 if place else step.weight) if label else 0.0)
             tokens.append(token)
         values[len(tokens) - 1] = step.value
     num_soft = max((len(ids) for ids, _ in soft.values()), default=0)

@@ -39,10 +39,14 @@ class _Visit:
 
 @dataclasses.dataclass
 class _Walk:
-    """path: the states from the problem to where the walk stands; num_wrong: errors so far."""
+    """path: the states from the problem to where the walk stands; num_wrong: errors so far.
+
+    return_weight: of the choice to go back.
+    """
 
     path: list[_Visit]
     steps: list[Step]
+    return_weight: float
     num_wrong: int = 0
     solved: bool = False
 
@@ -56,6 +60,7 @@ def demonstrate(
     sharpness: float,
     stray_share: float = 0.0,
     max_wrong: int = 4,
+    return_weight: float = 1.0,
 ) -> list[Demonstration]:
     """One demonstration of each solvable problem: numbers [R, n], sorted, and targets [R].
 
@@ -72,8 +77,11 @@ def demonstrate(
         last line misses.
       max_wrong: a walk ends, unfinished, when it goes back after so many moves that were wrong or
         led on from a lost state. So the number of errors tells nothing about the next move.
+      return_weight: what the choice to go back counts for. The solver goes back from every lost
+        state at once; who cannot tell lost from solvable has to try a move or two before, and at
+        weight 1 learns not to, wherever a state is likelier lost than not.
     """
-    walks = [_Walk([], []) for _ in numbers]
+    walks = [_Walk([], [], return_weight) for _ in numbers]
     clean = ~is_held_out(numbers, targets)
     # Where each unfinished walk has arrived: states that no solver has looked at yet.
     arrived = dict(enumerate(numbers)) if numbers.shape[1] > 1 else {}
@@ -102,6 +110,7 @@ def correct_walks(
     chains: Sequence[str],
     *,
     sharpness: float,
+    return_weight: float = 1.0,
 ) -> list[Demonstration]:
     """What the solver says to chains that a network wrote (DAgger, Ross et al., arXiv 1011.0686).
 
@@ -113,7 +122,7 @@ def correct_walks(
     Args:
       numbers, targets: solvable problems, as in `demonstrate`. chains: lines of each, as written.
     """
-    walks = [_Walk([], []) for _ in numbers]
+    walks = [_Walk([], [], return_weight) for _ in numbers]
     taken = [_follow_chain(row.tolist(), chain) for row, chain in zip(numbers, chains, strict=True)]
     clean = ~is_held_out(numbers, targets)
     visits = _visit_chains(numbers, targets, taken, sharpness)
@@ -227,7 +236,10 @@ def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     # Not what to choose, but what follows from the choice is to be learned.
     opening = _write_opening(here.moves, here.row, move)
     rest = _write_rest(here.moves, here.row, move).removesuffix("\n") + "\n"
-    walk.steps.append(Step(opening, here.choices or _right_return(walk), None))
+    if here.lost:
+        walk.steps.append(Step(opening, _right_return(walk), None, walk.return_weight))
+    else:
+        walk.steps.append(Step(opening, here.choices, None))
     walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
     return here.moves.states[here.row, move]
 
@@ -237,7 +249,7 @@ def _take_back(walk: _Walk) -> None:
     while walk.path[-1].lost:
         walk.path.pop()
     back = write_return(walk.path[-1].state)
-    walk.steps.append(Step(back, ((back, 1.0),), 1.0))
+    walk.steps.append(Step(back, ((back, 1.0),), 1.0, walk.return_weight))
 
 
 def _right_return(walk: _Walk) -> tuple[tuple[str, float], ...]:
@@ -292,9 +304,11 @@ def _take_line(walk: _Walk, line: Line, arrived: _Visit | None, missed: bool) ->
         walk.path += [] if arrived is None else [arrived]
         return
     assert arrived is not None
-    choices = _right_return(walk) if missed or here.lost else here.choices
-    value = 0.0 if arrived.lost else 1.0
-    walk.steps.append(Step(write_return(arrived.state), choices, value))
+    text, value = write_return(arrived.state), 0.0 if arrived.lost else 1.0
+    if missed or here.lost:
+        walk.steps.append(Step(text, _right_return(walk), value, walk.return_weight))
+    else:
+        walk.steps.append(Step(text, here.choices, value))
     walk.path = walk.path[: walk.path.index(arrived) + 1]
 
 

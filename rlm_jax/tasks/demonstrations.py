@@ -16,11 +16,14 @@ class Step(NamedTuple):
       choices: texts that would have been right here and their weights, which sum to 1; `text` need
         not be among them. Empty: nothing is known, or nothing is right.
       value: probability that the problem can still be solved behind `text`, None when unknown.
+      weight: what choosing this step counts for, against 1 for others: the loss weight of its first
+        token.
     """
 
     text: str
     choices: tuple[tuple[str, float], ...]
     value: float | None
+    weight: float = 1.0
 
 
 class Demonstration(NamedTuple):
