@@ -35,12 +35,12 @@ def test_labels_share_what_agrees_so_far():
 def test_a_wrong_step_teaches_the_right_ones_until_it_leaves_them():
     steps = (
         Step("ab\n", (("ab\n", 0.5), ("ac\n", 0.5)), 1.0),
-        Step("pq\n", (("pr\n", 1.0),), 0.0),
+        Step("pq\n", (("pr\n", 1.0),), 0.0, weight=0.5),
     )
     example = tokenize_demonstration(Demonstration("P\n", steps, False, None), _encode, 2, 1)
     text = [1, *_encode("P\nab\npq\n")]
     assert example.tokens.tolist() == text
-    assert example.loss_weight.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 0]
+    assert example.loss_weight.tolist() == [0, 0, 0, 1, 1, 1, 0.5, 1, 0]
     assert sorted(zip(example.soft_ids[4], example.soft_weights[4], strict=True)) == [
         (ord("b"), 0.5),
         (ord("c"), 0.5),

@@ -233,16 +233,12 @@ def test_walks_of_a_network_are_labelled_as_those_of_the_solver():
     numbers, wanted = countdown.draw_solvable(rng, 40, 4, np.array([24, 36, 51]))
     clean = ~countdown_split.is_held_out(numbers, wanted)
     numbers, wanted = numbers[clean], wanted[clean]
+    weigh = {"sharpness": 0.5, "return_weight": 0.25}
     walks = demonstrate(
-        rng, numbers, wanted, wrong_share=0.5, sharpness=0.5, stray_share=0.5, max_wrong=3
+        rng, numbers, wanted, wrong_share=0.5, stray_share=0.5, max_wrong=3, **weigh
     )
-    chains = [
-        "".join(
-            step.text if step.text[-1] in "0123456789\n" else step.text + " " for step in w.steps
-        )
-        for w in walks
-    ]
-    again = correct_walks(rng, numbers, wanted, chains, sharpness=0.5)
+    chains = ["".join(step.text for step in walk.steps) for walk in walks]
+    again = correct_walks(rng, numbers, wanted, chains, **weigh)
     assert [walk.prompt for walk in again] == [walk.prompt for walk in walks]
     assert {walk.finished for walk in walks} == {True, False}
     for walk, other in zip(walks, again, strict=True):
@@ -251,6 +247,9 @@ def test_walks_of_a_network_are_labelled_as_those_of_the_solver():
         (added,) = other.steps[len(walk.steps) :] or (None,)
         assert (added is None) == walk.finished
         assert added is None or (added.value == 1 and added.text in dict(added.choices))
+        for step in other.steps:
+            goes_back = step.choices[0][0].startswith(":")
+            assert step.weight == (0.25 if goes_back else 1.0)
 
 
 def test_lines_of_a_network_that_are_wrong_are_corrected():
