@@ -187,27 +187,19 @@ def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) ->
 
 def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None) -> Walking:
     train, walks = config["train"], config["train"]["walks"]
-    own = {"temperature": walks["temperature"], "method": "sample"}
-    sampling = {**config["greedy"]["sampling"], **own}
-    chain = {**config["greedy"], "sampling": sampling, "max_depth": walks["max_depth"]}
-    plan = build.plan_strategy({**config, "greedy": chain}, "greedy")
-    for name in ("num_chains", "num_shards"):
-        if walks[name] < 1:
-            raise ValueError(f"train.walks.{name} must be >= 1, got {walks[name]}")
-    if walks["num_chains"] * walks["num_shards"] >= walks["shard_examples"]:
-        raise ValueError(
-            f"train.walks: num_chains={walks['num_chains']} * num_shards={walks['num_shards']}: "
-            f"accepted is less than shard_examples={walks['shard_examples']}"
-        )
+    sampling = {"temperature": walks["temperature"], "method": "sample"}
+    chain = {**config["greedy"], "max_depth": walks["max_depth"]}
+    chain["sampling"] = {**chain["sampling"], **sampling}
+    one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}
+    plan = _make("train.walks", build.plan_strategy, one_chain)
     _check_split("train.walks.rows", walks["rows"], mesh)
-    own_data = {name: walks[name] for name in ("shard_examples", "return_weight")}
-    own_data["sizes"] = as_sizes(walks["sizes"])
+    changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
+    changes["sizes"] = as_sizes(walks["sizes"])
+    mix = _make("train.walks", CountdownMix, data, changes)
     learning = _read_supervised("train.walks", {**train, **walks}, mesh)
-    mix = _make("train.walks", CountdownMix, data, own_data)
-    settings = WalkSettings(
-        mix, walks["num_chains"], walks["num_shards"], learning.layout.max_tokens
-    )
-    return Walking(plan, walks["rows"], settings, learning)
+    own = {name: walks[name] for name in ("num_chains", "num_shards")}
+    own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
+    return Walking(plan, walks["rows"], _make("train.walks", WalkSettings, own), learning)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:

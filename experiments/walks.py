@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -32,7 +31,8 @@ from rlm_jax.tasks.base import Gold, Problem
 _NUM_SHARDS = 1 << 20
 
 
-class WalkSettings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class WalkSettings:
     """What a shard is made of: chains by the network, and demonstrations for the rest.
 
     mix: of the problems, and of the demonstrations. num_chains: written anew for each shard.
@@ -44,6 +44,21 @@ class WalkSettings(NamedTuple):
     num_chains: int
     num_shards: int
     max_tokens: int
+
+    def __post_init__(self):
+        for name in ("num_chains", "num_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.num_walks >= self.mix.shard_examples:
+            raise ValueError(
+                f"num_chains={self.num_chains} * num_shards={self.num_shards}: accepted is less "
+                f"than shard_examples={self.mix.shard_examples}"
+            )
+
+    @property
+    def num_walks(self) -> int:
+        """Examples of a shard that are chains."""
+        return self.num_chains * self.num_shards
 
 
 def sample_chains(one: solver.Solver, problems: Sequence[Problem]) -> list[str]:
@@ -70,7 +85,7 @@ def open_walks(
       sample_fn: problems -> chains, by the networks of the moment.
     """
     mix, num_chains = settings.mix, settings.num_chains
-    num_walks = num_chains * settings.num_shards
+    num_walks = settings.num_walks
     folder.mkdir(parents=True, exist_ok=True)
     demonstrated = dataclasses.replace(mix, shard_examples=mix.shard_examples - num_walks)
     with contextlib.closing(
