@@ -43,9 +43,9 @@ def get_config(variant: str = "") -> ConfigDict:
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
-    config.greedy = ConfigDict({"max_depth": 20, "sampling": {**sampling, "method": "greedy"}})
+    config.greedy = ConfigDict({"max_depth": 32, "sampling": {**sampling, "method": "greedy"}})
     config.best_of_n = ConfigDict(
-        {"num_chains": 16, "max_depth": 20, "rule": "majority", "sampling": sampling}
+        {"num_chains": 16, "max_depth": 32, "rule": "majority", "sampling": sampling}
     )
     tree = {"num_nodes": 257, "num_children": 16, "num_lanes": 1, "sampling": distinct}
     config.best_first = ConfigDict({**tree, "depth_bonus": 0.0})
