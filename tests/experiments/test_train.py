@@ -108,6 +108,7 @@ def test_a_bad_update_ends_a_run_with_the_last_good_networks_saved(tmp_path):
     assert "update_norm is inf at step 2" in _train(tmp_path, *flags).err
 
 
+@pytest.mark.slow
 def test_adapters_near_their_base_and_a_histogram_of_values(tmp_path):
     """The search phase alone: what is kept of it, what it logs, and what comes out."""
     done = _train(
