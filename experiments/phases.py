@@ -25,7 +25,7 @@ from rlm_jax.data.countdown import (
     make_shards,
 )
 from rlm_jax.data.examples import TokenExample, TokenTable
-from rlm_jax.data.generated import GeneratedSource, mix_shards
+from rlm_jax.data.generated import NUM_SHARDS, GeneratedSource, mix_shards
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.packing import Packed
 from rlm_jax.evaluation import build, solver
@@ -61,9 +61,6 @@ from rlm_jax.models.params import Params, param_axes
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
 from rlm_jax.tasks.base import Problem
 from rlm_jax.text.tokenizer import Tokenizer
-
-# More than any run reads: position, not count, is what a resumed run needs.
-NUM_SHARDS = 1 << 20
 
 
 class Supervised(NamedTuple):

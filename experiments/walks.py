@@ -13,22 +13,20 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shard, make_walks
 from rlm_jax.data.examples import TokenExample, cut_example
-from rlm_jax.data.generated import GeneratedSource
+from rlm_jax.data.generated import NUM_SHARDS, GeneratedSource
 from rlm_jax.evaluation import solver
-from rlm_jax.evaluation.chains import read_chains
+from rlm_jax.reasoning.structure import Structure
 from rlm_jax.tasks import countdown
-from rlm_jax.tasks.base import Gold, Problem
-
-# More than any run reads; the demonstrations begin behind those of the phase before.
-_NUM_SHARDS = 1 << 20
+from rlm_jax.tasks.base import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +62,20 @@ class WalkSettings:
 def sample_chains(one: solver.Solver, problems: Sequence[Problem]) -> list[str]:
     """What the network writes for each problem, one chain for each."""
     encoded = [solver.encode(one, problem) for problem in problems]
-    records = []
+    chains: list[str] = []
     # Attention costs what the longest chain of a batch measures: those of one begin together.
     for start in range(0, len(encoded), one.batch_size):
         group = encoded[start : start + one.batch_size]
-        records += solver.solve_batch(one, group, [Gold()] * len(group))
-    return ["".join(chain.text for chain in read_chains(record)) for record in records]
+        structure, world = jax.device_get(solver.search_batch(one, group))
+        chains += [_read_chain(one, structure, world.tokens, row) for row in range(len(group))]
+    return chains
+
+
+def _read_chain(one: solver.Solver, structure: Structure, tokens: np.ndarray, row: int) -> str:
+    """The steps of a structure that is one chain, the last one too where it does not follow."""
+    lengths = structure.span_length[row]
+    steps = [tokens[row, i, : lengths[i]].tolist() for i in range(1, structure.num_nodes[row])]
+    return "".join(one.tokenizer.decode(step, skip_special=True) for step in steps)
 
 
 @contextlib.contextmanager
@@ -91,7 +97,7 @@ def open_walks(
     with contextlib.closing(
         GeneratedSource(
             functools.partial(_make_demonstrations, demonstrated),
-            num_shards=_NUM_SHARDS,
+            num_shards=NUM_SHARDS,
             shard_examples=demonstrated.shard_examples,
         )
     ) as demonstrations:
@@ -118,23 +124,20 @@ def open_walks(
             return [examples[i] for i in order]
 
         yield GeneratedSource(
-            write_shard, num_shards=_NUM_SHARDS, shard_examples=mix.shard_examples, prefetch=False
+            write_shard, num_shards=NUM_SHARDS, shard_examples=mix.shard_examples, prefetch=False
         )
 
 
 def _make_demonstrations(mix: CountdownMix, shard: int) -> list[TokenExample]:
-    return make_shard(mix, _NUM_SHARDS + shard)
+    """As `make_shard`, behind all shards of the phase before."""
+    return make_shard(mix, NUM_SHARDS + shard)
 
 
 def _write(path: pathlib.Path, problems: Sequence[Problem], chains: Sequence[str]) -> None:
     """Chains and their problems, a line each, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
+    with write_whole(path) as beside, beside.open("w", encoding="utf-8") as file:
         for problem, chain in zip(problems, chains, strict=True):
             file.write(json.dumps({"problem": countdown.notation(problem), "chain": chain}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _read(path: pathlib.Path) -> list[tuple[Problem, str]]:

@@ -7,7 +7,6 @@ of JSON may lie beside them, to say what the snapshot is of.
 
 import json
 import os
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.core.types import PyTree
 
 _NAMES, _ABOUT = "names.json", "about.json"
@@ -33,24 +33,17 @@ def save_snapshot(
     Args:
       about: what `read_about` is to find, in terms of JSON.
     """
-    path = pathlib.Path(path)
     arrays, kinds = {}, []
     for place, (name, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
         bits, kind = _to_bits(leaf)
         arrays[f"a{place}"] = bits
         kinds.append([jax.tree_util.keystr(name), kind])
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with write_whole(path) as beside:
         with beside.open("wb") as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
         with zipfile.ZipFile(beside, "a") as archive:
             archive.writestr(_NAMES, json.dumps(kinds))
             archive.writestr(_ABOUT, json.dumps(dict(about or {})))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_about(path: str | os.PathLike) -> dict[str, Any]:

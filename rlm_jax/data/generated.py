@@ -14,6 +14,9 @@ import numpy as np
 
 from rlm_jax.data.examples import TokenExample, TokenTable
 
+# More than any run reads: position, not count, is what a resumed run needs.
+NUM_SHARDS = 1 << 20
+
 MakeShard = Callable[[int], Iterable[TokenExample]]
 
 

@@ -16,6 +16,8 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from rlm_jax.core.files import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 RESERVED = ("step", "seconds")
 _FLUSH_SECONDS = 10
@@ -159,14 +161,9 @@ def _take_back(path: Path, last_step: int) -> float:
     if not path.exists():
         return 0.0
     kept = [point for point in read_metrics(path) if point["step"] <= last_step]
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            for point in kept:
-                _write_line(file, point)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with write_whole(path) as beside, beside.open("w", encoding="utf-8") as file:
+        for point in kept:
+            _write_line(file, point)
     return float(kept[-1]["seconds"]) if kept else 0.0
 
 

@@ -96,11 +96,7 @@ def demonstrate(
         for index, state in arrived.items():
             if len(state) > 3 and is_held_out(state[None], targets[index : index + 1])[0]:
                 clean[index] = False
-    return [
-        Demonstration(write_state(target, state) + "\n", tuple(walk.steps), walk.solved, None)
-        for target, state, walk, keep in zip(targets.tolist(), numbers, walks, clean, strict=True)
-        if keep
-    ]
+    return _tell(walks, numbers, targets, clean)
 
 
 def correct_walks(
@@ -139,11 +135,7 @@ def correct_walks(
             _take_right(walk, _draw(rng, walk.path[-1].right))
         long = [np.array([state]) for state in known if len(state) > 3]
         clean[index] &= not any(is_held_out(state, targets[index : index + 1])[0] for state in long)
-    return [
-        Demonstration(write_state(target, state) + "\n", tuple(walk.steps), walk.solved, None)
-        for target, state, walk, keep in zip(targets.tolist(), numbers, walks, clean, strict=True)
-        if keep
-    ]
+    return _tell(walks, numbers, targets, clean)
 
 
 def demonstrate_openings(
@@ -179,6 +171,17 @@ def weigh_moves(below: np.ndarray, sharpness: float) -> np.ndarray:
 def write_move(moves: Moves, row: int, move: int) -> str:
     """`10 - 4 = 6 ; 4 6 7` and a newline; the last move of a chain ends on its result."""
     return f"{_write_opening(moves, row, move)} {_write_rest(moves, row, move)}"
+
+
+def _tell(
+    walks: Sequence[_Walk], numbers: np.ndarray, targets: np.ndarray, clean: np.ndarray
+) -> list[Demonstration]:
+    """The walks that may be learned from."""
+    return [
+        Demonstration(write_state(target, state) + "\n", tuple(walk.steps), walk.solved, None)
+        for target, state, walk, keep in zip(targets.tolist(), numbers, walks, clean, strict=True)
+        if keep
+    ]
 
 
 def _visit(
@@ -236,10 +239,8 @@ def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     # Not what to choose, but what follows from the choice is to be learned.
     opening = _write_opening(here.moves, here.row, move)
     rest = _write_rest(here.moves, here.row, move).removesuffix("\n") + "\n"
-    if here.lost:
-        walk.steps.append(Step(opening, _right_return(walk), None, walk.return_weight))
-    else:
-        walk.steps.append(Step(opening, here.choices, None))
+    choices, weight = _what_is_right(walk)
+    walk.steps.append(Step(opening, choices, None, weight))
     walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
     return here.moves.states[here.row, move]
 
@@ -252,9 +253,17 @@ def _take_back(walk: _Walk) -> None:
     walk.steps.append(Step(back, ((back, 1.0),), 1.0, walk.return_weight))
 
 
-def _right_return(walk: _Walk) -> tuple[tuple[str, float], ...]:
+def _what_is_right(
+    walk: _Walk, missed: bool = False
+) -> tuple[tuple[tuple[str, float], ...], float]:
+    """The right lines where the walk stands, and what choosing one counts for.
+
+    missed: it stands behind a last line that made another number than the target.
+    """
+    if not (missed or walk.path[-1].lost):
+        return walk.path[-1].choices, 1.0
     alive = next(visit for visit in reversed(walk.path) if not visit.lost)
-    return ((write_return(alive.state), 1.0),)
+    return ((write_return(alive.state), 1.0),), walk.return_weight
 
 
 def _follow_chain(state: list[int], chain: str) -> list[tuple[Line, list[int]]]:
@@ -262,8 +271,7 @@ def _follow_chain(state: list[int], chain: str) -> list[tuple[Line, list[int]]]:
     path, taken = [state], []
     for text in chain.split("\n"):
         line = read_line(text)
-        found = path if line is None else follow(path, line)
-        if line is None or isinstance(found, str):
+        if line is None or isinstance(found := follow(path, line), str):
             break
         path = found
         taken.append((line, path[-1]))
@@ -280,7 +288,7 @@ def _visit_chains(
     keys = [
         (index, state)
         for index, lines in enumerate(taken)
-        for state in {tuple(numbers[index].tolist()): 0} | {tuple(state): 0 for _, state in lines}
+        for state in {tuple(numbers[index].tolist()), *(tuple(state) for _, state in lines)}
         if len(state) > 1
     ]
     wanted = targets[[index for index, _ in keys]]
@@ -294,8 +302,7 @@ def _visit_chains(
 def _take_line(walk: _Walk, line: Line, arrived: _Visit | None, missed: bool) -> None:
     """Labels a line that was written, and goes where it leads.
 
-    arrived: None for a state of one number. missed: the walk stands behind a last line that made
-    another number than the target.
+    arrived: None for a state of one number. missed: see `_what_is_right`.
     """
     here = walk.path[-1]
     if line.sign:
@@ -304,11 +311,9 @@ def _take_line(walk: _Walk, line: Line, arrived: _Visit | None, missed: bool) ->
         walk.path += [] if arrived is None else [arrived]
         return
     assert arrived is not None
-    text, value = write_return(arrived.state), 0.0 if arrived.lost else 1.0
-    if missed or here.lost:
-        walk.steps.append(Step(text, _right_return(walk), value, walk.return_weight))
-    else:
-        walk.steps.append(Step(text, here.choices, value))
+    choices, weight = _what_is_right(walk, missed)
+    value = 0.0 if arrived.lost else 1.0
+    walk.steps.append(Step(write_return(arrived.state), choices, value, weight))
     walk.path = walk.path[: walk.path.index(arrived) + 1]
 
 

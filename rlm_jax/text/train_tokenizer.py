@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.text.tokenizer import SPACE_MARK, load_tokenizer, utf8_bytes
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
@@ -190,13 +191,6 @@ def _train(
 def _write(path: pathlib.Path, model: bytes) -> None:
     """Puts the file in its place at once, after it was read back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with beside.open("wb") as file:
-            file.write(model)
-            file.flush()
-            os.fsync(file.fileno())
+    with write_whole(path) as beside:
+        beside.write_bytes(model)
         load_tokenizer(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

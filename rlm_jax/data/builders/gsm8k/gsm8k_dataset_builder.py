@@ -13,6 +13,7 @@ import pathlib
 import urllib.request
 from collections.abc import Iterator
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.data.builders.reading import build_splits, import_tfds, make_features
 from rlm_jax.data.iterators import Source
 from rlm_jax.tasks import gsm8k
@@ -75,9 +76,8 @@ def _download(split: str, path: pathlib.Path) -> None:
                 "with the official train.jsonl and test.jsonl"
             ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        with write_whole(path) as beside:
+            beside.write_bytes(content)
     _check_content(path, split)
 
 
