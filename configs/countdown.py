@@ -43,9 +43,9 @@ def get_config(variant: str = "") -> ConfigDict:
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
-    config.greedy = ConfigDict({"max_depth": 32, "sampling": {**sampling, "method": "greedy"}})
+    config.greedy = ConfigDict({"max_depth": 28, "sampling": {**sampling, "method": "greedy"}})
     config.best_of_n = ConfigDict(
-        {"num_chains": 16, "max_depth": 32, "rule": "majority", "sampling": sampling}
+        {"num_chains": 16, "max_depth": 28, "rule": "majority", "sampling": sampling}
     )
     tree = {"num_nodes": 257, "num_children": 16, "num_lanes": 1, "sampling": distinct}
     config.best_first = ConfigDict({**tree, "depth_bonus": 0.0})
@@ -74,6 +74,8 @@ def get_config(variant: str = "") -> ConfigDict:
 def _training() -> dict:
     return {
         "seed": 0,
+        # A folder of networks, or package:countdown, to go on from instead of new ones.
+        "begin_with": placeholder(str),
         "num_steps": 4_000,
         "network": {
             "num_layers": 6,
@@ -89,6 +91,7 @@ def _training() -> dict:
             "small_share": 0.1,
             "wrong_share": 0.5,
             "stray_share": 0.3,
+            "leave_share": 0.0,
             "max_wrong": 5,
             "sharpness": 0.5,
             "shard_examples": 4096,
@@ -99,14 +102,17 @@ def _training() -> dict:
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 3_000,
-            "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
+            "num_steps": 3_600,
+            "sizes": ((3, 0.05), (4, 0.72), (5, 0.18), (6, 0.05)),
+            "opening_share": 0.3,
+            "leave_share": 0.5,
+            "max_wrong": 8,
             "shard_examples": 2048,
-            "num_chains": 512,
-            "num_shards": 2,  # A chain is learned from twice: it costs more than its updates.
-            "rows": 256,
-            "max_depth": 20,
-            "temperature": 0.5,
+            "num_chains": 256,
+            "num_shards": 4,  # A chain is learned from four times: it costs more than its updates.
+            "rows": 128,
+            "max_depth": 28,
+            "temperatures": (0.0, 0.5),  # Half of the chains at each; 0 is the greedy chain.
             "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
             "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
             "optimizer": {

@@ -5,6 +5,7 @@ missing file, a value that is not accepted) is one line on stderr and exit statu
 interruption is status 130, and a bug keeps its traceback.
 """
 
+import ctypes
 import hashlib
 import importlib.util
 import logging
@@ -32,10 +33,13 @@ _CACHE = flags.DEFINE_string(
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes from.")
 
 MISTAKE, INTERRUPTED = 2, 130
+# Names of malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def launch(program: Callable[[], None], stopped: str = "stopped") -> NoReturn:
     """Runs a program as the whole process and exits with its status."""
+    _keep_memory()
     status = run(program, stopped)
     if status == INTERRUPTED:
         # What still runs on the device would hold up an ordinary exit.
@@ -194,6 +198,20 @@ def _pass_over_absent_tpu() -> None:
     others = [name for name in plugins if importlib.util.find_spec(name)]
     if not (chips or others or os.environ.get("JAX_PLATFORMS")):
         jax.config.update("jax_platforms", "cpu")
+
+
+def _keep_memory() -> None:
+    """Has the C library keep what is freed, where it is glibc.
+
+    XLA's CPU backend asks for the arrays of a program anew at each call. By default large ones are
+    mapped, and given back, each time, and the system clears every page that it maps.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+        mallopt(option, 2**31 - 1)
 
 
 def _processor() -> str:

@@ -16,11 +16,13 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import launching
 import numpy as np
 import phases
@@ -29,6 +31,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from phases import Phase, Run
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.core.sharding import FSDP, TENSOR_PARALLEL
 from rlm_jax.data.countdown import make_shard, problem_key
 from rlm_jax.data.examples import TokenExample
@@ -48,6 +51,7 @@ from rlm_jax.learning.metrics_writer import WriteMetrics, open_metrics
 from rlm_jax.learning.networks import Networks, init_networks
 from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
+from rlm_jax.models.load import find_model
 from rlm_jax.models.number_embedding import init_number_embeddings
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
@@ -65,6 +69,7 @@ flags.adopt_module_key_flags(launching)
 # Of the split that is looked at during training, and of the trees that are drawn.
 EVAL_SPLIT = "countdown4-inputs"
 NUM_TREES = 3
+TOKENIZER = "tokenizer.model"
 # The exit status of a run whose updates are no numbers any more.
 NOT_FINITE = 3
 
@@ -88,10 +93,12 @@ def main() -> None:
     if _FSDP.value and mesh is None:
         raise ValueError("--fsdp needs --mesh, as in --mesh=data=8")
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
-    run = _prepare(config, workdir, mesh)
+    settings = phases.read_settings(config, str(workdir / TOKENIZER), mesh)
+    start = _load_start(config["train"]["begin_with"])
+    run = _prepare(config, settings, start, workdir, mesh)
     launching.use_compilation_cache()
     _require_disjoint(run)
-    networks = _draw_networks(run)
+    networks = _draw_networks(run) if start is None else _take_networks(run, start)
     with catch_stop() as is_stopped:
         for num_steps, make_phase in (
             (run.train["num_steps"], phases.make_supervised),
@@ -111,14 +118,33 @@ def main() -> None:
     _export(run, networks)
 
 
-def _prepare(config: dict[str, Any], workdir: pathlib.Path, mesh: Mesh | None) -> Run:
-    """Checks all settings, and trains the tokenizer where there is none yet."""
-    train, path = config["train"], workdir / "tokenizer.model"
-    settings = phases.read_settings(config, str(path), mesh)
+def _load_start(spec: str | None) -> build.Policy | None:
+    """The networks that `train.begin_with` names, if any."""
+    if spec is None:
+        return None
+    if not (find_model(spec) / TOKENIZER).is_file():
+        raise ValueError(f"train.begin_with={spec}: it has no {TOKENIZER}, as networks here have")
+    return build.load_policy(spec)
+
+
+def _prepare(
+    config: dict[str, Any],
+    settings: phases.Settings,
+    start: build.Policy | None,
+    workdir: pathlib.Path,
+    mesh: Mesh | None,
+) -> Run:
+    """Leaves the tokenizer in the run's folder: that of `start`, or one trained for the task."""
+    train, path = config["train"], workdir / TOKENIZER
     if not path.exists():
-        train_puzzle_tokenizer(path, bare_numbers=False)
+        if start is None:
+            train_puzzle_tokenizer(path, bare_numbers=False)
+        else:
+            workdir.mkdir(parents=True, exist_ok=True)
+            with write_whole(path) as beside:
+                shutil.copyfile(find_model(train["begin_with"]) / TOKENIZER, beside)
     tokenizer = load_tokenizer(path)
-    model = phases.make_model(train["network"], tokenizer)
+    model = phases.make_model(train["network"], tokenizer) if start is None else start.cfg
     rules = FSDP if _FSDP.value else TENSOR_PARALLEL
     return Run(config, train, settings, workdir, tokenizer, model, {}, mesh, rules)
 
@@ -134,6 +160,24 @@ def _draw_networks(run: Run) -> Networks:
     policy = networks.policy
     embed = init_number_embeddings(jax.random.fold_in(key, 2), policy.embed, numbers)
     return dataclasses.replace(networks, policy=dataclasses.replace(policy, embed=embed))
+
+
+def _take_networks(run: Run, start: build.Policy) -> Networks:
+    """Networks that were trained before; a value head is drawn where they came without one.
+
+    Raises:
+      ValueError: their value head is not the one that `train.value_head` asks for.
+    """
+    new = init_networks(jax.random.key(run.train["seed"]), run.model, run.settings.head)
+    if start.value_head is None:
+        return dataclasses.replace(new, policy=start.params)
+    shapes = [jax.tree.map(jnp.shape, head) for head in (start.value_head, new.value_head)]
+    if jax.tree.flatten(shapes[0]) != jax.tree.flatten(shapes[1]):
+        raise ValueError(
+            f"train.begin_with={run.train['begin_with']}: its value head is none of "
+            f"train.value_head={run.train['value_head']!r}"
+        )
+    return Networks(start.params, start.value_head)
 
 
 def _require_disjoint(run: Run) -> None:
@@ -316,7 +360,7 @@ def _export(run: Run, networks: Networks) -> None:
         folder,
         networks.policy,
         run.model,
-        run.workdir / "tokenizer.model",
+        run.workdir / TOKENIZER,
         value_head=networks.value_head,
         metadata={"command": sys.argv, "train": json.loads(json.dumps(run.train))},
         overwrite=True,
