@@ -8,7 +8,8 @@ python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy 
     --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=DIR/results
 
 `--config=configs/countdown.py:smoke` is the same program at a size that runs in seconds and learns
-nothing of use.
+nothing of use. `:scarce` is a smaller network with no more than 8,192 demonstrations, for
+experiments/improve.py: what is left to learn it has to find by search.
 """
 
 from ml_collections import ConfigDict
@@ -17,8 +18,8 @@ from ml_collections.config_dict import placeholder
 
 def get_config(variant: str = "") -> ConfigDict:
     """The settings of train.py (`train`), and of solve.py and evaluate.py (all others)."""
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/countdown.py:{variant}: accepted is smoke, or nothing")
+    if variant not in ("", "smoke", "scarce"):
+        raise ValueError(f"configs/countdown.py:{variant}: accepted are smoke, scarce, or nothing")
     config = ConfigDict()
     config.model = "package:countdown"
     config.dtype = "float32"
@@ -68,6 +69,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = ConfigDict(_training())
     if variant == "smoke":
         _shrink(config)
+    elif variant == "scarce":
+        _make_scarce(config)
     return config
 
 
@@ -87,22 +90,23 @@ def _training() -> dict:
         },
         "data": {
             "sizes": ((3, 0.05), (4, 0.8), (5, 0.15)),
-            "opening_share": 0.4,
+            "opening_share": 0.3,
             "small_share": 0.1,
             "wrong_share": 0.5,
             "stray_share": 0.3,
-            "leave_share": 0.0,
-            "max_wrong": 5,
+            "leave_share": 0.4,
+            "max_wrong": 6,
             "sharpness": 0.5,
             "shard_examples": 4096,
+            "num_shards": placeholder(int),  # These over and over; none: always new ones.
         },
         # Expert iteration: right solutions in records of solve.py or evaluate.py (of problems that
         # no test set holds) take the place of a share of the demonstrations.
         "records": {"paths": (), "share": 0.0, "max_per_problem": 4},
-        "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
+        "layout": {"num_rows": 12, "row_tokens": 208, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 3_600,
+            "num_steps": 2_000,
             "sizes": ((3, 0.05), (4, 0.72), (5, 0.18), (6, 0.05)),
             "opening_share": 0.3,
             "leave_share": 0.5,
@@ -172,7 +176,7 @@ def _training() -> dict:
                 "path_trace": 0.95,
                 "policy_weight": "none",  # Or advantage: exp(A / advantage_scale).
                 "advantage_scale": 1.0,
-                "finished_only": False,
+                "policy_nodes": "all",
             },
             "optimizer": {
                 "name": "muon",
@@ -187,6 +191,24 @@ def _training() -> dict:
             },
         },
     }
+
+
+def _make_scarce(config: ConfigDict) -> None:
+    config.budget_tokens = 1024
+    config.greedy.max_depth = config.best_of_n.max_depth = 12
+    train = config.train
+    train.num_steps = 800
+    train.log_steps = 5
+    train.network.update({"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 352})
+    train.data.update({"num_shards": 1, "shard_examples": 8192, "sizes": ((4, 1.0),)})
+    train.data.update({"opening_share": 0.0, "leave_share": 0.0})
+    train.data.update({"wrong_share": 0.3, "max_wrong": 3})
+    train.layout.update({"num_rows": 20, "row_tokens": 128})
+    train.walks.num_steps = 0
+    train.search.update({"strategy": "best_first", "num_steps": 20})
+    # No tree of four numbers is longer. Where nothing is proven values are learned, but no moves.
+    train.search.collect.update({"row_tokens": 40, "policy_nodes": "proven"})
+    train.search.step.update({"batch_rows": 128, "num_updates": 6})
 
 
 def _shrink(config: ConfigDict) -> None:
@@ -211,7 +233,7 @@ def _shrink(config: ConfigDict) -> None:
     train.eval_steps = 4
     train.eval_problems = 4
     train.walks.update({"num_steps": 2, "rows": 8, "max_depth": 3})
-    train.walks.update({"shard_examples": 24, "num_chains": 8, "sizes": ((3, 0.5), (4, 0.5))})
+    train.walks.update({"shard_examples": 40, "num_chains": 8, "sizes": ((3, 0.5), (4, 0.5))})
     train.walks.layout.num_rows = 8
     train.walks.optimizer.warmup_steps = 1
     # Rounds of one width: fewer programs to compile than Gumbel's.

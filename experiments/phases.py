@@ -162,6 +162,9 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
     if train["best_metric"] not in scores:
         raise ValueError(f"train.best_metric {train['best_metric']!r}: accepted are {scores}")
     data = {**train["data"], "sizes": as_sizes(train["data"]["sizes"])}
+    num_shards = data.pop("num_shards")
+    if num_shards is not None and num_shards < 1:
+        raise ValueError(f"train.data.num_shards must be >= 1, got {num_shards}")
     data |= {"tokenizer": tokenizer, "seed": train["seed"]}
     return Settings(
         mix=_make("train.data", CountdownMix, data),
@@ -313,10 +316,11 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
     settings, mix = run.settings.supervised, run.settings.mix
     assert settings is not None
     make_shard = _mix_in_records(run)
+    num_shards = run.train["data"]["num_shards"] or NUM_SHARDS
 
     def open_source(_: Callable[[], Networks]) -> contextlib.closing[GeneratedSource]:
         return contextlib.closing(
-            GeneratedSource(make_shard, num_shards=NUM_SHARDS, shard_examples=mix.shard_examples)
+            GeneratedSource(make_shard, num_shards=num_shards, shard_examples=mix.shard_examples)
         )
 
     return _learn_tokens(run, networks, "supervised", settings, open_source)

@@ -31,9 +31,9 @@ def path_advantages(
     return jnp.where(paths >= 0, found, 0.0)
 
 
-def leads_to_terminal(structure: Structure) -> Bool[Array, "B N"]:
-    """Living nodes at or above the end of a solution, over any of several parents: what x1 keeps
-    of a tree for training (spec B5, PRUNE)."""
+def leads_to(structure: Structure, ends: Bool[Array, "B N"]) -> Bool[Array, "B N"]:
+    """Living nodes at or above one of `ends`, over any of several parents. Above the ends of all
+    solutions stands what x1 keeps of a tree for training (spec B5, PRUNE)."""
     rows = jnp.arange(structure.depth.shape[0])[:, None, None]
     parents = structure.parents
     up = jnp.where(parents >= 0, parents, structure.capacity)
@@ -43,5 +43,5 @@ def leads_to_terminal(structure: Structure) -> Bool[Array, "B N"]:
         above = leads.at[rows, up].max(leads[..., None], mode="drop") & structure.alive
         return above, (above != leads).any()
 
-    ends = structure.alive & structure.terminal
+    ends = ends & structure.alive
     return jax.lax.while_loop(lambda carry: carry[1], climb, (ends, ends.any()))[0]

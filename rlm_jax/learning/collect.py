@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.types import Array, Bool, Float32, Int32
 from rlm_jax.data.packing import TokenBatch
-from rlm_jax.learning.advantages import leads_to_terminal, path_advantages, tree_advantages
+from rlm_jax.learning.advantages import leads_to, path_advantages, tree_advantages
 from rlm_jax.learning.distillation import IMPROVEMENTS, ImprovedPolicy, improve_policy
 from rlm_jax.learning.returns import n_step_returns, td_lambda_returns
 from rlm_jax.learning.targets import VALUE_RULES, ValueTree, target_weights, value_tree
@@ -33,6 +33,7 @@ from rlm_jax.reasoning.structure import Structure
 
 PATH_RULES = ("none", "monte_carlo", "n_step", "td_lambda")
 POLICY_WEIGHTS = ("none", "advantage")
+POLICY_NODES = ("all", "finished", "proven")
 _PATH_KEY = 2**31 - 5  # A number that no node has.
 _MOST_WEIGHT = 20.0  # As in Peng et al. 2019.
 
@@ -51,8 +52,9 @@ class CollectConfig:
     behind them; "td_lambda": all of these mixed by `path_trace`, its step-level GAE plus the value.
     policy_weight: "advantage" weighs the labels of a step by exp(A / advantage_scale), at most 20,
     with the step's advantage in the tree (Algorithm 6; advantage-weighted regression, 1910.00177);
-    "none" weighs all alike. finished_only: only nodes at or above the end of a solution teach the
-    policy (x1's pruning, spec B5).
+    "none" weighs all alike. policy_nodes: nodes that teach the policy; "finished" are those at or
+    above the end of a solution (x1's pruning, spec B5), "proven" those at or above a right one
+    (expert iteration). Values are learned along all of a path.
     """
 
     num_paths: int = 4
@@ -71,7 +73,7 @@ class CollectConfig:
     path_trace: float = 0.95
     policy_weight: str = "none"
     advantage_scale: float = 1.0
-    finished_only: bool = False
+    policy_nodes: str = "all"
 
     def __post_init__(self):
         for name in ("num_paths", "row_tokens", "num_children", "max_depth", "path_steps"):
@@ -85,7 +87,11 @@ class CollectConfig:
                 f"discount={self.discount} and path_trace={self.path_trace}: accepted is 0 to 1, "
                 "a discount above 0"
             )
-        for name, accepted in (("path_rule", PATH_RULES), ("policy_weight", POLICY_WEIGHTS)):
+        for name, accepted in (
+            ("path_rule", PATH_RULES),
+            ("policy_weight", POLICY_WEIGHTS),
+            ("policy_nodes", POLICY_NODES),
+        ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} {getattr(self, name)!r}: accepted are {accepted}")
         if self.improvement not in IMPROVEMENTS:
@@ -126,11 +132,13 @@ def collect_rows(
         visit_offset=cfg.visit_offset,
         min_visits=cfg.min_visits,
     )
-    if cfg.finished_only:
-        teaches = improved.teaches & leads_to_terminal(structure)
-        weights = jnp.where(teaches[..., None], improved.weights, 0.0)
-        improved = dataclasses.replace(improved, teaches=teaches, weights=weights)
     paths = _draw_paths(structure, improved, keys, cfg)
+    if cfg.policy_nodes != "all":
+        ends = structure.terminal if cfg.policy_nodes == "finished" else structure.proven
+        teaches = improved.teaches & leads_to(structure, ends)
+        improved = ImprovedPolicy(
+            improved.children, jnp.where(teaches[..., None], improved.weights, 0.0), teaches
+        )
     values = _target_values(structure, tree, rewards, paths, cfg)
     weights = _weigh_steps(structure, tree, paths, cfg)
     write = functools.partial(_write_row, cfg=cfg)

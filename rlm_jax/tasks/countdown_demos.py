@@ -100,7 +100,8 @@ def demonstrate(
       leave_share: chance that a walk goes back at once from where a right move has led it, if there
         is another right one. That one is the next right line then: what was tried tells which.
       max_wrong: a walk ends, unfinished, when it goes back after so many moves that were wrong, led
-        on from a lost state or were right and left again. So the number of errors tells nothing about the next move.
+        on from a lost state or were right and left again. So the number of errors tells nothing
+        about the next move.
       return_weight: what the choice to go back counts for. The solver goes back from every lost
         state at once; who cannot tell lost from solvable has to try a move or two before, and at
         weight 1 learns not to, wherever a state is likelier lost than not.

@@ -89,6 +89,14 @@ def test_a_finished_run_is_left_alone_and_another_config_is_refused(trained):
     assert "seed=0" in other.err
 
 
+def test_a_run_begins_with_networks_that_were_trained(trained, tmp_path):
+    phases = [f"--config.train.{name}num_steps=0" for name in ("", "walks.", "search.")]
+    done = _train(tmp_path, f"--config.train.begin_with={trained / 'policy'}", *phases)
+    assert done.status == 0, done.err[-2000:]
+    assert _weights(tmp_path) == _weights(trained)
+    assert (tmp_path / "tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes()
+
+
 def test_a_bad_update_ends_a_run_with_the_last_good_networks_saved(tmp_path):
     """A rate that no network survives: one line says where, and a checkpoint holds what was."""
     flags = ("--config.train.optimizer.learning_rate=1e30",)
@@ -235,7 +243,8 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("keep_best=-1", "train.keep_best must be >= 0, got -1"),
                 ("best_metric=loss", "train.best_metric 'loss'"),
                 ("data.wrong_share=2.0", "train.data: wrong_share must lie in [0, 1]"),
-                ("walks.num_chains=12", "num_chains=12 * num_shards=2: accepted is less than"),
+                ("data.num_shards=0", "train.data.num_shards must be >= 1, got 0"),
+                ("walks.num_chains=12", "num_chains=12 * num_shards=4: accepted is less than"),
                 ("walks.num_shards=0", "train.walks: num_shards must be >= 1"),
                 ("walks.rows=0", "train.walks.rows=0"),
                 ("walks.sizes=((4, 0.5),)", "train.walks: the shares of sizes"),

@@ -56,10 +56,11 @@ def rows(plant):
     tokens = jnp.broadcast_to(10 + jnp.arange(5, dtype=jnp.int32)[:, None], (2, 5, 1))
     keys, prompts = jax.random.split(jax.random.key(0), 2), jnp.ones((2, PROMPT), jnp.int32)
 
-    def collect(**fields):
+    def collect(right=True, **fields):
         cfg = dataclasses.replace(CFG, **fields)
+        judged = dataclasses.replace(structure, proven=structure.proven & right)
         found, _ = jax.jit(lambda *args: collect_rows(*args, cfg=cfg))(
-            structure, tokens, prompts, keys
+            judged, tokens, prompts, keys
         )
         return jax.tree.map(np.asarray, found)
 
@@ -109,11 +110,18 @@ def test_steps_are_weighed_by_their_advantages(rows):
     np.testing.assert_array_equal(alike.soft_weights, found.soft_weights)
 
 
-def test_only_what_leads_to_a_solution_teaches_where_that_is_wanted(rows):
-    found = rows(finished_only=True)
-    assert found.tokens[0, INNER : END + 1].tolist() == [11, 13]
+@pytest.mark.parametrize("nodes", ["finished", "proven"])
+def test_only_what_leads_to_a_solution_teaches_where_that_is_wanted(rows, nodes):
+    found, all_teach = rows(policy_nodes=nodes), rows()
+    assert found.tokens[:, INNER : END + 1].tolist() == [[11, 13]] * 2
     assert found.loss_weight[:, INNER : END + 1].tolist() == [[1.0, 1.0], [0.0, 0.0]]
     assert not found.loss_weight[1].any()
+    wrong = rows(right=False, policy_nodes=nodes)
+    assert wrong.loss_weight.any() == (nodes == "finished")
+    # Values do, as ever.
+    np.testing.assert_array_equal(found.value_target, all_teach.value_target)
+    np.testing.assert_array_equal(found.value_weight, all_teach.value_weight)
+    assert found.value_weight[1].any()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +129,7 @@ def test_only_what_leads_to_a_solution_teaches_where_that_is_wanted(rows):
     [
         ({"path_rule": "td"}, "path_rule 'td'"),
         ({"policy_weight": "q"}, "policy_weight 'q'"),
+        ({"policy_nodes": "best"}, "policy_nodes 'best'"),
         ({"path_steps": 0}, "path_steps must be >= 1"),
         ({"path_trace": 1.5}, "path_trace=1.5"),
         ({"discount": 0.0}, "discount=0.0"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlm_jax.core.mesh import make_mesh
-from rlm_jax.learning.advantages import leads_to_terminal, path_advantages, tree_advantages
+from rlm_jax.learning.advantages import leads_to, path_advantages, tree_advantages
 from rlm_jax.learning.targets import VALUE_RULES, target_weights, trace_paths, value_tree
 from rlm_jax.reasoning.sharding import place_batch, shard_search
 from rlm_jax.reasoning.structure import path_to_root
@@ -208,7 +208,7 @@ def test_paths_and_what_leads_to_a_solution(plant, random_tree, num_parents):
     rng = np.random.default_rng(11)
     trees = [random_tree(rng, 16, num_parents) for _ in range(8)]
     structure = plant(trees, num_parents=num_parents)
-    leads = np.asarray(jax.jit(leads_to_terminal)(structure))
+    leads = np.asarray(jax.jit(leads_to)(structure, structure.terminal))
     for row, nodes in enumerate(trees):
         hand = ByHand(nodes, np.zeros(16), "rollouts", 1.0)
         for i, node in enumerate(nodes):
@@ -233,7 +233,7 @@ def test_eight_devices_see_what_one_sees(plant, random_tree):
         trees = read_all(structure, rewards)
         edges = [tree_advantages(structure, tree) for tree in trees.values()]
         paths = trace_paths(structure, structure.num_nodes - 1, 9)
-        return trees, edges, leads_to_terminal(structure), paths
+        return trees, edges, leads_to(structure, structure.terminal), paths
 
     mesh = make_mesh()
     many = jax.jit(shard_search(run, mesh))(jnp.zeros(()), *place_batch(mesh, (structure, rewards)))
