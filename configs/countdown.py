@@ -8,7 +8,7 @@ python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy 
     --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=DIR/results
 
 `--config=configs/countdown.py:smoke` is the same program at a size that runs in seconds and learns
-nothing of use. `:scarce` is a smaller network with no more than 8,192 demonstrations, for
+nothing of use. `:scarce` is a smaller network with no more than 4,096 demonstrations, for
 experiments/improve.py: what is left to learn it has to find by search.
 """
 
@@ -197,18 +197,20 @@ def _make_scarce(config: ConfigDict) -> None:
     config.budget_tokens = 1024
     config.greedy.max_depth = config.best_of_n.max_depth = 12
     train = config.train
-    train.num_steps = 800
-    train.log_steps = 5
+    train.num_steps = 600
+    train.log_steps = 2
     train.network.update({"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 352})
-    train.data.update({"num_shards": 1, "shard_examples": 8192, "sizes": ((4, 1.0),)})
+    train.data.update({"num_shards": 1, "shard_examples": 4096, "sizes": ((4, 1.0),)})
     train.data.update({"opening_share": 0.0, "leave_share": 0.0})
     train.data.update({"wrong_share": 0.3, "max_wrong": 3})
     train.layout.update({"num_rows": 20, "row_tokens": 128})
     train.walks.num_steps = 0
-    train.search.update({"strategy": "best_first", "num_steps": 20})
+    # PUCT counts visits, so that values are learned from searches that found nothing too.
+    train.search.update({"strategy": "puct", "num_steps": 8})
     # No tree of four numbers is longer. Where nothing is proven values are learned, but no moves.
     train.search.collect.update({"row_tokens": 40, "policy_nodes": "proven"})
-    train.search.step.update({"batch_rows": 128, "num_updates": 6})
+    train.search.step.update({"batch_rows": 128, "num_updates": 4})
+    train.search.optimizer.update({"learning_rate": 1e-3, "adam_learning_rate": 2e-4})
 
 
 def _shrink(config: ConfigDict) -> None:

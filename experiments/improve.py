@@ -1,4 +1,4 @@
-"""Does search teach the networks that search? Rounds of it, against more of the same demonstrations.
+"""Does search teach the networks that search? Rounds of it, against more demonstrations.
 
     python experiments/improve.py --config=configs/countdown.py:scarce --out=DIR --seeds=0,1,2
 
@@ -13,7 +13,6 @@ All networks are looked at by evaluate.py, on problems that no training sees. DI
 the table; what is done already is not done again.
 """
 
-import json
 import pathlib
 import subprocess
 import sys
