@@ -9,23 +9,25 @@ round, each round a run of train.py that begins with the networks of the one bef
     more    updates on the same demonstrations, with the optimizer of the search phase, as many as
             take the time that the search took in that round (evaluation and compiling left out)
 
-All networks are looked at by evaluate.py, on problems that no training sees. DIR/improvement.md is
-the table; what is done already is not done again.
+All networks are looked at by evaluate.py, on problems that no training sees. What was measured is
+in DIR/improvement.jsonl, for report.py; what is done already is not done again.
 """
 
+import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import launching
 from absl import flags
 from ml_collections import config_flags
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.data.splits import SPLITS
-from rlm_jax.evaluation.intervals import wilson_interval
-from rlm_jax.evaluation.results import name_row, read_results
+from rlm_jax.evaluation.improvement import write_improvement
+from rlm_jax.evaluation.results import read_results
 from rlm_jax.learning.metrics_writer import read_metrics
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -52,24 +54,28 @@ class Point(NamedTuple):
 
 
 def main() -> None:
-    """Trains and evaluates what is missing, and writes the table."""
+    """Trains and evaluates what is missing, and shows the table."""
     config = launching.read_config(_CONFIG)
     if not _OUT.value:
         raise ValueError("--out=DIR is missing: the folder of all runs and of the table")
     if not all(seed.isdigit() for seed in _SEEDS.value) or not _SEEDS.value:
         raise ValueError(f"--seeds={','.join(_SEEDS.value)}: accepted are whole numbers")
+    least = _least_steps(config["train"])
     for name, steps in (("", config["train"]), ("search.", config["train"]["search"])):
-        if steps["num_steps"] < 2:
-            raise ValueError(f"train.{name}num_steps={steps['num_steps']}: accepted is >= 2")
+        if steps["num_steps"] < least:
+            raise ValueError(
+                f"train.{name}num_steps={steps['num_steps']}: accepted is >= {least}, twice "
+                "train.log_steps, or the time of a step is not known"
+            )
     out = pathlib.Path(_OUT.value).expanduser()
     points = []
     for seed in map(int, _SEEDS.value):
         for point in _run_seed(config["train"], out / f"seed{seed}", seed):
             _evaluate(point)
-            points.append(point)
-    table = _write_table(points)
-    (out / "improvement.md").write_text(table, encoding="utf-8")
-    print(table)
+            points.append(_describe(point))
+    with write_whole(out / "improvement.jsonl") as beside:
+        beside.write_text("".join(json.dumps(point) + "\n" for point in points), encoding="utf-8")
+    print(write_improvement(points))
 
 
 def _run_seed(train: dict[str, Any], folder: pathlib.Path, seed: int) -> Iterator[Point]:
@@ -78,7 +84,7 @@ def _run_seed(train: dict[str, Any], folder: pathlib.Path, seed: int) -> Iterato
     _train(start, {"search.num_steps": 0})
     yield start
     before = dict.fromkeys(ARMS, start)
-    update_seconds = _seconds_per_step(start.folder / "supervised")
+    update_seconds = _seconds_per_step(start)
     for number in range(1, _ROUNDS.value + 1):
         for arm in ARMS:
             point = Point(seed, arm, number, folder / f"{arm}{number}")
@@ -87,9 +93,9 @@ def _run_seed(train: dict[str, Any], folder: pathlib.Path, seed: int) -> Iterato
                 # Every round has problems of its own.
                 settings |= {"num_steps": 0, "seed": 1000 * number + seed}
             else:
-                seconds = _seconds_per_step(folder / f"search{number}" / "search")
-                steps = round(train["search"]["num_steps"] * seconds / update_seconds)
-                settings |= {"num_steps": max(2, steps), "search.num_steps": 0}
+                seconds = train["search"]["num_steps"] * _seconds_per_step(before["search"])
+                steps = max(_least_steps(train), round(seconds / update_seconds))
+                settings |= {"num_steps": steps, "search.num_steps": 0}
                 own = train["search"]["optimizer"]
                 settings |= {f"optimizer.{name}": value for name, value in own.items()}
             _train(point, settings)
@@ -99,6 +105,8 @@ def _run_seed(train: dict[str, Any], folder: pathlib.Path, seed: int) -> Iterato
 
 def _train(point: Point, settings: dict[str, Any]) -> None:
     """One run of train.py, evaluated in the end alone, and there as little as it can be."""
+    if (point.folder / "policy").exists():
+        return
     settings = {"seed": point.seed, "eval_steps": _NEVER, "eval_problems": 1} | settings
     settings |= {"walks.num_steps": 0}
     changes = [f"--config.train.{name}={value}" for name, value in settings.items()]
@@ -131,46 +139,38 @@ def _run(program: str, *args: str) -> None:
         raise SystemExit(done.returncode)
 
 
-def _seconds_per_step(folder: pathlib.Path) -> float:
-    """Of a phase, by its logged metrics; what comes before the first of them is left out."""
-    points = [point for point in read_metrics(folder / "metrics.jsonl") if "loss" in point]
-    if len(points) < 2:
-        raise ValueError(f"{folder} has logged {len(points)} times: train.log_steps is too large")
-    first, last = points[0], points[-1]
+def _seconds_per_step(point: Point) -> float:
+    """By the logged metrics; what comes before the first of them, compiling, is left out."""
+    first, *_, last = _read_losses(_phase(point))
     return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
 
 
-def _write_table(points: Sequence[Point]) -> str:
-    """Means over the seeds, and each seed's own figure."""
-    lines = []
-    for arm, number in sorted({(p.arm, p.round) for p in points}, key=lambda key: key[::-1]):
-        same = [point for point in points if (point.arm, point.round) == (arm, number)]
-        lines.append([str(number), arm, *_describe(same)])
-    heads = ["round", "arm", "greedy", "best first", "AUC, value after 1 move", "ECE"]
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+def _phase(point: Point) -> pathlib.Path:
+    return point.folder / ("search" if point.arm == "search" else "supervised")
 
 
-def _describe(points: Sequence[Point]) -> Iterator[str]:
-    results = [read_results(point.folder / "results" / "results.jsonl") for point in points]
-    for strategy in ("greedy", "best_first"):
-        rows = [row for rows in results for row in rows if name_row(row) == strategy]
-        counts = [round(row["accuracy"] * row["n"]) for row in rows]
-        low, high = wilson_interval(sum(counts), sum(row["n"] for row in rows))
-        seeds = ", ".join(f"{100 * row['accuracy']:.1f}" for row in rows)
-        mean = 100 * sum(counts) / sum(row["n"] for row in rows)
-        yield f"{mean:.1f} ({100 * low:.1f}-{100 * high:.1f}; {seeds})"
-    calibrations = [read_results(p.folder / "results" / "calibration.jsonl") for p in points]
-    after_one = [
-        row
-        for rows in calibrations
-        for row in rows
-        if row["strategy"] == "best_first" and row["depth"] == 1
-    ]
-    for name in ("auc", "ece"):
-        values = [row[name][0] for row in after_one if row[name] is not None]
-        mean = sum(values) / len(values) if values else float("nan")
-        yield f"{mean:.3f} ({', '.join(f'{value:.3f}' for value in values)})"
+def _read_losses(folder: pathlib.Path) -> list[dict[str, Any]]:
+    return [point for point in read_metrics(folder / "metrics.jsonl") if "loss" in point]
+
+
+def _least_steps(train: dict[str, Any]) -> int:
+    return 2 * train["log_steps"]
+
+
+def _describe(point: Point) -> dict[str, Any]:
+    """What `rlm_jax.evaluation.improvement` reads."""
+    metrics = _read_losses(_phase(point))
+    results = point.folder / "results"
+    return {
+        "seed": point.seed,
+        "arm": point.arm,
+        "round": point.round,
+        "steps": metrics[-1]["step"],
+        "seconds": metrics[-1]["step"] * _seconds_per_step(point),
+        "results": read_results(results / "results.jsonl"),
+        "calibration": read_results(results / "calibration.jsonl"),
+        "command": " ".join(sys.argv),
+    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 python experiments/report.py --results=RESULTS/results.jsonl --out=docs/results.md
 
-Value calibration comes from the calibration.jsonl beside the results, where there is one.
+Value calibration comes from the calibration.jsonl beside the results, where there is one, and
+self-improvement from the improvement.jsonl of improve.py, where --improvement names it.
 """
 
 import pathlib
@@ -11,10 +12,12 @@ from typing import Any
 import launching
 from absl import flags
 
+from rlm_jax.evaluation.improvement import write_improvement
 from rlm_jax.evaluation.results import name_row, price_by_chains, read_results
 
 _RESULTS = flags.DEFINE_string("results", None, "results.jsonl of evaluate.py.")
 _OUT = flags.DEFINE_string("out", None, "The page to write.")
+_IMPROVEMENT = flags.DEFINE_string("improvement", None, "improvement.jsonl of improve.py.")
 flags.adopt_module_key_flags(launching)
 
 HEAD = """# Results
@@ -50,9 +53,7 @@ def main() -> None:
     """Reads, groups by test set and model, and writes."""
     if not _RESULTS.value or not _OUT.value:
         raise ValueError("--results=FILE and --out=FILE are both needed")
-    path = pathlib.Path(_RESULTS.value)
-    if not path.exists():
-        raise FileNotFoundError(f"--results={path}: there is no such file")
+    path = _find("results", _RESULTS.value)
     results = read_results(path)
     parts = [HEAD]
     for title, rows in _group(results):
@@ -62,9 +63,19 @@ def main() -> None:
         parts.append(CALIBRATION_HEAD)
     for title, rows in _group(calibrations):
         parts.append(f"### {title}\n\n{_write_calibration(rows)}\n")
+    if _IMPROVEMENT.value:
+        points = read_results(_find("improvement", _IMPROVEMENT.value))
+        parts.append(write_improvement(points))
     commands = dict.fromkeys(result["command"] for result in results)
     parts.append("## Commands\n\n" + "\n".join(f"    python {one}" for one in commands) + "\n")
     pathlib.Path(_OUT.value).write_text("\n".join(parts))
+
+
+def _find(flag: str, name: str) -> pathlib.Path:
+    path = pathlib.Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"--{flag}={path}: there is no such file")
+    return path
 
 
 def _group(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

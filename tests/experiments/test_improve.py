@@ -16,8 +16,8 @@ CONFIG = "--config=configs/countdown.py:smoke"
     [
         ((), "--out=DIR is missing"),
         (("--seeds=a",), "--seeds=a: accepted are whole numbers"),
-        (("--config.train.num_steps=1",), "train.num_steps=1: accepted is >= 2"),
-        (("--config.train.search.num_steps=0",), "train.search.num_steps=0: accepted is >= 2"),
+        (("--config.train.num_steps=3",), "train.num_steps=3: accepted is >= 4, twice"),
+        (("--config.train.search.num_steps=0",), "train.search.num_steps=0: accepted is >= 4"),
     ],
 )
 def test_wrong_flags_are_named(flags, message, tmp_path):
@@ -33,10 +33,15 @@ def test_both_arms_begin_with_the_same_networks_and_are_not_run_twice(tmp_path):
     flags = (CONFIG, "--seeds=0,1", "--rounds=1", "--limit=4", "--config.train.log_steps=1")
     done = run_program("improve.py", *flags, f"--out={tmp_path}")
     assert done.status == 0, done.err[-2000:]
-    lines = (tmp_path / "improvement.md").read_text().splitlines()
-    assert [line.split(" | ")[:2] for line in lines[2:]] == [
-        ["| 0", "start"], ["| 1", "more"], ["| 1", "search"],
-    ]  # fmt: skip
+    lines = (tmp_path / "improvement.jsonl").read_text().splitlines()
+    points = [json.loads(line) for line in lines]
+    assert [(point["seed"], point["arm"], point["round"]) for point in points] == [
+        (seed, *rest) for seed in (0, 1) for rest in (("start", 0), ("search", 1), ("more", 1))
+    ]
+    for start, search, more in (points[:3], points[3:]):
+        seconds = start["seconds"] / start["steps"]
+        assert more["steps"] == max(2, round(search["seconds"] / seconds))
+        assert all(result["n"] == 4 for result in more["results"])
     for arm, phase in (("search1", "search"), ("more1", "supervised")):
         folder = tmp_path / "seed1" / arm
         about = json.loads((folder / "policy" / "config.json").read_text())["rlm_jax"]
@@ -44,4 +49,4 @@ def test_both_arms_begin_with_the_same_networks_and_are_not_run_twice(tmp_path):
         assert [path.name for path in (folder / "checkpoints").iterdir()] == [phase]
     again = run_program("improve.py", *flags, f"--out={tmp_path}")
     assert again.status == 0
-    assert (tmp_path / "improvement.md").read_text().splitlines() == lines
+    assert (tmp_path / "improvement.jsonl").read_text().splitlines() == lines

@@ -41,10 +41,10 @@ def read_tables(page):
     return [re.split(r" *\| *", line)[1:-1] for line in lines]
 
 
-def report(tmp_path, *results):
+def report(tmp_path, *results, flags=()):
     write(tmp_path / "results.jsonl", results)
     done = run_program(
-        "report.py", f"--results={tmp_path}/results.jsonl", f"--out={tmp_path}/page.md"
+        "report.py", f"--results={tmp_path}/results.jsonl", f"--out={tmp_path}/page.md", *flags
     )
     assert done.status == 0, done.err
     return (tmp_path / "page.md").read_text()
@@ -103,3 +103,14 @@ def test_missing_files_are_named(tmp_path):
     done = run_program("report.py", f"--results={tmp_path}/none", f"--out={tmp_path}/page.md")
     assert done.status == 2
     assert "there is no such file" in done.err
+
+
+def test_self_improvement_stands_beside_it(tmp_path):
+    point = {
+        "seed": 0, "arm": "start", "round": 0, "steps": 4, "seconds": 1.0,
+        "results": RESULTS[:2], "calibration": CALIBRATIONS, "command": "improve.py --out=I",
+    }  # fmt: skip
+    write(tmp_path / "improvement.jsonl", [point])
+    page = report(tmp_path, *RESULTS, flags=[f"--improvement={tmp_path}/improvement.jsonl"])
+    assert "## Self-improvement" in page
+    assert "    python improve.py --out=I\n" in page
