@@ -5,6 +5,7 @@
     python experiments/bench.py --suite=search --only=host --problems=gsm8k/test.jsonl \\
       --other_python=/path/to/python-with-torch --llama_python=/path/to/python-with-llama_cpp
     python experiments/bench.py --suite=memory
+    python experiments/bench.py --suite=train --config=configs/countdown.py
 
 Each line holds `case`, `ours`, `other`, `ratio`, `unit` and what was run. Times are the best of the
 repeats (medians beside them); ratios carry over to other machines, times do not. Counts of tokens
@@ -23,18 +24,19 @@ import bench_language
 import bench_memory
 import bench_search
 import bench_timing
+import bench_train
 import launching
 from absl import flags
 from ml_collections import config_flags
 
-SUITES = ("decode", "search", "memory")
+SUITES = ("decode", "search", "memory", "train")
 
 _SUITE = flags.DEFINE_string("suite", None, f"Which suite: {', '.join(SUITES)}.")
 _ONLY = flags.DEFINE_list(
     "only",
     [],
     f"Parts of a suite. search: {', '.join(bench_search.PARTS)} (mctx: the first two; host: the "
-    f"last two). memory: {', '.join(bench_memory.PARTS)}.",
+    f"last two). memory: {', '.join(bench_memory.PARTS)}. train: {', '.join(bench_train.PARTS)}.",
 )
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/smollm2.py", "Whose model and searches are measured.", lock_config=True
@@ -99,7 +101,12 @@ def main() -> None:
     """Runs a suite and prints its lines as they come."""
     if _SUITE.value not in SUITES:
         raise ValueError(f"--suite={_SUITE.value}: accepted are {', '.join(SUITES)}")
-    cases = {"decode": _decode_cases, "search": _search_cases, "memory": _memory_cases}
+    cases = {
+        "decode": _decode_cases,
+        "search": _search_cases,
+        "memory": _memory_cases,
+        "train": _train_cases,
+    }
     found = cases[_SUITE.value]()
     launching.use_compilation_cache()
     with contextlib.ExitStack() as stack:
@@ -184,6 +191,14 @@ def _memory_cases() -> Iterator[dict[str, Any]]:
         launching.read_config(_CONFIG),
         parts=_read_parts(bench_memory.PARTS),
         sizes=sizes,
+        patience=_read_patience(),
+    )
+
+
+def _train_cases() -> Iterator[dict[str, Any]]:
+    return bench_train.run_train(
+        launching.read_config(_CONFIG),
+        parts=_read_parts(bench_train.PARTS),
         patience=_read_patience(),
     )
 

@@ -384,8 +384,39 @@ def _mix_in_records(run: Run) -> Callable[[int], list[TokenExample]]:
     return _make("train.records", mixed, {"share": records["share"], "seed": mix.seed})
 
 
+class SearchProgram(NamedTuple):
+    """Search and learning as one compiled step: step_fn(state, *draw(number), base).
+
+    state: before the first. draw: keys, prompts and lengths of a step's problems. base: the policy
+    that does not learn, where one is needed. lora: None where all of the policy is learned.
+    """
+
+    step_fn: Callable[..., Any]
+    state: Any
+    draw: Callable[[int], tuple[Any, Any, Any]]
+    base: Params | None
+    lora: LoraConfig | None
+
+
 def make_search(run: Run, networks: Networks) -> Phase:
     """Search and learning in one compiled step, on problems without solutions."""
+    program = make_search_program(run, networks)
+
+    def steps(state: Any, position: Any) -> Steps:
+        number = 0 if position is None else position
+        while True:
+            state, metrics = program.step_fn(state, *program.draw(number), program.base)
+            number += 1
+            yield state, metrics, 0, functools.partial(int, number)
+
+    def of_state(state: Any) -> Networks:
+        return assemble(state.train.params, program.base, program.lora)
+
+    return Phase("search", run.train["search"]["num_steps"], program.state, steps, of_state)
+
+
+def make_search_program(run: Run, networks: Networks) -> SearchProgram:
+    """What the search phase runs, on the networks that it begins with."""
     settings, search = run.settings.search, run.train["search"]
     assert settings is not None
     networks = place_networks(run, networks, run.rules)
@@ -425,18 +456,7 @@ def make_search(run: Run, networks: Networks) -> Phase:
         mesh=run.mesh,
         shardings=None if run.mesh is None else _shardings(state),
     )
-
-    def steps(state: Any, position: Any) -> Steps:
-        number = 0 if position is None else position
-        while True:
-            state, metrics = step_fn(state, *draw(number), base)
-            number += 1
-            yield state, metrics, 0, functools.partial(int, number)
-
-    def of_state(state: Any) -> Networks:
-        return assemble(state.train.params, base, settings.lora)
-
-    return Phase("search", search["num_steps"], state, steps, of_state)
+    return SearchProgram(step_fn, state, draw, base, settings.lora)
 
 
 def _choose_learned(

@@ -21,8 +21,8 @@ HEAD = """## Self-improvement
 Two arms go on from the same networks, as many seconds each: `search` learns from its own searches,
 on problems without solutions; `more` goes on with the demonstrations that the networks know. A
 figure is the mean over the seeds, in brackets Wilson's 95% interval over the problems of all of
-them, then each seed's own. AUC and ECE are of the values of all states that the searches saw, behind
-1 and 2 moves.
+them, then each seed's own. AUC and ECE are of the values of all states that the searches saw,
+behind 1 and 2 moves.
 """
 _DEPTHS = (1, 2)
 

@@ -4,8 +4,9 @@ The one idea: a path through a searched tree is a demonstration whose soft label
 improved policy. At each node the label of a token is how the siblings that agree with the path so
 far go on, weighted by the improved policy (as `data.demonstrations` does it with a solver's right
 steps), so one row teaches all siblings of all nodes on it. Half of the paths follow the improved
-policy and half the policy's own samples, so that values are learned where the policy really goes;
-a path that leaves the search's choice teaches up to where it leaves.
+policy. Those lead to what was found, so the others lead to nodes drawn evenly from all that the
+search looked into: without the lost ones among them every value would be learned to be high. A path
+that leaves the search's choice teaches moves up to where it leaves.
 
 What a value should be is read off the whole tree (`targets.value_tree`), or off the path alone, as
 from a trajectory that was sampled (`returns.py`): then an outcome speaks for the states before it,
@@ -27,7 +28,13 @@ from rlm_jax.data.packing import TokenBatch
 from rlm_jax.learning.advantages import leads_to, path_advantages, tree_advantages
 from rlm_jax.learning.distillation import IMPROVEMENTS, ImprovedPolicy, improve_policy
 from rlm_jax.learning.returns import n_step_returns, td_lambda_returns
-from rlm_jax.learning.targets import VALUE_RULES, ValueTree, target_weights, value_tree
+from rlm_jax.learning.targets import (
+    VALUE_RULES,
+    ValueTree,
+    target_weights,
+    trace_paths,
+    value_tree,
+)
 from rlm_jax.reasoning.protocol import Keys
 from rlm_jax.reasoning.structure import Structure
 
@@ -132,7 +139,7 @@ def collect_rows(
         visit_offset=cfg.visit_offset,
         min_visits=cfg.min_visits,
     )
-    paths = _draw_paths(structure, improved, keys, cfg)
+    paths = _draw_paths(structure, tree, improved, keys, cfg)
     if cfg.policy_nodes != "all":
         ends = structure.terminal if cfg.policy_nodes == "finished" else structure.proven
         teaches = improved.teaches & leads_to(structure, ends)
@@ -197,39 +204,51 @@ def _weigh_steps(
 
 
 def _draw_paths(
-    structure: Structure, improved: ImprovedPolicy, keys: Keys, cfg: CollectConfig
+    structure: Structure,
+    tree: ValueTree,
+    improved: ImprovedPolicy,
+    keys: Keys,
+    cfg: CollectConfig,
 ) -> Int32[Array, "B R L"]:
-    """Nodes of num_paths walks from the root, -1 behind their ends.
+    """Nodes of num_paths paths from the root, -1 behind their ends.
 
-    Even walks follow the improved policy, the first of them its best child; odd ones the prior.
+    Even ones follow the improved policy, the first of them its best child; odd ones lead to a node
+    that is no end and that the search looked below.
     """
     children = improved.children
-    real = children >= 0
-    index = jnp.arange(children.shape[0])[:, None, None]
-    prior = jnp.where(real, structure.prior[index, jnp.maximum(children, 0)], 0.0)
-    best = jnp.log(jnp.maximum(improved.weights, 1e-30))
-    own = jnp.where(real, jnp.log(jnp.maximum(prior, 1e-30)), -jnp.inf)
-    own = jnp.where(improved.teaches[..., None], own, -jnp.inf)
-    best = jnp.where(real & improved.teaches[..., None], best, -jnp.inf)
+    shown = (children >= 0) & improved.teaches[..., None]
+    best = jnp.where(shown, jnp.log(jnp.maximum(improved.weights, 1e-30)), -jnp.inf)
+    searched = target_weights(structure, tree, min_visits=cfg.min_visits) > 0
+    searched &= ~structure.terminal & (structure.depth > structure.depth[:, :1])
 
-    def walk(key: Array, children: Array, best: Array, own: Array, number: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(key, _PATH_KEY), number)
-        scores = jnp.where(number % 2 == 0, best, own)
-        noisy = number > 0
-
+    def walk(key: Array, children: Array, best: Array, noisy: bool) -> Array:
         def step(node: Array, depth: Array) -> tuple[Array, Array]:
-            noise = jax.random.gumbel(jax.random.fold_in(key, depth), scores.shape[1:])
-            here = scores[jnp.maximum(node, 0)]
-            choice = jnp.argmax(here + jnp.where(noisy, noise, 0.0))
+            here = best[jnp.maximum(node, 0)]
+            noise = jax.random.gumbel(jax.random.fold_in(key, depth), here.shape)
+            choice = jnp.argmax(here + (noise if noisy else 0.0))
             goes_on = (node >= 0) & jnp.isfinite(here).any()
             child = jnp.where(goes_on, children[jnp.maximum(node, 0), choice], -1)
             return child, child
 
         return jax.lax.scan(step, children[0, 0] * 0, jnp.arange(cfg.max_depth))[1]
 
-    numbers = jnp.arange(cfg.num_paths)
-    of_all = jax.vmap(walk, (None, None, None, None, 0))
-    return jax.vmap(of_all, (0, 0, 0, 0, None))(keys, children, best, own, numbers)
+    def draw_node(key: Array, searched: Array) -> Array:
+        noise = jax.random.gumbel(key, searched.shape)
+        return jnp.where(
+            searched.any(), jnp.argmax(jnp.where(searched, noise, -jnp.inf)), -1
+        ).astype(jnp.int32)
+
+    paths = []
+    for number in range(cfg.num_paths):
+        own = jax.vmap(lambda key: jax.random.fold_in(key, _PATH_KEY))(keys)
+        own = jax.vmap(jax.random.fold_in, (0, None))(own, number)
+        if number % 2:
+            nodes = jax.vmap(draw_node)(own, searched)
+            paths.append(trace_paths(structure, nodes, cfg.max_depth))
+        else:
+            walks = jax.vmap(functools.partial(walk, noisy=number > 0))
+            paths.append(walks(own, children, best))
+    return jnp.stack(paths, axis=1)
 
 
 def _write_row(

@@ -183,7 +183,8 @@ def update_state(
 
         ((value, metrics), grads), _ = jax.lax.scan(accumulate, zeros, parts)
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     change = optax.tree.norm(updates)
     healthy = state.healthy & jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change)

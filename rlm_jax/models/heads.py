@@ -99,6 +99,7 @@ def init_value_head(
     return init_specs(key, describe_value_head(model_dim, cfg, dtype))
 
 
+@jax.named_scope("value_head")
 def value_logits(
     head: ValueHead, hidden: Float[Array, "*rows D"]
 ) -> Float32[Array, "*rows outputs"]:

@@ -31,6 +31,7 @@ _SMALL_WEIGHTS = 1 << 19
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
 
 
+@jax.named_scope("transformer")
 def forward(
     params: Params,
     tokens: Int32[Array, "R T"],
@@ -57,6 +58,7 @@ def forward(
     return rms_norm(x, params.final_norm, cfg), state
 
 
+@jax.named_scope("unembed")
 def unembed(
     params: Params, hidden: Float[Array, "*rows D"], *, cfg: ModelConfig
 ) -> Float32[Array, "*rows V"]:

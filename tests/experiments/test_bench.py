@@ -70,6 +70,29 @@ def test_a_python_without_torch_is_told_of_and_costs_nothing_else(smollm2_gguf, 
     assert "--other_python" in note
 
 
+@pytest.mark.slow
+def test_training_is_held_against_products_and_profiled():
+    pytest.importorskip("grain")
+    done = run_program(
+        "bench.py",
+        "--suite=train",
+        "--config=configs/countdown.py:smoke",
+        "--config.train.begin_with=package:countdown",
+        "--repeats=1",
+        "--quiet_seconds=0",
+    )
+    assert done.status == 0, done.err
+    sft, step = map(json.loads, done.out.splitlines())
+    assert sft["weights"] == 2_018_240
+    assert sft["ratio"] == pytest.approx(sft["ours"] / sft["other"], rel=1e-3)
+    assert 0 < sft["ratio"] < 1
+    # Every operation belongs somewhere, and most of the time to the networks.
+    assert sum(step["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert step["shares"]["networks"] == step["ours"] > 0.5
+    assert min(step["shares"].values()) > 0
+    assert step["search_tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -78,6 +101,8 @@ def test_a_python_without_torch_is_told_of_and_costs_nothing_else(smollm2_gguf, 
         (("--suite=decode", "--rows=0"), "--rows=0: accepted are numbers >= 1"),
         (("--suite=decode", "--rows=two"), "--rows=two: accepted are whole numbers"),
         (("--suite=decode", "--new_tokens=1"), "new_tokens"),
+        (("--suite=train",), "the config has no `train`"),
+        (("--suite=train", "--config=configs/countdown.py:smoke", "--only=all"), "are sft, step"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message):

@@ -1,0 +1,184 @@
+"""What training spends its time on: suite `train` of bench.py.
+
+sft      model FLOP/s of supervised updates, data and optimizer included, over those of large
+         matrix products in the same run (6 FLOP for each weight of a product and token; what
+         attention computes is not counted)
+step     one step of search and learning, profiled: shares of the time by what it is for. `ours`
+         is the share inside the networks, forward and backward
+"""
+
+import collections
+import glob
+import pathlib
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import phases
+from bench_timing import Patience, wait_until_quiet
+
+from rlm_jax.core.sharding import TENSOR_PARALLEL
+from rlm_jax.evaluation import build
+from rlm_jax.learning.networks import Networks
+from rlm_jax.models.load import find_model
+from rlm_jax.models.params import Params
+
+PARTS = ("sft", "step")
+# Scopes of the library's code; what is in none of them is counted as the search.
+SCOPES = {"networks": ("transformer", "unembed", "value_head"), "optimizer": ("optimizer",)}
+_PEAK_SIZE = 2048
+_UPDATES = 5
+_CONTAINERS = ("while", "conditional", "call")
+
+
+def run_train(
+    config: Mapping[str, Any], *, parts: Sequence[str], patience: Patience
+) -> Iterator[dict[str, Any]]:
+    """All cases of some parts.
+
+    Args:
+      config: one with `train`; the networks that it begins with, or its model, are trained.
+
+    Raises:
+      ValueError: a setting that is not accepted, or a config without `train`.
+    """
+    if "train" not in config:
+        raise ValueError("the config has no `train`: name one, as --config=configs/countdown.py")
+    train = {**config["train"], "walks": {**config["train"]["walks"], "num_steps": 0}}
+    train["search"] = {**train["search"], "num_steps": max(1, train["search"]["num_steps"])}
+    train["num_steps"] = max(1, train["num_steps"])
+    spec = train["begin_with"] or config["model"]
+    policy = build.load_policy(spec)
+    if policy.value_head is None:
+        raise ValueError(f"{spec}: it has no value head, which training needs")
+    settings = phases.read_settings({**config, "train": train}, str(find_model(spec)), None)
+    with tempfile.TemporaryDirectory() as folder:
+        run = phases.Run(
+            {**config, "train": train}, train, settings, pathlib.Path(folder), policy.tokenizer,
+            policy.cfg, {}, None, TENSOR_PARALLEL,
+        )  # fmt: skip
+        for name, measure in (("sft", measure_updates), ("step", measure_search_step)):
+            if name in parts:
+                networks = jax.tree.map(jnp.copy, Networks(policy.params, policy.value_head))
+                yield {**measure(run, networks, patience), "model": spec}
+
+
+def measure_updates(run: phases.Run, networks: Networks, patience: Patience) -> dict[str, Any]:
+    """Supervised updates against large products, in turn."""
+    weights = count_weights(networks.policy)
+    phase = phases.make_supervised(run, networks)
+    steps = phase.steps(phase.state, None)
+    jax.block_until_ready(next(steps)[:2])
+    busy = wait_until_quiet(patience.quiet_seconds)
+    ours, peaks, spent = [], [], 0.0
+    while not ours or (len(ours) < patience.repeats and spent < patience.side_seconds):
+        started, tokens = time.perf_counter(), 0
+        for _ in range(_UPDATES):
+            state, metrics, count, _ = next(steps)
+            tokens += count
+        jax.block_until_ready((state, metrics))
+        seconds = time.perf_counter() - started
+        ours.append(6 * weights * tokens / seconds / 1e9)
+        peaks.append(_measure_peak())
+        spent += seconds
+    steps.close()
+    layout = run.settings.supervised.layout
+    return {
+        "case": "train_sft",
+        "ours": max(ours),
+        "other": max(peaks),
+        "ratio": max(ours) / max(peaks),
+        "ours_median": statistics.median(ours),
+        "other_median": statistics.median(peaks),
+        "unit": "GFLOP/s",
+        "other_is": f"float32 products of {_PEAK_SIZE} x {_PEAK_SIZE}",
+        "weights": weights,
+        "rows": layout.num_rows,
+        "row_tokens": layout.row_tokens,
+        "machine_busy_before": busy,
+    }
+
+
+def count_weights(params: Params) -> int:
+    """Weights that a token is multiplied by: all matrices, the embedding as the output's."""
+    matrices = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+    return sum(matrices) - (0 if params.lm_head is None else params.embed.size)
+
+
+def _measure_peak() -> float:
+    one = jnp.ones((_PEAK_SIZE, _PEAK_SIZE), jnp.float32)
+    product = jax.jit(jnp.dot)
+    jax.block_until_ready(product(one, one))
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        jax.block_until_ready(product(one, one))
+        seconds.append(time.perf_counter() - started)
+    return 2 * _PEAK_SIZE**3 / min(seconds) / 1e9
+
+
+def measure_search_step(run: phases.Run, networks: Networks, patience: Patience) -> dict[str, Any]:
+    """One step of search and learning, profiled operation by operation."""
+    program = phases.make_search_program(run, networks)
+    compiled = program.step_fn.lower(program.state, *program.draw(0), program.base).compile()
+    state, _ = compiled(program.state, *program.draw(0), program.base)
+    batch = jax.block_until_ready((state, program.draw(1)))[1]
+    busy = wait_until_quiet(patience.quiet_seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        with jax.profiler.trace(folder):
+            _, metrics = jax.block_until_ready(compiled(state, *batch, program.base))
+        seconds = time.perf_counter() - started
+        [trace] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        shares, largest = share_time(trace, compiled.as_text())
+    search = run.train["search"]
+    return {
+        "case": "train_search_step",
+        "ours": shares["networks"],
+        "other": None,
+        "ratio": None,
+        "unit": "share of the operations' time",
+        "shares": shares,
+        "largest_others": largest,
+        "seconds": seconds,
+        "problems": search["num_problems"],
+        "strategy": search["strategy"],
+        "search_tokens": float(metrics["search_tokens"].mean()),
+        "machine_busy_before": busy,
+    }
+
+
+def share_time(trace: str, hlo: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of the time of all operations by scope, and the largest outside of the networks.
+
+    Args:
+      trace: an xplane file. hlo: the program's text, which says where its operations come from.
+    """
+    places = dict(re.findall(r'%(\S+) = .*?op_name="([^"]*)"', hlo))
+    seconds, others = collections.Counter(), collections.Counter()
+    for name, duration in _read_operations(trace):
+        if re.sub(r"[.\d]*$", "", name) in _CONTAINERS:
+            continue  # What they contain is there as well.
+        place = places.get(name, "")
+        words = set(re.findall(r"\w+", place))
+        scope = next((s for s, marks in SCOPES.items() if words.intersection(marks)), "search")
+        seconds[scope] += duration
+        if scope != "networks":
+            others["/".join(place.split("/")[-3:]) or name] += duration
+    total = sum(seconds.values())
+    shares = {scope: seconds[scope] / total for scope in (*SCOPES, "search")}
+    return shares, {name: spent / total for name, spent in others.most_common(8)}
+
+
+def _read_operations(trace: str) -> Iterator[tuple[str, float]]:
+    """Name and seconds of each operation that was run."""
+    for plane in jax.profiler.ProfileData.from_file(trace).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if any(name == "hlo_op" for name, _ in event.stats):
+                    yield event.name, event.duration_ns / 1e9
