@@ -17,6 +17,10 @@ nothing but the network's own opinion teaches it nothing; nor does a node that w
 passing on the way to another answer count as wrong: its value is a mean with its visits behind it,
 and `min_visits` says how many are enough.
 
+A node of which nothing could be grown - steps were written, and the task dropped all of them - is a
+dead end: V is 0, as sure as an outcome. Without these the lost states that a search runs into have no
+value but the network's own, and a maximum over such opinions only ever rises.
+
 An edge that ends a solution is worth its reward alone (V behind it is 0 by definition). As the
 target of a value network a terminal node's V is that reward too, the Blueprint's terminal trick
 (A3): the network can then stand in for the verifier.
@@ -69,21 +73,42 @@ def value_tree(
         raise ValueError(f"discount must be in (0, 1], got {discount}")
     rewards = jnp.where(structure.alive, rewards.astype(jnp.float32), 0.0)
     finished = structure.alive & structure.terminal
+    dead_end = find_dead_ends(structure)
+    ended = finished | dead_end
     visits = jnp.where(structure.alive, structure.visits, 0.0)
-    visits = jnp.where(finished, jnp.maximum(visits, 1.0), visits)
-    count, value = _back_up(structure, rewards, visits, finished, rule, discount)
-    known = finished | (structure.alive & (count > 0))
+    visits = jnp.where(ended, jnp.maximum(visits, 1.0), visits)
+    count, value = _back_up(structure, rewards, visits, ended, rule, discount)
+    known = ended | (structure.alive & (count > 0))
     weight = visits
     if rule == "rollouts":
-        weight = jnp.where(finished, 1.0, count)
+        weight = jnp.where(ended, 1.0, count)
     if rule in ("search", "x1"):
         value = structure.value
     edge = rewards + discount * value
     if rule == "x1":
         edge, value = value, value / discount
-    value = jnp.where(finished, rewards, jnp.where(structure.alive, value, 0.0))
-    edge = jnp.where(finished, rewards, jnp.where(structure.alive, edge, 0.0)).at[:, 0].set(0.0)
+    value = jnp.where(finished, rewards, jnp.where(structure.alive & ~dead_end, value, 0.0))
+    edge = jnp.where(ended, rewards, jnp.where(structure.alive, edge, 0.0)).at[:, 0].set(0.0)
     return ValueTree(value, edge, known, weight)
+
+
+def find_dead_ends(structure: Structure) -> Bool[Array, "B N"]:
+    """Living nodes, not ends themselves, whose children were all dropped as soon as they were made.
+
+    A step that was never written, for want of budget, drops nothing; pruned children were visited.
+    """
+    rows = jnp.arange(structure.depth.shape[0])[:, None, None]
+    index = jnp.arange(structure.capacity)
+    made = (index > 0) & (index < structure.num_nodes[:, None])
+    dropped = made & ~structure.alive & (structure.visits == 0) & (structure.span_length > 0)
+    parents = structure.parents
+
+    def any_child(children: Bool[Array, "B N"]) -> Bool[Array, "B N"]:
+        up = jnp.where(children[..., None] & (parents >= 0), parents, structure.capacity)
+        return jnp.zeros_like(structure.alive).at[rows, up].set(True, mode="drop")
+
+    grown = any_child(made & structure.alive)
+    return structure.alive & ~structure.terminal & any_child(dropped) & ~grown
 
 
 def target_weights(
@@ -102,7 +127,7 @@ def _back_up(
     structure: Structure,
     rewards: Float32[Array, "B N"],
     visits: Float32[Array, "B N"],
-    finished: Bool[Array, "B N"],
+    ended: Bool[Array, "B N"],
     rule: str,
     discount: float,
 ) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"]]:
@@ -122,8 +147,8 @@ def _back_up(
 
     def climb(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         level, count, total = carry
-        edge = rewards + jnp.where(finished, 0.0, discount * value_of(count, total))
-        weight = jnp.where(finished, 1.0, count) if rule == "rollouts" else visits
+        edge = rewards + jnp.where(ended, 0.0, discount * value_of(count, total))
+        weight = jnp.where(ended, 1.0, count) if rule == "rollouts" else visits
         here = structure.alive & (structure.depth == level) & (weight > 0)
         weight = jnp.where(here, weight, 0.0)
         count = count.at[rows, up].add(weight[..., None], mode="drop")

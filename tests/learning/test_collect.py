@@ -110,6 +110,41 @@ def test_steps_are_weighed_by_their_advantages(rows):
     np.testing.assert_array_equal(alike.soft_weights, found.soft_weights)
 
 
+def test_every_other_path_leads_to_a_node_that_was_searched(rows):
+    """The likely move alone has visited children, and is no end."""
+    found = rows(num_paths=2)
+    best, other = (jax.tree.map(lambda array, i=i: array[i::2], found) for i in (0, 1))
+    assert best.tokens[:, INNER : END + 1].tolist() == [[11, 13]] * 2
+    assert other.tokens[:, INNER].tolist() == [11] * 2
+    assert other.segments[:, INNER : END + 1].tolist() == [[1, 0]] * 2
+    for field in ("value_target", "value_weight", "loss_weight"):
+        places = slice(ROOT, INNER + 1)
+        np.testing.assert_array_equal(
+            getattr(other, field)[:, places], getattr(best, field)[:, places]
+        )
+
+
+def test_nodes_that_were_searched_are_drawn_evenly(plant):
+    """Four moves, each with a visited child; one of them is a solution's end and is left out."""
+    moves = [{"parents": [0], "visits": float(n), "prior": 0.25} for n in (9, 1, 2, 3)]
+    ends = [{"parents": [n], "visits": 1.0, "prior": 1.0} for n in (1, 2, 3, 4)]
+    moves[0]["terminal"] = True
+    structure = plant([[{"parents": [], "visits": 16.0}, *moves, *ends]], capacity=9)
+    depth = np.asarray(structure.depth)
+    structure = dataclasses.replace(
+        structure,
+        span_start=jnp.asarray(np.where(depth > 0, PROMPT + depth - 1, 0), jnp.int32),
+        span_length=jnp.asarray(np.where(depth > 0, 1, PROMPT), jnp.int32),
+    )
+    tokens = jnp.broadcast_to(10 + jnp.arange(9, dtype=jnp.int32)[:, None], (1, 9, 1))
+    cfg = dataclasses.replace(CFG, num_paths=240)
+    keys, prompts = jax.random.split(jax.random.key(1), 1), jnp.ones((1, PROMPT), jnp.int32)
+    found, _ = jax.jit(lambda *args: collect_rows(*args, cfg=cfg))(structure, tokens, prompts, keys)
+    drawn, counts = np.unique(np.asarray(found.tokens)[1::2, INNER], return_counts=True)
+    assert drawn.tolist() == [12, 13, 14]
+    assert counts.min() > 20
+
+
 @pytest.mark.parametrize("nodes", ["finished", "proven"])
 def test_only_what_leads_to_a_solution_teaches_where_that_is_wanted(rows, nodes):
     found, all_teach = rows(policy_nodes=nodes), rows()
