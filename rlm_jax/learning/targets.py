@@ -17,9 +17,9 @@ nothing but the network's own opinion teaches it nothing; nor does a node that w
 passing on the way to another answer count as wrong: its value is a mean with its visits behind it,
 and `min_visits` says how many are enough.
 
-A node of which nothing could be grown - steps were written, and the task dropped all of them - is a
-dead end: V is 0, as sure as an outcome. Without these the lost states that a search runs into have no
-value but the network's own, and a maximum over such opinions only ever rises.
+A node of which nothing could be grown - steps were written, and the task dropped all of them - is
+a dead end: V is 0, as sure as an outcome. Without these the lost states that a search runs into
+have no value but the network's own, and a maximum over such opinions only ever rises.
 
 An edge that ends a solution is worth its reward alone (V behind it is 0 by definition). As the
 target of a value network a terminal node's V is that reward too, the Blueprint's terminal trick

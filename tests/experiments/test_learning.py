@@ -1,4 +1,4 @@
-"""Five minutes of each kind of training, on two cores: what was not seen before is solved more often.
+"""Five minutes of each kind of training, on two cores: held-out problems are solved more often.
 
 The networks and the demonstrations are few (`configs/countdown.py:scarce`). Accuracies are of 200
 held-out problems of four numbers: of one greedy chain, and of PUCT within 1,024 tokens. A network

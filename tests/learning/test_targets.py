@@ -1,5 +1,7 @@
 """Values and advantages of trees: golden numbers, and recursion over nodes in plain Python."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,37 @@ class ByHand:
         if self.rule == "rollouts":
             return bool(self.ends(i))
         return any(self.weight(c) > 0 for c in self.below[i])
+
+
+def test_nodes_of_which_nothing_could_grow_are_dead_ends(plant):
+    """Dropped steps were written and never visited; what was not paid for was not written."""
+
+    def node(parent, model_value, **flags):
+        return {"parents": [parent], "visits": 2.0, "model_value": model_value, **flags}
+
+    dropped = {"alive": False, "visits": 0.0}
+    tree = [
+        {"parents": [], "visits": 8.0},
+        node(0, 0.8), node(0, 0.7), node(0, 0.3), node(0, 0.4),
+        node(1, 0.0, **dropped), node(1, 0.0, **dropped),
+        node(2, 0.0, **dropped), node(2, 0.6),
+        node(3, 0.0, **dropped),  # Not written.
+        node(4, 0.0, alive=False),  # Pruned.
+    ]  # fmt: skip
+    written = np.zeros((1, 16), np.int32)
+    written[0, [5, 6, 7, 8, 10]] = 2
+    structure = dataclasses.replace(plant([tree]), span_length=jnp.asarray(written))
+    rewards = pad([0.0, 0.125] + [0.0] * 9)
+    for rule, root in (("max", 0.486), ("weighted", (0.125 + 0.486 + 0.27 + 0.36) / 4)):
+        found = jax.tree.map(np.asarray, read(structure, rewards, rule=rule, discount=0.9))
+        np.testing.assert_allclose(found.value[0, :5], [root, 0.0, 0.54, 0.3, 0.4], atol=1e-6)
+        np.testing.assert_allclose(found.edge[0, 1:5], [0.125, 0.486, 0.27, 0.36], atol=1e-6)
+        assert found.known[0, :5].tolist() == [True, True, True, False, False]
+    rollouts = jax.tree.map(np.asarray, read(structure, rewards, rule="rollouts", discount=0.9))
+    assert rollouts.known[0, :5].tolist() == [True, True, False, False, False]
+    assert rollouts.value[0, 0] == 0.125
+    weights = target_weights(structure, read(structure, rewards, rule="max"), min_visits=2.0)
+    assert weights[0, :5].tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("num_parents", [1, 2])
