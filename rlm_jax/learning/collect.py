@@ -238,10 +238,9 @@ def _draw_paths(
             searched.any(), jnp.argmax(jnp.where(searched, noise, -jnp.inf)), -1
         ).astype(jnp.int32)
 
-    paths = []
+    fold, paths = jax.vmap(jax.random.fold_in, (0, None)), []
     for number in range(cfg.num_paths):
-        own = jax.vmap(lambda key: jax.random.fold_in(key, _PATH_KEY))(keys)
-        own = jax.vmap(jax.random.fold_in, (0, None))(own, number)
+        own = fold(fold(keys, _PATH_KEY), number)
         if number % 2:
             nodes = jax.vmap(draw_node)(own, searched)
             paths.append(trace_paths(structure, nodes, cfg.max_depth))
