@@ -50,8 +50,9 @@ def run_train(
     if "train" not in config:
         raise ValueError("the config has no `train`: name one, as --config=configs/countdown.py")
     train = {**config["train"], "walks": {**config["train"]["walks"], "num_steps": 0}}
-    train["search"] = {**train["search"], "num_steps": max(1, train["search"]["num_steps"])}
-    train["num_steps"] = max(1, train["num_steps"])
+    # Room for any schedule; a step takes as long at each place of it.
+    train["search"] = {**train["search"], "num_steps": max(1000, train["search"]["num_steps"])}
+    train["num_steps"] = max(1000, train["num_steps"])
     spec = train["begin_with"] or config["model"]
     policy = build.load_policy(spec)
     if policy.value_head is None:

@@ -114,6 +114,10 @@ def _train(point: Point, settings: dict[str, Any]) -> None:
 
 
 def _evaluate(point: Point) -> None:
+    results = point.folder / "results"
+    # What evaluate.py writes last.
+    if any(row["strategy"] == "best_first" for row in read_results(results / "calibration.jsonl")):
+        return
     _run(
         "evaluate.py",
         *_overrides(),
@@ -123,7 +127,7 @@ def _evaluate(point: Point) -> None:
         "--strategy=greedy,best_first",
         f"--max_expansions={_MAX_EXPANSIONS.value}",
         "--calibration",
-        f"--out={point.folder / 'results'}",
+        f"--out={results}",
     )
 
 
