@@ -21,8 +21,8 @@ HEAD = """## Self-improvement
 Two arms go on from the same networks, as many seconds each: `search` learns from its own searches,
 on problems without solutions; `more` goes on with the demonstrations that the networks know. A
 figure is the mean over the seeds, in brackets Wilson's 95% interval over the problems of all of
-them, then each seed's own. AUC and ECE are of the values of all states that the searches saw,
-behind 1 and 2 moves.
+them (the same problems for each: the interval is of seeds more than of problems), then each seed's
+own. AUC and ECE are of the values of all states that the searches saw, behind 1 and 2 moves.
 """
 _DEPTHS = (1, 2)
 
@@ -45,10 +45,11 @@ def write_improvement(points: Sequence[Point]) -> str:
     rows = [heads, ["---"] * len(heads), *lines]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     first = points[0]["results"][0]
+    limits = {row["max_expansions"] for row in points[0]["results"]} - {None}
     seeds = ", ".join(map(str, sorted({point["seed"] for point in points})))
     about = (
         f"{first['split']}, the first {first['n']} problems, at most {first['budget_tokens']} "
-        f"tokens; seeds {seeds}."
+        f"tokens and, in searches, {', '.join(map(str, limits))} expansions; seeds {seeds}."
     )
     commands = dict.fromkeys(point["command"] for point in points)
     made_by = "\n".join(f"    python {command}" for command in commands)

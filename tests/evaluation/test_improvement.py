@@ -10,8 +10,8 @@ def make_point(seed, arm, number, accuracy, auc):
     return {
         "seed": seed, "arm": arm, "round": number, "steps": 10 * number, "seconds": 30.0,
         "results": [
-            {**cell, **cost, "strategy": "greedy", "accuracy": accuracy},
-            {**cell, **cost, "strategy": "best_first", "accuracy": 1.0},
+            {**cell, **cost, "strategy": "greedy", "accuracy": accuracy, "max_expansions": None},
+            {**cell, **cost, "strategy": "best_first", "accuracy": 1.0, "max_expansions": 8},
         ],
         "calibration": [values, {**values, "strategy": "greedy", "auc": [0.1, 0.0, 0.2]}],
         "command": "improve.py",
@@ -36,5 +36,8 @@ def test_rows_are_means_over_the_seeds():
     assert found[0]["ECE, 1"] == "0.250"
     assert found[0]["AUC, 2"] == "-"
     assert rows[1].count("30") == 2  # Tokens, of both strategies.
-    assert "the first 100 problems, at most 64 tokens; seeds 0, 1." in page
+    assert (
+        "the first 100 problems, at most 64 tokens and, in searches, 8 expansions; seeds 0, 1."
+        in page
+    )
     assert page.endswith("    python improve.py\n")

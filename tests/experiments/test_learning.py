@@ -50,7 +50,9 @@ def test_searches_teach_what_demonstrations_did_not(taught, tmp_path):
     start = f"begin_with={workdir / 'policy'}"
     after, points = train(tmp_path, "search", start, "num_steps=0", "search.num_steps=32")
     assert after["puct_accuracy"] > before["puct_accuracy"] + 0.05
-    assert points[-1]["search_solved"] > points[0]["search_solved"]
+    solved = [point["search_solved"] for point in points]
+    half = len(solved) // 2
+    assert sum(solved[half:]) > sum(solved[:half])
 
 
 def test_corrected_walks_teach_one_chain(taught, tmp_path):
