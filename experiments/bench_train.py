@@ -71,6 +71,8 @@ def run_train(
 
 def measure_updates(run: phases.Run, networks: Networks, patience: Patience) -> dict[str, Any]:
     """Supervised updates against large products, in turn."""
+    settings = run.settings.supervised
+    assert settings is not None
     weights = count_weights(networks.policy)
     phase = phases.make_supervised(run, networks)
     steps = phase.steps(phase.state, None)
@@ -88,7 +90,6 @@ def measure_updates(run: phases.Run, networks: Networks, patience: Patience) -> 
         peaks.append(_measure_peak())
         spent += seconds
     steps.close()
-    layout = run.settings.supervised.layout
     return {
         "case": "train_sft",
         "ours": max(ours),
@@ -99,8 +100,8 @@ def measure_updates(run: phases.Run, networks: Networks, patience: Patience) -> 
         "unit": "GFLOP/s",
         "other_is": f"float32 products of {_PEAK_SIZE} x {_PEAK_SIZE}",
         "weights": weights,
-        "rows": layout.num_rows,
-        "row_tokens": layout.row_tokens,
+        "rows": settings.layout.num_rows,
+        "row_tokens": settings.layout.row_tokens,
         "machine_busy_before": busy,
     }
 
@@ -161,7 +162,8 @@ def share_time(trace: str, hlo: str) -> tuple[dict[str, float], dict[str, float]
       trace: an xplane file. hlo: the program's text, which says where its operations come from.
     """
     places = dict(re.findall(r'%(\S+) = .*?op_name="([^"]*)"', hlo))
-    seconds, others = collections.Counter(), collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
+    others: dict[str, float] = collections.defaultdict(float)
     for name, duration in _read_operations(trace):
         if re.sub(r"[.\d]*$", "", name) in _CONTAINERS:
             continue  # What they contain is there as well.
@@ -173,7 +175,9 @@ def share_time(trace: str, hlo: str) -> tuple[dict[str, float], dict[str, float]
             others["/".join(place.split("/")[-3:]) or name] += duration
     total = sum(seconds.values())
     shares = {scope: seconds[scope] / total for scope in (*SCOPES, "search")}
-    return shares, {name: spent / total for name, spent in others.most_common(8)}
+    return shares, {
+        name: spent / total for name, spent in sorted(others.items(), key=lambda one: -one[1])[:8]
+    }
 
 
 def _read_operations(trace: str) -> Iterator[tuple[str, float]]:
