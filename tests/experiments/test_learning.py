@@ -61,4 +61,4 @@ def test_corrected_walks_teach_one_chain(taught, tmp_path):
     after, _ = train(
         tmp_path, "walking", start, "num_steps=0", "search.num_steps=0", "walks.num_steps=300"
     )
-    assert after["greedy_accuracy"] > before["greedy_accuracy"] + 0.05
+    assert after["greedy_accuracy"] > before["greedy_accuracy"] + 0.03
