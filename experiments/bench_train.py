@@ -57,11 +57,12 @@ def run_train(
     policy = build.load_policy(spec)
     if policy.value_head is None:
         raise ValueError(f"{spec}: it has no value head, which training needs")
-    settings = phases.read_settings({**config, "train": train}, str(find_model(spec)), None)
+    config = {**config, "train": train}
+    settings = phases.read_settings(config, str(find_model(spec)), None)
     with tempfile.TemporaryDirectory() as folder:
         run = phases.Run(
-            {**config, "train": train}, train, settings, pathlib.Path(folder), policy.tokenizer,
-            policy.cfg, {}, None, TENSOR_PARALLEL,
+            config, train, settings, pathlib.Path(folder), policy.tokenizer, policy.cfg, {}, None,
+            TENSOR_PARALLEL,
         )  # fmt: skip
         for name, measure in (("sft", measure_updates), ("step", measure_search_step)):
             if name in parts:

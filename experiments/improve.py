@@ -133,7 +133,12 @@ def _evaluate(point: Point) -> None:
 
 def _overrides() -> list[str]:
     """The config of this run and its changes, for the others."""
-    return [arg for arg in sys.argv[1:] if arg.lstrip("-").startswith(("config=", "config."))]
+    flag = flags.FLAGS[_CONFIG.name]
+    changes = config_flags.get_override_values(flag)
+    return [
+        f"--config={config_flags.get_config_filename(flag)}",
+        *(f"--config.{name}={value}" for name, value in changes.items()),
+    ]
 
 
 def _run(program: str, *args: str) -> None:

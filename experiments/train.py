@@ -51,6 +51,7 @@ from rlm_jax.learning.metrics_writer import WriteMetrics, open_metrics
 from rlm_jax.learning.networks import Networks, init_networks
 from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
+from rlm_jax.models.heads import init_value_head
 from rlm_jax.models.load import find_model
 from rlm_jax.models.number_embedding import init_number_embeddings
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -168,10 +169,11 @@ def _take_networks(run: Run, start: build.Policy) -> Networks:
     Raises:
       ValueError: their value head is not the one that `train.value_head` asks for.
     """
-    new = init_networks(jax.random.key(run.train["seed"]), run.model, run.settings.head)
+    key = jax.random.key(run.train["seed"])
+    new = init_value_head(key, run.model.model_dim, run.settings.head)
     if start.value_head is None:
-        return dataclasses.replace(new, policy=start.params)
-    shapes = [jax.tree.map(jnp.shape, head) for head in (start.value_head, new.value_head)]
+        return Networks(start.params, new)
+    shapes = [jax.tree.map(jnp.shape, head) for head in (start.value_head, new)]
     if jax.tree.flatten(shapes[0]) != jax.tree.flatten(shapes[1]):
         raise ValueError(
             f"train.begin_with={run.train['begin_with']}: its value head is none of "

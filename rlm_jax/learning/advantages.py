@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.types import Array, Bool, Float32, Int32
 from rlm_jax.learning.targets import ValueTree
-from rlm_jax.reasoning.structure import Structure
+from rlm_jax.reasoning.structure import Structure, has_child
 
 
 def tree_advantages(structure: Structure, tree: ValueTree) -> Float32[Array, "B N"]:
@@ -34,13 +34,10 @@ def path_advantages(
 def leads_to(structure: Structure, ends: Bool[Array, "B N"]) -> Bool[Array, "B N"]:
     """Living nodes at or above one of `ends`, over any of several parents. Above the ends of all
     solutions stands what x1 keeps of a tree for training (spec B5, PRUNE)."""
-    rows = jnp.arange(structure.depth.shape[0])[:, None, None]
-    parents = structure.parents
-    up = jnp.where(parents >= 0, parents, structure.capacity)
 
     def climb(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         leads, _ = carry
-        above = leads.at[rows, up].max(leads[..., None], mode="drop") & structure.alive
+        above = (leads | has_child(structure, leads)) & structure.alive
         return above, (above != leads).any()
 
     ends = ends & structure.alive

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32
-from rlm_jax.reasoning.structure import Structure
+from rlm_jax.reasoning.structure import Structure, frontier, has_child
 
 VALUE_RULES = ("search", "x1", "weighted", "max", "rollouts")
 
@@ -97,18 +97,9 @@ def find_dead_ends(structure: Structure) -> Bool[Array, "B N"]:
 
     A step that was never written, for want of budget, drops nothing; pruned children were visited.
     """
-    rows = jnp.arange(structure.depth.shape[0])[:, None, None]
-    index = jnp.arange(structure.capacity)
-    made = (index > 0) & (index < structure.num_nodes[:, None])
+    made = jnp.arange(structure.capacity) < structure.num_nodes[:, None]
     dropped = made & ~structure.alive & (structure.visits == 0) & (structure.span_length > 0)
-    parents = structure.parents
-
-    def any_child(children: Bool[Array, "B N"]) -> Bool[Array, "B N"]:
-        up = jnp.where(children[..., None] & (parents >= 0), parents, structure.capacity)
-        return jnp.zeros_like(structure.alive).at[rows, up].set(True, mode="drop")
-
-    grown = any_child(made & structure.alive)
-    return structure.alive & ~structure.terminal & any_child(dropped) & ~grown
+    return frontier(structure) & has_child(structure, dropped)
 
 
 def target_weights(

@@ -181,10 +181,13 @@ def path_to_root(structure: Structure, batch: int, node: int) -> list[int]:
     return path[::-1]
 
 
-def has_child(structure: Structure) -> Bool[jax.Array, "B N"]:
-    """Nodes with a living child."""
+def has_child(
+    structure: Structure, among: Bool[jax.Array, "B N"] | None = None
+) -> Bool[jax.Array, "B N"]:
+    """Nodes with a living child, or with one that is `among` these."""
     rows = jnp.arange(structure.depth.shape[0])[:, None, None]
-    parents = jnp.where(structure.alive[..., None], structure.parents, NO_NODE)
+    among = structure.alive if among is None else among
+    parents = jnp.where(among[..., None], structure.parents, NO_NODE)
     at = jnp.where(parents >= 0, parents, structure.capacity)
     return jnp.zeros_like(structure.alive).at[rows, at].set(True, mode="drop")
 

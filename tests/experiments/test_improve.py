@@ -30,7 +30,8 @@ def test_wrong_flags_are_named(flags, message, tmp_path):
 
 @pytest.mark.slow
 def test_both_arms_begin_with_the_same_networks_and_are_not_run_twice(tmp_path):
-    flags = (CONFIG, "--seeds=0,1", "--rounds=1", "--limit=4", "--config.train.log_steps=1")
+    config = CONFIG.split("=")  # As two words, which flags may be, too.
+    flags = (*config, "--seeds=0,1", "--rounds=1", "--limit=4", "--config.train.log_steps", "1")
     done = run_program("improve.py", *flags, f"--out={tmp_path}")
     assert done.status == 0, done.err[-2000:]
     lines = (tmp_path / "improvement.jsonl").read_text().splitlines()
