@@ -128,7 +128,12 @@ def _training() -> dict:
             },
         },
         "value_head": "sigmoid",  # Or hl_gauss, a histogram, with value_loss hl_gauss.
-        "loss": {"value_coef": 0.25, "value_loss": "bce", "z_coef": 0.0},
+        "loss": {
+            "value_coef": 0.25,
+            "value_loss": "bce",
+            "z_coef": 0.0,
+            "matmul_dtype": "bfloat16",
+        },
         "optimizer": {
             "name": "muon",
             "learning_rate": 1e-2,

@@ -34,7 +34,7 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes fr
 
 MISTAKE, INTERRUPTED = 2, 130
 # Names of malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 
 def launch(program: Callable[[], None], stopped: str = "stopped") -> NoReturn:
@@ -204,7 +204,9 @@ def _keep_memory() -> None:
     """Has the C library keep what is freed, where it is glibc.
 
     XLA's CPU backend asks for the arrays of a program anew at each call. By default large ones are
-    mapped, and given back, each time, and the system clears every page that it maps.
+    mapped, and given back, each time, and the system clears every page that it maps. A thread that
+    is not the first has an arena of its own, which maps what is larger than 64 MB in any case: one
+    arena for all.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -212,6 +214,7 @@ def _keep_memory() -> None:
         return
     for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
         mallopt(option, 2**31 - 1)
+    mallopt(_ARENA_MAX, 1)
 
 
 def _processor() -> str:

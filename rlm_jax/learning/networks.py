@@ -34,6 +34,7 @@ from rlm_jax.models.heads import (
 )
 from rlm_jax.models.histogram import Histogram
 from rlm_jax.models.lora import Lora, LoraConfig, init_lora, merge_lora
+from rlm_jax.models.mixed import MATMUL_DTYPES, round_products
 from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.transformer import forward, unembed
 
@@ -65,7 +66,8 @@ class LossConfig:
     output; "bce", for a head that ends in a sigmoid; "hl_gauss", for one that is a histogram.
     z_coef: weight of `losses.z_penalty`. kl_coef: weight of KL(policy || base). kl_estimator:
     "exact", over the vocabulary at each token, or one of `kl.ESTIMATORS` on the batch's tokens,
-    which is what its name says where they were sampled from the policy.
+    which is what its name says where they were sampled from the policy. matmul_dtype: of the
+    policy's products, see `rlm_jax.models.mixed`; all else is float32.
     """
 
     value_coef: float = 0.1
@@ -73,8 +75,11 @@ class LossConfig:
     z_coef: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: str = "exact"
+    matmul_dtype: str = "float32"
 
     def __post_init__(self):
+        if self.matmul_dtype not in MATMUL_DTYPES:
+            raise ValueError(f"matmul_dtype {self.matmul_dtype!r}: accepted are {MATMUL_DTYPES}")
         if self.value_loss not in VALUE_LOSSES:
             raise ValueError(f"value_loss {self.value_loss!r}: accepted are {VALUE_LOSSES}")
         if self.kl_estimator not in KL_ESTIMATORS:
@@ -175,10 +180,7 @@ def token_loss(
       ValueError: there is no base where one is needed, or the value loss does not fit the head.
     """
     networks = assemble(learned, base, lora)
-    attend = make_dense_attend(model, segment_ids=batch.segments)
-    hidden, _ = forward(networks.policy, batch.tokens, batch.positions, cfg=model, attend=attend)
-    # Position t predicts t + 1; the first token of a segment has weight 0.
-    logits = unembed(networks.policy, hidden[:, :-1], cfg=model)
+    hidden, logits = _read_rows(networks.policy, batch, model, cfg)
     labels = jax.tree.map(lambda column: column[:, 1:], batch)
     parts = _policy_losses(logits, labels)
     parts["value_loss"] = _value_loss(networks.value_head, hidden, batch, cfg)
@@ -190,11 +192,22 @@ def token_loss(
     if cfg.kl_coef:
         if base is None:
             raise ValueError(f"kl_coef={cfg.kl_coef} needs the policy that training began with")
-        hidden, _ = forward(base, batch.tokens, batch.positions, cfg=model, attend=attend)
-        reference = unembed(base, hidden[:, :-1], cfg=model)
+        _, reference = _read_rows(base, batch, model, cfg)
         parts["kl"] = _divergence(logits, reference, labels, cfg.kl_estimator)
         loss += cfg.kl_coef * parts["kl"].total / totals.policy
     return loss, parts
+
+
+def _read_rows(
+    policy: Params, batch: TokenBatch, model: ModelConfig, cfg: LossConfig
+) -> tuple[Array, Array]:
+    """Hidden states at all tokens, and logits at all but the last: position t predicts t + 1 (the
+    first token of a segment has weight 0)."""
+    if cfg.matmul_dtype != "float32":
+        policy = round_products(policy, model)
+    attend = make_dense_attend(model, segment_ids=batch.segments)
+    hidden, _ = forward(policy, batch.tokens, batch.positions, cfg=model, attend=attend)
+    return hidden, unembed(policy, hidden[:, :-1], cfg=model)
 
 
 def _divergence(logits: Array, reference: Array, labels: TokenBatch, estimator: str) -> MaskedSum:

@@ -60,7 +60,7 @@ class Layer:
 class Params:
     """A language model's parameters; `lm_head` is None when it is tied to `embed`.
 
-    For inference, `quantize.QuantizedMatrix` may stand in for every matrix.
+    `quantize.QuantizedMatrix` (for inference) or `mixed.RoundedMatrix` may stand in for a matrix.
     """
 
     embed: Float[Array, "V D"]

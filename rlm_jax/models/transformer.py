@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.types import Array, Float, Float32, Int32
 from rlm_jax.models.config import ModelConfig
+from rlm_jax.models.mixed import RoundedMatrix, multiply_rounded
 from rlm_jax.models.params import Layer, Params
 from rlm_jax.models.quantize import QuantizedMatrix, look_up, multiply_quantized
 from rlm_jax.models.rope import RopeTable, apply_rope, rope_tables
@@ -28,6 +29,7 @@ _SMALL_WEIGHTS = 1 << 19
 
 # attend(layer, q [R,T,H,E], k [R,T,G,E], v [R,T,G,E], state) -> (out [R,T,H,E], state); the layer
 # index is a Python int; q and k are rotated, q is not scaled yet (`attention.scores_scale`).
+Matrix = Array | QuantizedMatrix | RoundedMatrix
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
 
 
@@ -67,7 +69,7 @@ def unembed(
     return softcap(linear(hidden, head, out_dtype=jnp.float32), cfg.logit_softcap)
 
 
-def linear(x: Array, w: Array | QuantizedMatrix, *, out_dtype: Any = None) -> Array:
+def linear(x: Array, w: Matrix, *, out_dtype: Any = None) -> Array:
     """x [..., in] times w [out, in], in the dtype of `x` unless told otherwise.
 
     Hardware accumulates in float32 either way; a narrower result keeps the all-reduce of a split
@@ -78,6 +80,8 @@ def linear(x: Array, w: Array | QuantizedMatrix, *, out_dtype: Any = None) -> Ar
     dtype = out_dtype or x.dtype
     if isinstance(w, QuantizedMatrix):
         return multiply_quantized(x, w, out_dtype=dtype)
+    if isinstance(w, RoundedMatrix):
+        return multiply_rounded(x, w).astype(dtype)
     num_rows = math.prod(x.shape[:-1])
     plain = functools.partial(_multiply_rows, out_dtype=dtype)
     if num_rows == 1 and w.size < _SMALL_WEIGHTS and w.shape[0] % 2 == 0:
@@ -148,9 +152,7 @@ def _attention_block(
     return x + out, state
 
 
-def _project_heads(
-    x: Array, w: Array | QuantizedMatrix, bias: Array | None, num_heads: int
-) -> Array:
+def _project_heads(x: Array, w: Matrix, bias: Array | None, num_heads: int) -> Array:
     out = linear(x, w)
     if bias is not None:
         out = out + bias
