@@ -72,9 +72,12 @@ class Supervised(NamedTuple):
 
 
 class Walking(NamedTuple):
-    """Settings of the phase of corrected walks. plan: how a chain is written, `rows` at a time."""
+    """Settings of the phase of corrected walks.
 
-    plan: build.Plan
+    plans: ways to write a chain, `rows` at a time; each writes its share of the chains.
+    """
+
+    plans: tuple[build.Plan, ...]
     rows: int
     walks: WalkSettings
     learning: Supervised
@@ -187,19 +190,27 @@ def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) ->
 
 def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None) -> Walking:
     train, walks = config["train"], config["train"]["walks"]
-    sampling = {"temperature": walks["temperature"], "method": "sample"}
-    chain = {**config["greedy"], "max_depth": walks["max_depth"]}
-    chain["sampling"] = {**chain["sampling"], **sampling}
-    one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}
-    plan = _make("train.walks", build.plan_strategy, one_chain)
+    if not walks["temperatures"]:
+        raise ValueError("train.walks.temperatures is empty: accepted is one number or more")
+    plans = tuple(_plan_chain(config, temperature) for temperature in walks["temperatures"])
     _check_split("train.walks.rows", walks["rows"], mesh)
-    changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
+    own_mix = ("shard_examples", "opening_share", "leave_share", "max_wrong", "return_weight")
+    changes = {name: walks[name] for name in own_mix}
     changes["sizes"] = as_sizes(walks["sizes"])
     mix = _make("train.walks", CountdownMix, data, changes)
     learning = _read_supervised("train.walks", {**train, **walks}, mesh)
     own = {name: walks[name] for name in ("num_chains", "num_shards")}
     own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
-    return Walking(plan, walks["rows"], _make("train.walks", WalkSettings, own), learning)
+    return Walking(plans, walks["rows"], _make("train.walks", WalkSettings, own), learning)
+
+
+def _plan_chain(config: Mapping[str, Any], temperature: float) -> build.Plan:
+    """One chain of the walks at a temperature; at 0 it is the greedy one."""
+    sampling = {"temperature": temperature, "method": "sample"} if temperature else {}
+    chain = {**config["greedy"], "max_depth": config["train"]["walks"]["max_depth"]}
+    chain["sampling"] = {**chain["sampling"], "method": "greedy", **sampling}
+    one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}
+    return _make("train.walks", build.plan_strategy, one_chain)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
@@ -319,11 +330,15 @@ def make_walking(run: Run, networks: Networks) -> Phase:
     """The same on chains of the networks' own, corrected by the solver (`walks.py`)."""
     settings = run.settings.walking
     assert settings is not None
-    one = make_solver(run, settings.plan, networks, settings.rows)
+    ones = [make_solver(run, plan, networks, settings.rows) for plan in settings.plans]
 
     def open_source(networks_fn: Callable[[], Networks]) -> Any:
         def sample(problems: Sequence[Problem]) -> list[str]:
-            return sample_chains(with_networks(run, one, networks_fn()), problems)
+            chains = [""] * len(problems)
+            for number, one in enumerate(ones):
+                part = slice(number, None, len(ones))
+                chains[part] = sample_chains(with_networks(run, one, networks_fn()), problems[part])
+            return chains
 
         return open_walks(settings.walks, run.workdir / "walking" / "chains", sample)
 

@@ -1,9 +1,9 @@
 """Mixed precision: products in bfloat16 that are summed in float32, all else as it is.
 
-The one idea: as in `quantize.py`, another kind of matrix stands in for the plain ones, so that model
-and loss do not change. A `RoundedMatrix` keeps its float32 weights, which learn; each product rounds
-them and its input to bfloat16, forward and backward, and gives float32. The residual stream, norms,
-softmax, embeddings looked up, optimizer and gradients stay float32.
+The one idea: as in `quantize.py`, another kind of matrix stands in for the plain ones, so that
+model and loss do not change. A `RoundedMatrix` keeps its float32 weights, which learn; each product
+rounds them and its input to bfloat16, forward and backward, and gives float32. The residual stream,
+norms, softmax, embeddings looked up, optimizer and gradients stay float32.
 
 Matrix units are made for such products: on a TPU they are what float32 ones are broken into, and a
 processor with AMX does several times as many of them a second.
