@@ -9,6 +9,8 @@ settings of `TreeConfig`; these hold for all:
 - W leaves a round: each lane passes as a virtual visit over its path and takes one open leaf away
   from it, for the lanes after it. Nothing of that is stored.
 - Nothing ever grows below a terminal node or beyond max_depth.
+- A node whose steps were all written and refused is a dead end: worth what they are, not what the
+  evaluator thought of it.
 - When nothing is left to grow and the budget pays, the root is sampled anew (`resample`): the old
   children, exhausted, keep their votes and statistics and leave the selection.
 
@@ -424,24 +426,32 @@ def _make_prior(request, outcome, counted, cfg, noise):
 
 
 def _judge(structure, request, outcome, counted, lead, cfg):
-    """How many visits each lane backs up and what they are worth; notes values judged on visit."""
+    """How many visits each lane backs up and what they are worth; notes what is now known of the
+    nodes themselves: values judged on visit, and dead ends."""
     rows = jnp.arange(request.nodes.shape[0])[:, None]
     safe = jnp.maximum(request.nodes, 0)
-    known = structure.model_value[rows, safe]
-    own = known
+    own = structure.model_value[rows, safe]
+    # Steps all written and refused say what the node is worth, not what was thought of it.
+    written = outcome.length > 0
+    barren = lead & request.grows & written.any(-1) & ~outcome.valid.any(-1)
+    value = outcome.reward + cfg.discount * outcome.value
+    refused = jnp.where(written, value, 0.0).sum(-1) / jnp.maximum(written.sum(-1), 1)
+    told = barren
     if cfg.judge == "visit":
         first_time = lead & (structure.visits[rows, safe] == 0)
-        own = jnp.where(first_time, outcome.node_value, known)
-        at = jnp.where(first_time, request.nodes, structure.capacity)
-        noted = structure.model_value.at[rows, at].set(own, mode="drop")
-        structure = dataclasses.replace(structure, model_value=noted)
+        own = jnp.where(first_time, outcome.node_value, own)
+        told |= first_time
+    own = jnp.where(barren, refused, own)
+    at = jnp.where(told, request.nodes, structure.capacity)
+    noted = structure.model_value.at[rows, at].set(own, mode="drop")
+    structure = dataclasses.replace(structure, model_value=noted)
     count = lead.astype(jnp.float32)
     total = jnp.where(lead, own, 0.0)
     if cfg.judge == "expansion" and cfg.backup == "mean":
         # Each of the K values is a simulation of its own.
-        value = outcome.reward + cfg.discount * outcome.value
-        total = jnp.where(request.grows, jnp.where(counted, value, 0.0).sum(-1), total)
-        count = jnp.where(request.grows, counted.sum(-1).astype(jnp.float32), count)
+        many = request.grows & ~barren
+        total = jnp.where(many, jnp.where(counted, value, 0.0).sum(-1), total)
+        count = jnp.where(many, counted.sum(-1).astype(jnp.float32), count)
     return structure, count, total
 
 

@@ -12,11 +12,12 @@ import pytest
 from film import CAPACITY, TOKEN_LIMITS, film, frames, start
 from jax.sharding import PartitionSpec
 from procedural import make_expand
-from scripted import grow
+from scripted import grow, make_outcome, make_request
 
 from rlm_jax.core.mesh import BATCH_AXES, make_mesh
 from rlm_jax.reasoning import strategies
 from rlm_jax.reasoning.drive import Limits, next_request, run_compiled, run_host
+from rlm_jax.reasoning.operators.update import BACKUPS
 from rlm_jax.reasoning.strategies.beam import make_beam
 from rlm_jax.reasoning.strategies.best_first import make_best_first
 from rlm_jax.reasoning.strategies.best_of_n import make_best_of_n
@@ -26,7 +27,7 @@ from rlm_jax.reasoning.strategies.puct import make_puct
 from rlm_jax.reasoning.strategies.td_mcts import DEFAULTS, make_td_mcts
 from rlm_jax.reasoning.strategies.uct import make_uct
 from rlm_jax.reasoning.structure import check, make_structure
-from rlm_jax.reasoning.tree_search import TreeConfig, init_state
+from rlm_jax.reasoning.tree_search import TreeConfig, init_state, update_tree
 
 # Of each strategy one variant with a lane and one with several; between them, every setting.
 CHAINS = {
@@ -232,6 +233,31 @@ def test_a_beam_can_go_on_from_any_structure():
         # Made anew, it cannot tell which solutions had been among the best.
         assert ours == theirs if same else ours <= theirs
     assert same_width.mean() > 0.5
+
+
+@pytest.mark.parametrize("backup", BACKUPS)
+def test_a_node_whose_steps_are_all_refused_is_worth_what_they_are(backup):
+    """The evaluator's 0.9 of a dead end gives way to 0.1, that of its refused steps, and above."""
+    cfg = TreeConfig(num_children=2, max_depth=3, backup=backup)
+    tell = jax.jit(functools.partial(update_tree, cfg=cfg))
+    structure = make_structure(jnp.ones(1, jnp.int32), 9)
+    keys = jax.random.split(jax.random.key(0), 1)
+    state = init_state(structure, keys, cfg=cfg)
+    for node, valid, values in ((0, True, (0.9, 0.5)), (1, False, (0.2, 0.0))):
+        request = make_request([node], 2)
+        outcome = make_outcome(structure, request, value=values, valid=valid)
+        state, structure = tell(state, structure, request, outcome)
+    check(structure)
+    np.testing.assert_allclose(structure.model_value[0, 1:3], [0.1, 0.5])
+    assert np.asarray(state.open_leaves[0, :3]).tolist() == [1, 0, 1]
+    if backup == "mean":
+        # Two visits, one of each opinion; the root has seen both of them and its other child.
+        np.testing.assert_allclose(structure.value[0, 1], (0.9 + 0.1) / 2)
+        np.testing.assert_allclose(structure.visits[0, :3], [3, 2, 1])
+    else:
+        np.testing.assert_allclose(structure.value[0, 1], 0.1)
+        wanted = 0.5 if backup == "max" else (2 * 0.1 + 0.5) / 3
+        np.testing.assert_allclose(structure.value[0, 0], wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("strategy", "cfg"), SEARCHES)
