@@ -45,6 +45,10 @@ def get_config(variant: str = "") -> ConfigDict:
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
     config.greedy = ConfigDict({"max_depth": 32, "sampling": {**sampling, "method": "greedy"}})
+    # The same chain, decoded so that from one state it writes no line twice.
+    config.greedy_no_repeats = ConfigDict(
+        {"max_depth": 32, "sampling": {**sampling, "method": "greedy", "no_repeats": True}}
+    )
     config.best_of_n = ConfigDict(
         {"num_chains": 16, "max_depth": 32, "rule": "majority", "sampling": sampling}
     )
@@ -79,7 +83,7 @@ def _training() -> dict:
         "seed": 0,
         # A folder of networks, or package:countdown, to go on from instead of new ones.
         "begin_with": placeholder(str),
-        "num_steps": 7_000,
+        "num_steps": 6_000,
         "network": {
             "num_layers": 6,
             "model_dim": 224,
@@ -106,7 +110,7 @@ def _training() -> dict:
         "layout": {"num_rows": 16, "row_tokens": 168, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 2_200,
+            "num_steps": 1_800,
             "sizes": ((3, 0.05), (4, 0.72), (5, 0.18), (6, 0.05)),
             "opening_share": 0.3,
             "leave_share": 0.5,
@@ -143,7 +147,7 @@ def _training() -> dict:
             "learning_rate": 1e-2,
             "adam_learning_rate": 2e-3,
             "warmup_steps": 200,
-            "decay_share": 0.4,
+            "decay_share": 0.62,
             "final_share": 0.02,
             "weight_decay": 0.0,
             "clip_norm": 1.0,
@@ -152,7 +156,7 @@ def _training() -> dict:
         "num_microbatches": 1,
         "log_steps": 100,
         "checkpoint_steps": 500,
-        "eval_steps": 2000,
+        "eval_steps": 6000,
         "eval_problems": 100,
         "keep_best": 0,  # Checkpoints beside the last two, by the evaluation during training.
         "best_metric": "greedy_accuracy",
@@ -200,7 +204,8 @@ def _training() -> dict:
 
 def _make_scarce(config: ConfigDict) -> None:
     config.budget_tokens = 1024
-    config.greedy.max_depth = config.best_of_n.max_depth = 12
+    for name in ("greedy", "greedy_no_repeats", "best_of_n"):
+        config[name].max_depth = 12
     train = config.train
     train.num_steps = 600
     train.log_steps = 2
@@ -224,7 +229,8 @@ def _shrink(config: ConfigDict) -> None:
     config.batch_size = 4
     config.budget_tokens = 64
     config.max_depth = 3
-    config.greedy.max_depth = config.best_of_n.max_depth = 3
+    for name in ("greedy", "greedy_no_repeats", "best_of_n"):
+        config[name].max_depth = 3
     config.best_of_n.num_chains = 2
     for name in ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel"):
         config[name].update({"num_nodes": 17, "num_children": 2})

@@ -46,8 +46,12 @@ def get_config(variant: str = "") -> ConfigDict:
         "min_p": 0.0,
         "max_candidates": 64,
         "diversity": 1.0,
+        "no_repeats": False,
     }
     config.greedy = ConfigDict({"sampling": {**sampling, "method": "greedy"}})
+    config.greedy_no_repeats = ConfigDict(
+        {"sampling": {**sampling, "method": "greedy", "no_repeats": True}}
+    )
     config.best_of_n = ConfigDict({"num_chains": 8, "rule": "majority", "sampling": sampling})
     shared = {"num_children": 4, "answer_rule": "weighted", "sampling": sampling}
     tree = {

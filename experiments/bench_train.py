@@ -1,13 +1,14 @@
 """What training spends its time on: suite `train` of bench.py.
 
 sft      model FLOP/s of supervised updates, data and optimizer included, over those of large
-         matrix products in the same run (6 FLOP for each weight of a product and token; what
-         attention computes is not counted)
+         float32 products in the same run (6 FLOP for each weight of a product and token; what
+         attention computes is not counted), and over those of bfloat16 ones
 step     one step of search and learning, profiled: shares of the time by what it is for. `ours`
          is the share inside the networks, forward and backward
 """
 
 import collections
+import functools
 import glob
 import pathlib
 import re
@@ -26,6 +27,7 @@ from rlm_jax.core.sharding import TENSOR_PARALLEL
 from rlm_jax.evaluation import build
 from rlm_jax.learning.networks import Networks
 from rlm_jax.models.load import find_model
+from rlm_jax.models.mixed import MATMUL_DTYPES
 from rlm_jax.models.params import Params
 
 PARTS = ("sft", "step")
@@ -79,7 +81,8 @@ def measure_updates(run: phases.Run, networks: Networks, patience: Patience) -> 
     steps = phase.steps(phase.state, None)
     jax.block_until_ready(next(steps)[:2])
     busy = wait_until_quiet(patience.quiet_seconds)
-    ours, peaks, spent = [], [], 0.0
+    ours, spent = [], 0.0
+    peaks: dict[str, list[float]] = {dtype: [] for dtype in MATMUL_DTYPES}
     while not ours or (len(ours) < patience.repeats and spent < patience.side_seconds):
         started, tokens = time.perf_counter(), 0
         for _ in range(_UPDATES):
@@ -88,18 +91,22 @@ def measure_updates(run: phases.Run, networks: Networks, patience: Patience) -> 
         jax.block_until_ready((state, metrics))
         seconds = time.perf_counter() - started
         ours.append(6 * weights * tokens / seconds / 1e9)
-        peaks.append(_measure_peak())
+        for dtype, found in peaks.items():
+            found.append(_measure_peak(dtype))
         spent += seconds
     steps.close()
     return {
         "case": "train_sft",
         "ours": max(ours),
-        "other": max(peaks),
-        "ratio": max(ours) / max(peaks),
+        "other": max(peaks["float32"]),
+        "ratio": max(ours) / max(peaks["float32"]),
         "ours_median": statistics.median(ours),
-        "other_median": statistics.median(peaks),
+        "other_median": statistics.median(peaks["float32"]),
         "unit": "GFLOP/s",
         "other_is": f"float32 products of {_PEAK_SIZE} x {_PEAK_SIZE}",
+        "matmul_dtype": settings.loss.matmul_dtype,
+        "bfloat16_peak": max(peaks["bfloat16"]),
+        "ratio_to_bfloat16": max(ours) / max(peaks["bfloat16"]),
         "weights": weights,
         "rows": settings.layout.num_rows,
         "row_tokens": settings.layout.row_tokens,
@@ -113,9 +120,10 @@ def count_weights(params: Params) -> int:
     return sum(matrices) - (0 if params.lm_head is None else params.embed.size)
 
 
-def _measure_peak() -> float:
-    one = jnp.ones((_PEAK_SIZE, _PEAK_SIZE), jnp.float32)
-    product = jax.jit(jnp.dot)
+def _measure_peak(dtype: str) -> float:
+    """GFLOP/s of one large product of factors of this dtype, summed in float32."""
+    one = jnp.ones((_PEAK_SIZE, _PEAK_SIZE), dtype)
+    product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
     jax.block_until_ready(product(one, one))
     seconds = []
     for _ in range(3):

@@ -60,7 +60,9 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
     "beam": beam.make_beam,
     "best_first": best_first.make_best_first,
 }
-STRATEGIES = ("greedy", "best_of_n", *TREE_SEARCHES)
+# One chain; they differ in how it is decoded, which is the config's.
+_GREEDY = ("greedy", "greedy_no_repeats")
+STRATEGIES = (*_GREEDY, "best_of_n", *TREE_SEARCHES)
 _TASK_MODULES = (
     free, gsm8k, arithmetic, countdown, game24, knapsack, prontoqa, riddles, sat, sorting,
 )  # fmt: skip
@@ -263,8 +265,8 @@ def _make_task_tables(checker: DeviceTask, policy: Policy) -> Any:
 def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tuple[Strategy, int]:
     """The strategy, and the nodes its structures need."""
     own = {"max_depth": max_depth, **settings}
-    if name == "greedy":
-        return _make(name, greedy.make_greedy, own), 1 + max_depth
+    if name in _GREEDY:
+        return _make(name, greedy.make_greedy, own)._replace(name=name), 1 + max_depth
     if name == "best_of_n":
         strategy = _make(name, best_of_n.make_best_of_n, own)
         return strategy, 1 + settings["num_chains"] * max_depth

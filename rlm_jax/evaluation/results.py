@@ -13,7 +13,7 @@ from typing import Any
 from rlm_jax.evaluation.chains import Price, price_accuracy
 
 Result = dict[str, Any]
-_CHAINS = ("greedy", "best_of_n")
+_CHAINS = ("greedy", "greedy_no_repeats", "best_of_n")
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Result]:

@@ -24,10 +24,12 @@ from rlm_jax.inference.sampling import (
     Choice,
     SamplingConfig,
     Uncertainty,
+    as_by_model,
     choose_tokens,
     token_confidence,
     token_uncertainty,
 )
+from rlm_jax.inference.tried import Tried, follow_tried, take_away
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.models.transformer import forward, unembed
@@ -49,6 +51,7 @@ class DecodedSteps:
     noise if the beam is stochastic; -inf where there is no step. None with other methods.
     uncertainty: sums over the tokens, of the distributions they were chosen from (temperature 1,
     all of the vocabulary); None where it was not asked for.
+    token_logprobs: [R, S], of each token; None unless steps are not to be written again.
     """
 
     tokens: Int32[Array, "R S"]
@@ -65,6 +68,7 @@ class DecodedSteps:
     forwarded_tokens: Int32[Array, "R"]
     score: Float32[Array, "R"] | None = None
     uncertainty: Uncertainty | None = None
+    token_logprobs: Float32[Array, "R S"] | None = None
 
 
 @struct
@@ -73,6 +77,7 @@ class _Loop:
     ended: Bool[Array, "R"]
     step: StepState
     out: DecodedSteps
+    tried: Tried | None = None
 
 
 # What moves with a beam, the caches and the score apart.
@@ -98,6 +103,7 @@ def decode_steps(
     num_siblings: int,
     num_slots: int,
     with_uncertainty: bool = False,
+    tried: Tried | None = None,
 ) -> DecodedSteps:
     """Samples one step for every row.
 
@@ -111,10 +117,13 @@ def decode_steps(
       num_siblings: consecutive rows that grow from one node; beam methods compare them.
       num_slots: S of the step caches, at least the rule's max_tokens; a whole number of pages.
       with_uncertainty: also sum up how unsure the model was, for two passes over the logits.
+      tried: steps that the rows are not to write; not for beam methods.
 
     Raises:
-      ValueError: the rows are no whole number of groups.
+      ValueError: the rows are no whole number of groups, or beams are given steps to avoid.
     """
+    if tried is not None and sampling.method in BEAM_METHODS:
+        raise ValueError(f"sampling method {sampling.method!r} cannot avoid steps that were tried")
     if limits.shape[0] % num_siblings:
         raise ValueError(f"{limits.shape[0]} rows are no multiple of num_siblings={num_siblings}")
     positions = starts[:, None] + jnp.arange(num_slots, dtype=jnp.int32)
@@ -130,7 +139,10 @@ def decode_steps(
         unsure = token_uncertainty(logits) if with_uncertainty else None
         if loop.out.score is None:
             active = ~loop.ended
-            choice = choose_tokens(row_keys, logits, active, sampling, num_siblings=num_siblings)
+            left = logits if loop.tried is None else take_away(logits, loop.tried, loop.index)
+            choice = choose_tokens(row_keys, left, active, sampling, num_siblings=num_siblings)
+            if loop.tried is not None:
+                choice = as_by_model(choice, logits)
         else:
             growth = grow_beams(
                 row_keys,
@@ -160,9 +172,10 @@ def decode_steps(
             loop, active, choice, unsure, token, terminal, new_hidden[:, 0], answers, caches
         )
         ended = ~active | ended | (out.length >= limits)
-        return _Loop(loop.index + 1, ended, step, out)
+        tried = None if loop.tried is None else follow_tried(loop.tried, loop.index, token)
+        return _Loop(loop.index + 1, ended, step, out, tried)
 
-    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty)
+    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried)
     return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
 
 
@@ -203,6 +216,12 @@ def _add_token(
         behaviour_logprob=old.behaviour_logprob + kept * choice.behaviour_logprob,
         confidence=old.confidence + kept * confidence,
         uncertainty=jax.tree.map(lambda total, new: total + kept * new, old.uncertainty, unsure),
+        token_logprobs=jax.tree.map(
+            lambda logs: jax.lax.dynamic_update_slice_in_dim(
+                logs, (kept * choice.logprob)[:, None], loop.index, axis=1
+            ),
+            old.token_logprobs,
+        ),
         hidden=jnp.where(active[:, None], hidden, old.hidden),
         keys=caches[0],
         values=caches[1],
@@ -221,7 +240,7 @@ def _keep(active, new: AnswerState, loop: _Loop) -> AnswerState:
     return jax.tree.map(pick, new, loop.out.answers)
 
 
-def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty) -> _Loop:
+def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried) -> _Loop:
     rows = limits.shape[0]
     number = jnp.zeros_like(limits)
     real = number.astype(jnp.float32)
@@ -242,6 +261,7 @@ def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty) -> 
         forwarded_tokens=number,
         score=score,
         uncertainty=Uncertainty(real, real) if with_uncertainty else None,
+        token_logprobs=None if tried is None else real[:, None] + jnp.zeros(num_slots),
     )
     idle = limits <= 0 if score is None else score == -jnp.inf
-    return _Loop(number.sum(), idle, init_step_state(number), out)
+    return _Loop(number.sum(), idle, init_step_state(number), out, tried)

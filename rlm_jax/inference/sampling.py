@@ -35,7 +35,8 @@ class SamplingConfig:
     temperature and truncation leave, best first, rows empty if there are fewer (`beam.py`).
     temperature > 0.
     top_k: 0 for all. top_p in (0, 1]. min_p in [0, 1). max_candidates: how many of the likeliest
-    tokens top-p and min-p may choose among when no top_k bounds them.
+    tokens top-p and min-p may choose among when no top_k bounds them. no_repeats: from one state of
+    its path no step is written twice (`tried.py`); not for beams.
     """
 
     method: str = "sample"
@@ -45,6 +46,7 @@ class SamplingConfig:
     min_p: float = 0.0
     diversity: float = 1.0
     max_candidates: int = 64
+    no_repeats: bool = False
 
     def __post_init__(self):
         accepted = {
@@ -55,6 +57,10 @@ class SamplingConfig:
             "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
             "diversity": (self.diversity >= 0, ">= 0"),
             "max_candidates": (self.max_candidates >= 1, ">= 1"),
+            "no_repeats": (
+                not self.no_repeats or self.method in ("sample", "greedy"),
+                "false, or method 'sample' or 'greedy'",
+            ),
         }
         for name, (holds, what) in accepted.items():
             if not holds:
@@ -118,6 +124,14 @@ def choose_tokens(
         token, behaviour = _sample_all(keys, logits / cfg.temperature)
     logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - norm
     return Choice(token, logprob, behaviour, top_logprobs[:, :NUM_ALTERNATIVES])
+
+
+def as_by_model(choice: Choice, logits: Float32[Array, "R V"]) -> Choice:
+    """A choice from other logits, with the model's log-probabilities by its own."""
+    norm = jax.nn.logsumexp(logits, -1)
+    top, _ = top_tokens(logits, choice.top_logprobs.shape[-1])
+    logprob = jnp.take_along_axis(logits, choice.token[:, None], 1)[:, 0] - norm
+    return dataclasses.replace(choice, logprob=logprob, top_logprobs=top - norm[:, None])
 
 
 def num_candidates(cfg: SamplingConfig, num_vocab: int, num_siblings: int) -> int:

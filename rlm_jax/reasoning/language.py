@@ -24,6 +24,7 @@ from rlm_jax.inference.pages import (
     release_pages,
     write_steps,
 )
+from rlm_jax.inference.tried import Tried, make_tried
 from rlm_jax.reasoning.language_evaluate import Judged, NewSteps, evaluate, stated_answers
 from rlm_jax.reasoning.language_task import Verdicts, check_steps
 from rlm_jax.reasoning.language_world import (
@@ -157,7 +158,35 @@ def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> Decoded
         num_siblings=request.num_children,
         num_slots=world.tokens.shape[-1],
         with_uncertainty=world.path_uncertainty is not None,
+        tried=find_tried(cfg, world, structure, rows) if cfg.sampling.no_repeats else None,
     )
+
+
+def find_tried(cfg, world, structure, rows) -> Tried:
+    """Steps of each row's path that went on from the state where the row stands.
+
+    A step that went back to a state of the path may be repeated: it is how one gets there again.
+    """
+    batch = jnp.arange(rows.parents.shape[0])[:, None]
+
+    def climb(nodes, _):
+        return structure.parent[batch, jnp.maximum(nodes, 0)], nodes
+
+    _, path = jax.lax.scan(climb, rows.parents, length=cfg.max_depth)
+    path = jnp.moveaxis(path, 0, -1)  # [B, rows, D], the row's node first.
+    batch, nodes = batch[..., None], jnp.maximum(path, 0)
+    keys = structure.state_key[batch, nodes]
+    before = structure.state_key[batch, jnp.maximum(structure.parent[batch, nodes], 0)]
+    nearer_root = jnp.triu(jnp.ones((cfg.max_depth,) * 2, bool), 1)
+    seen = (keys[..., None] == keys[..., None, :]) & nearer_root
+    back = seen.any(-1) & (keys != 0)
+    tried = (path > 0) & (before == keys[..., :1]) & ~back
+
+    def of_rows(array):
+        return array[batch, nodes].reshape(-1, cfg.max_depth, *array.shape[2:])
+
+    length = jnp.where(tried.reshape(-1, cfg.max_depth), of_rows(structure.span_length), 0)
+    return make_tried(of_rows(world.tokens), length, of_rows(world.token_logprobs))
 
 
 def _check(lm, cfg, world, steps, rows) -> Verdicts:
@@ -240,6 +269,7 @@ def _store(world, structure, rows, slots, steps, verdicts, keep) -> World:
             world.path_uncertainty,
             rows.add_to_parents(world.path_uncertainty, steps.uncertainty),
         ),
+        token_logprobs=jax.tree.map(put, world.token_logprobs, steps.token_logprobs),
         answers=jax.tree.map(put, world.answers, steps.answers),
         task_state=jax.tree.map(put, world.task_state, verdicts.state),
     )

@@ -103,6 +103,15 @@ def begin_states(
     return jax.vmap(task.begin, (None, 0, 0))(tables, prompts, lengths)
 
 
+def begin_keys(
+    task: DeviceTask | None, states: PyTree, like: Int32[Array, "F"]
+) -> UInt32[Array, "F"]:
+    """Keys of the states that F problems begin in; 0 where the task names none."""
+    if task is None or task.key is None:
+        return (like * 0).astype(jnp.uint32)
+    return jax.vmap(task.key)(states)
+
+
 def empty_states(
     task: DeviceTask | None, tables: PyTree, width: int, like: Int32[Array, "B N"]
 ) -> PyTree:

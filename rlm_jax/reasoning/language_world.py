@@ -25,7 +25,7 @@ from rlm_jax.inference.pages import (
 from rlm_jax.inference.sampling import SamplingConfig, Uncertainty
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
-from rlm_jax.reasoning.language_task import begin_states, empty_states
+from rlm_jax.reasoning.language_task import begin_keys, begin_states, empty_states
 from rlm_jax.reasoning.language_values import (
     STEP_SCORES,
     Judge,
@@ -126,7 +126,8 @@ class World:
     path_logprob, path_confidence: sums over the generated tokens of the path. answers: what the
     path has stated. prompt_length: tokens of the problem's prompt. task_state: the task's state
     behind each node, leaves [B, N, ...]; None without a task. path_uncertainty: a sum over the path
-    like the others, [B, N]; None if no evaluator needs it.
+    like the others, [B, N]; None if no evaluator needs it. token_logprobs: of each token; None
+    where steps may be repeated.
     """
 
     pages: KVPages
@@ -138,6 +139,7 @@ class World:
     prompt_length: Int32[Array, "B"]
     task_state: PyTree = None
     path_uncertainty: Uncertainty | None = None
+    token_logprobs: Float32[Array, "B N S"] | None = None
 
 
 class Rows:
@@ -230,6 +232,9 @@ def make_world(
         path_uncertainty=Uncertainty(zero + 0, zero + 0)
         if needs_uncertainty(cfg.evaluator)
         else None,
+        token_logprobs=jnp.broadcast_to(zero[..., None], (*zero.shape, slots))
+        if cfg.sampling.no_repeats
+        else None,
     )
 
 
@@ -266,6 +271,8 @@ def admit(
     done = extend(lm.policy, prompts, lengths, cfg=cfg.model)
     last = last_hidden(done.hidden, lengths)
     states = begin_states(cfg.task, lm.task_tables, prompts, lengths)
+    key = begin_keys(cfg.task, states, lengths)
+    fresh = dataclasses.replace(fresh, state_key=fresh.state_key.at[:, 0].set(key))
 
     def put(array: Array, new: Array) -> Array:
         return array.at[rows].set(new, mode="drop")
@@ -283,6 +290,7 @@ def admit(
         prompt_length=put(world.prompt_length, lengths),
         task_state=jax.tree.map(put_root, world.task_state, states),
         path_uncertainty=jax.tree.map(lambda old: put(old, fresh.value), world.path_uncertainty),
+        token_logprobs=world.token_logprobs,
     )
     return jax.tree.map(put, structure, fresh), world
 
@@ -307,6 +315,7 @@ def keep_world(world: World, nodes: Int32[Array, "B"], order: Int32[Array, "B N"
         path_uncertainty=jax.tree.map(
             lambda array: take_nodes(array, order), world.path_uncertainty
         ),
+        token_logprobs=jax.tree.map(lambda array: take_nodes(array, order), world.token_logprobs),
     )
 
 

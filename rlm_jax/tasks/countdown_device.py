@@ -126,9 +126,15 @@ def step(
     is_here = jnp.arange(MAX_NUMBERS) == count - 1
     path = jnp.where(is_here[:, None], numbers, state.path)
     after = State(path, jnp.where(known, count, 0), state.target)
-    key = hash_numbers(jnp.append(numbers, state.target))
     chain_only = known & (returns | (follows & is_last & ~solved))
-    return StepCheck(after, legal, solved, jnp.where(known, key, 0), known, chain_only)
+    return StepCheck(after, legal, solved, state_key(after), known, chain_only)
+
+
+def state_key(state: State) -> UInt32[Array, ""]:
+    """Hash of the numbers that are left and of the target; 0 of an unknown problem."""
+    numbers = state.path[jnp.maximum(state.count - 1, 0)]
+    key = hash_numbers(jnp.append(numbers, state.target))
+    return jnp.where(state.count > 0, key, 0)
 
 
 def _move(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, "8"]]:
@@ -263,4 +269,4 @@ def _is_right(sign: Array, left: Array, right: Array, result: Array) -> Bool[Arr
     )
 
 
-DEVICE_TASK = DeviceTask(make_tables, begin, step)
+DEVICE_TASK = DeviceTask(make_tables, begin, step, state_key)

@@ -46,6 +46,7 @@ class DeviceTask(NamedTuple):
       begin: (tables, prompt ids [T], length) -> state. Padding lies behind `length`.
       step: (tables, state, step ids [S], length, ends) -> what is known; `ends` says that the
         step ends the solution.
+      key: state -> its hash, as `StepCheck.key` has it; None for a task that names no states.
     """
 
     make_tables: Callable[[Sequence[bytes]], PyTree]
@@ -53,3 +54,4 @@ class DeviceTask(NamedTuple):
     step: Callable[
         [PyTree, PyTree, Int32[Array, "S"], Int32[Array, ""], Bool[Array, ""]], StepCheck
     ]
+    key: Callable[[PyTree], UInt32[Array, ""]] | None = None

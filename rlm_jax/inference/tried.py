@@ -1,0 +1,72 @@
+"""Steps that a decoder is not to write again: decoding without replacement along a path.
+
+A chain that goes back to a state and decodes greedily writes the step that it just took back. The
+one idea: what was written has had its chance. Of the probability of each next token that goes on in
+a tried step, the share that leads to the rest of this step is taken away; at the step's last token
+nothing is left. So the next step is drawn, or the likeliest token taken, from the model's own
+distribution without the steps that were tried, and no step twice.
+
+Paper: Shi, Bieber and Sutton 2020, Incremental Sampling Without Replacement for Sequence Models
+(arXiv 2002.09067). Deviation: a step's probability is what it was when it was written; from the
+same state, but with less behind it.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from rlm_jax.core.struct import struct
+from rlm_jax.core.types import Array, Bool, Float32, Int32
+
+# Less than rounding lets stand of a token that is taken away whole.
+_NOTHING = 1e-6
+
+
+@struct
+class Tried:
+    """X steps that each of R rows is not to write.
+
+    tokens: [R, X, S]. length: 0 where there is none. rest: the probability of what follows token s
+    in its step, given the tokens up to it. followed: the row has written the step's tokens so far.
+    """
+
+    tokens: Int32[Array, "R X S"]
+    length: Int32[Array, "R X"]
+    rest: Float32[Array, "R X S"]
+    followed: Bool[Array, "R X"]
+
+
+def make_tried(
+    tokens: Int32[Array, "R X S"], length: Int32[Array, "R X"], logprobs: Float32[Array, "R X S"]
+) -> Tried:
+    """Steps, and the log-probabilities that their tokens were written with."""
+    inside = jnp.arange(tokens.shape[-1]) < length[..., None]
+    logprobs = jnp.where(inside, logprobs, 0.0)
+    behind = jnp.cumsum(logprobs[..., ::-1], -1)[..., ::-1] - logprobs
+    return Tried(tokens, length, jnp.exp(behind), length > 0)
+
+
+def take_away(
+    logits: Float32[Array, "R V"], tried: Tried, index: Int32[Array, ""]
+) -> Float32[Array, "R V"]:
+    """Logits of token `index` of each row, without the probability of the steps it follows."""
+    token, follows = _at(tried, index)
+    # Steps that go on with the same token take from it together.
+    together = follows[:, None, :] & (token[:, None, :] == token[:, :, None])
+    gone = jnp.where(together, tried.rest[:, None, :, index], 0.0).sum(-1)
+    left = jnp.where(gone < 1 - _NOTHING, jnp.log1p(-jnp.minimum(gone, 1 - _NOTHING)), -jnp.inf)
+    at = jnp.where(follows, token, logits.shape[-1])
+    rows = jnp.arange(logits.shape[0])[:, None]
+    changed = jnp.take_along_axis(logits, token, 1) + left
+    return logits.at[rows, at].set(changed, mode="drop")
+
+
+def follow_tried(tried: Tried, index: Int32[Array, ""], token: Int32[Array, "R"]) -> Tried:
+    """Once token `index` is chosen: the steps that the rows still follow."""
+    wanted, follows = _at(tried, index)
+    return dataclasses.replace(tried, followed=follows & (wanted == token[:, None]))
+
+
+def _at(tried: Tried, index: Int32[Array, ""]) -> tuple[Array, Array]:
+    """Token `index` of each step, and whether the row has followed the step to there."""
+    return tried.tokens[:, :, index], tried.followed & (index < tried.length)

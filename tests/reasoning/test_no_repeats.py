@@ -1,0 +1,133 @@
+"""Chains that write no step twice from one state: with a task that names states, or none."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_language import PROMPTS, encode, keys_of, language
+from test_language_task import begin_problem, make_tables, weigh
+
+from rlm_jax.inference.sampling import SamplingConfig
+from rlm_jax.reasoning.drive import run_compiled
+from rlm_jax.reasoning.language import begin, find_tried, make_expand
+from rlm_jax.reasoning.language_world import Rows
+from rlm_jax.reasoning.strategies import best_of_n
+from rlm_jax.reasoning.structure import check, path_to_root
+from rlm_jax.tasks.device import DeviceTask, StepCheck
+
+LONG, NUM_STATES = 24, 8
+
+
+def check_step(tables, state, tokens, length, ends):
+    """Every step follows, and leads to one of a few states."""
+    del ends
+    total = (state["sum"] + weigh(tables[tokens], length)) % NUM_STATES
+    after = {"sum": total, "steps": state["steps"] + 1}
+    return StepCheck(after, length > 0, length < 0, state_key(after))
+
+
+def state_key(state):
+    return (1 + state["sum"] % NUM_STATES).astype(jnp.uint32)
+
+
+TASK = DeviceTask(make_tables, begin_problem, check_step, state_key)
+
+
+@functools.cache
+def program(config, num_chains):
+    strategy = best_of_n.make_best_of_n(num_chains, LONG)
+
+    def run(lm, keys, tokens, lengths):
+        structure, world = begin(lm, tokens, lengths, config.max_new_tokens, cfg=config)
+        return run_compiled(strategy, make_expand(config), lm, keys, world, structure)
+
+    return jax.jit(run)
+
+
+def search(model, num_chains=1, task=None, **sampling):
+    """Structures of chains that never end by themselves, their world, and the config."""
+    lm, cfg = model
+    rule = lm.step_rule.replace(final=lm.step_rule.final & False)
+    lm = dataclasses.replace(lm, step_rule=rule, task_tables=make_tables(range(cfg.vocab_size)))
+    sizes = {"num_nodes": 1 + num_chains * LONG, "max_depth": LONG, "max_new_tokens": 1000}
+    config = language(cfg, "confidence", SamplingConfig(**sampling), task=task, may_return=True)
+    config = dataclasses.replace(config, **sizes)
+    structure, world = program(config, num_chains)(lm, keys_of(PROMPTS), *encode(PROMPTS))
+    check(structure)
+    return structure, world, config
+
+
+def read_chains(structure, world):
+    """Of each chain: (state before, step, state behind) of its steps, in order."""
+    s, tokens = jax.tree.map(np.asarray, (structure, world.tokens))
+    chains = []
+    for row in range(len(PROMPTS)):
+        leaves = set(range(1, s.num_nodes[row])) - set(s.parent[row, : s.num_nodes[row]].tolist())
+        for leaf in sorted(leaves):
+            path = path_to_root(s, row, leaf)
+            lengths = s.span_length[row]
+            steps = [tuple(tokens[row, node, : lengths[node]].tolist()) for node in path[1:]]
+            states = s.state_key[row, path].tolist()
+            chains.append(list(zip(states, steps, states[1:], strict=False)))
+    return chains
+
+
+def collect_tried(chain):
+    """Steps that were written from each state, those apart that led back; and the repeats."""
+    tried, seen, repeats = set(), {chain[0][0]} - {0}, 0
+    for before, step, behind in chain:
+        repeats += (before, step) in tried
+        if behind not in seen:
+            tried.add((before, step))
+        seen |= {behind} - {0}
+    return tried, repeats
+
+
+def count_repeats(chains):
+    return [collect_tried(chain)[1] for chain in chains]
+
+
+@pytest.mark.parametrize(
+    ("num_chains", "sampling"),
+    [(1, {"method": "greedy"}), (2, {"method": "sample", "temperature": 0.1})],
+    ids=["greedy", "sampled"],
+)
+def test_without_a_task_no_step_comes_twice(model, num_chains, sampling):
+    usual = read_chains(*search(model, num_chains, **sampling)[:2])
+    assert sum(count_repeats(usual)) > 5
+    found = read_chains(*search(model, num_chains, no_repeats=True, **sampling)[:2])
+    assert len(found) == len(PROMPTS) * num_chains
+    assert count_repeats(found) == [0] * len(found)
+    # Nothing else changes: up to its first repeat a greedy chain is what it was.
+    if num_chains == 1:
+        for ours, theirs in zip(found, usual, strict=True):
+            steps = [step for _, step, _ in theirs]
+            repeats = (i for i in range(len(steps)) if steps[i] in steps[:i])
+            first = next(repeats, len(steps))
+            assert [step for _, step, _ in ours[:first]] == steps[:first]
+
+
+def test_with_a_task_steps_are_tried_from_states(model):
+    """What is taken from the next step of each chain, against the chain's own text."""
+    structure, world, config = search(
+        model, task=TASK, method="sample", temperature=1.5, no_repeats=True
+    )
+    chains = read_chains(structure, world)
+    assert count_repeats(chains) == [0] * len(PROMPTS)
+    # Each of a few states was left by a step at most: the others led back.
+    find = jax.jit(lambda *args: find_tried(config, *args[:2], Rows(args[2], 1)))
+    found_any = 0
+    for depth in (1, 6, 15, LONG - 1):  # A chain's node is as deep as its number.
+        lanes = jnp.full((len(PROMPTS), 1), depth, jnp.int32)
+        tried = jax.tree.map(np.asarray, find(world, structure, lanes))
+        for row, chain in enumerate(chains):
+            here = chain[depth - 1][2]
+            wanted = {step for before, step in collect_tried(chain[:depth])[0] if before == here}
+            lengths = tried.length[row]
+            found = [tuple(tried.tokens[row, i, :n].tolist()) for i, n in enumerate(lengths) if n]
+            assert sorted(found) == sorted(wanted)
+            found_any += len(found)
+    assert found_any > 3
