@@ -120,7 +120,11 @@ def _training() -> dict:
             "num_shards": 3,  # A chain is learned from three times: it costs more than its updates.
             "rows": 128,
             "max_depth": 28,
-            "temperatures": (0.0, 0.5),  # Half of the chains at each; 0 is the greedy chain.
+            # How chains are written, as many of each: changes of `greedy.sampling`.
+            "chains": {
+                "without_repeats": {"method": "greedy", "no_repeats": True},
+                "sampled": {"method": "sample", "temperature": 0.5},
+            },
             "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
             "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
             "optimizer": {
@@ -247,7 +251,7 @@ def _shrink(config: ConfigDict) -> None:
     train.eval_steps = 4
     train.eval_problems = 4
     train.walks.update({"num_steps": 2, "rows": 8, "max_depth": 3})
-    train.walks.update({"shard_examples": 40, "num_chains": 8, "sizes": ((3, 0.5), (4, 0.5))})
+    train.walks.update({"shard_examples": 32, "num_chains": 8, "sizes": ((3, 0.5), (4, 0.5))})
     train.walks.layout.num_rows = 8
     train.walks.optimizer.warmup_steps = 1
     # Rounds of one width: fewer programs to compile than Gumbel's.

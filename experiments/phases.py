@@ -190,9 +190,9 @@ def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) ->
 
 def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None) -> Walking:
     train, walks = config["train"], config["train"]["walks"]
-    if not walks["temperatures"]:
-        raise ValueError("train.walks.temperatures is empty: accepted is one number or more")
-    plans = tuple(_plan_chain(config, temperature) for temperature in walks["temperatures"])
+    if not walks["chains"]:
+        raise ValueError("train.walks.chains is empty: accepted is one way to write chains or more")
+    plans = tuple(_plan_chain(config, name) for name in walks["chains"])
     _check_split("train.walks.rows", walks["rows"], mesh)
     own_mix = ("shard_examples", "opening_share", "leave_share", "max_wrong", "return_weight")
     changes = {name: walks[name] for name in own_mix}
@@ -204,13 +204,13 @@ def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh
     return Walking(plans, walks["rows"], _make("train.walks", WalkSettings, own), learning)
 
 
-def _plan_chain(config: Mapping[str, Any], temperature: float) -> build.Plan:
-    """One chain of the walks at a temperature; at 0 it is the greedy one."""
-    sampling = {"temperature": temperature, "method": "sample"} if temperature else {}
-    chain = {**config["greedy"], "max_depth": config["train"]["walks"]["max_depth"]}
-    chain["sampling"] = {**chain["sampling"], "method": "greedy", **sampling}
+def _plan_chain(config: Mapping[str, Any], name: str) -> build.Plan:
+    """One of the ways to write chains in `train.walks.chains`."""
+    walks, greedy = config["train"]["walks"], config["greedy"]
+    sampling = {**greedy["sampling"], **walks["chains"][name]}
+    chain = {**greedy, "max_depth": walks["max_depth"], "sampling": sampling}
     one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}
-    return _make("train.walks", build.plan_strategy, one_chain)
+    return _make(f"train.walks.chains.{name}", build.plan_strategy, one_chain)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
