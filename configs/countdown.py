@@ -110,7 +110,7 @@ def _training() -> dict:
         "layout": {"num_rows": 16, "row_tokens": 168, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 1_800,
+            "num_steps": 900,
             "sizes": ((3, 0.05), (4, 0.72), (5, 0.18), (6, 0.05)),
             "opening_share": 0.3,
             "leave_share": 0.5,

@@ -137,6 +137,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_nodes": 129,
             "num_lanes": 2,
             "depth_bonus": 0.0,
+            "prior_weight": 0.0,
             "threshold": placeholder(float),
             "num_solutions": placeholder(int),
             "resample": True,

@@ -334,6 +334,24 @@ def test_best_first_grows_the_best_open_leaves():
         before, opened = s, np.array(state.open)
 
 
+@pytest.mark.parametrize(
+    ("weight", "order"), [(0.0, [1, 2, 3]), (0.2, [2, 1, 3]), (2.0, [2, 3, 1])]
+)
+def test_best_first_weighs_odds_by_the_policy(weight, order):
+    """Odds 3/2, 1 and 1/4 of steps with chances 0.05, 0.65 and 0.3."""
+    strategy = make_best_first(num_lanes=3, num_children=3, prior_weight=weight)
+    structure = make_structure(jnp.ones(1, jnp.int32), 13)
+    keys = jax.random.split(jax.random.key(0), 1)
+    request = make_request([0, -1, -1], 3)
+    steps = {"value": [0.6, 0.5, 0.2], "logprob": np.log([0.05, 0.65, 0.3])}
+    fields = {name: [*values, *([0.0] * 6)] for name, values in steps.items()}
+    outcome = make_outcome(structure, request, **fields)
+    state, structure = jax.jit(strategy.tell)(
+        strategy.init(structure, keys), structure, request, outcome
+    )
+    assert jax.jit(strategy.ask)(state, structure, keys).nodes[0].tolist() == order
+
+
 def test_best_first_ends_with_its_solutions():
     strategy = VARIANTS["best_first"][0]
     s = last_frame(strategy)
@@ -392,6 +410,7 @@ def test_a_chain_that_must_wait_goes_on_later():
         (lambda: make_best_first(num_lanes=2, root_lanes=3), "root_lanes=3 of num_lanes=2"),
         (lambda: make_best_first(num_solutions=0), "num_solutions must be >= 1, got 0"),
         (lambda: make_best_first(depth_bonus=-0.1), "depth_bonus"),
+        (lambda: make_best_first(prior_weight=-0.1), "prior_weight"),
         (lambda: make_best_first(answer_rule="loudest"), "loudest"),
     ],
 )

@@ -7,7 +7,10 @@ sources as settings: `depth_bonus` leans towards deeper leaves (0: best-first; l
 value, TS-LLM's DFS-V), `threshold` prunes what is valued below it (ToT's and TS-LLM's prune value),
 `num_solutions` ends the search after so many finished ones.
 
-Deviations: when nothing is open and the budget pays, the root is sampled anew (`resample`).
+Deviations: when nothing is open and the budget pays, the root is sampled anew (`resample`). Policy
+and value are two opinions of one step: with `prior_weight` w the leaves are taken by the odds of
+their value times the step's probability to the power of w (Levin tree search and PHS, arXiv
+2103.11505, weigh a heuristic by the policy too, along the whole path).
 """
 
 import dataclasses
@@ -30,6 +33,9 @@ from rlm_jax.reasoning.operators.traversal import (
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
 
+# What is certain has odds all the same.
+_LEAST_CHANCE = 1e-6
+
 
 @struct
 class State:
@@ -44,6 +50,7 @@ def make_best_first(
     num_children: int = 4,
     max_depth: int = 16,
     depth_bonus: float = 0.0,
+    prior_weight: float = 0.0,
     threshold: float | None = None,
     num_solutions: int | None = None,
     resample: bool = True,
@@ -55,6 +62,8 @@ def make_best_first(
     Args:
       num_lanes: W. num_children: K. max_depth: steps from the problem to the deepest node.
       depth_bonus: added to a leaf's value per step of its depth, for the choice alone.
+      prior_weight: w of logit(value) + w log p(step), by which leaves are taken then; for values in
+        [0, 1]. 0: by the value itself.
       threshold: unfinished steps valued below it are pruned at once; None prunes nothing.
       num_solutions: finished solutions at which the search ends; None: when budget or capacity do.
       resample: sample the root anew when nothing is open. root_lanes: lanes of K that it gets.
@@ -74,8 +83,9 @@ def make_best_first(
         raise ValueError(
             f"root_lanes={root_lanes} of num_lanes={num_lanes}: accepted is at most that"
         )
-    if depth_bonus < 0:
-        raise ValueError(f"depth_bonus must be >= 0, got {depth_bonus}")
+    for name, bonus in (("depth_bonus", depth_bonus), ("prior_weight", prior_weight)):
+        if bonus < 0:
+            raise ValueError(f"{name} must be >= 0, got {bonus}")
     if answer_rule not in ANSWER_RULES:
         raise ValueError(f"answer rule {answer_rule!r}: accepted are {ANSWER_RULES}")
     return Strategy(
@@ -86,6 +96,7 @@ def make_best_first(
             num_lanes=num_lanes,
             num_children=num_children,
             depth_bonus=depth_bonus,
+            prior_weight=prior_weight,
             num_solutions=num_solutions,
             resample=resample,
             root_lanes=root_lanes,
@@ -111,13 +122,18 @@ def ask(
     num_lanes: int,
     num_children: int,
     depth_bonus: float,
+    prior_weight: float,
     num_solutions: int | None,
     resample: bool,
     root_lanes: int,
 ) -> Request:
     """K steps for each of the W best open leaves (ties: the one made first)."""
     del keys
-    score = structure.value + depth_bonus * structure.depth
+    score = structure.value
+    if prior_weight:
+        odds = jax.scipy.special.logit(jnp.clip(score, _LEAST_CHANCE, 1 - _LEAST_CHANCE))
+        score = odds + prior_weight * structure.logprob
+    score += depth_bonus * structure.depth
     num_best = min(num_lanes, structure.capacity)
     score, nodes = jax.lax.top_k(jnp.where(state.open, score, -jnp.inf), num_best)
     nodes = jnp.where(jnp.isfinite(score), nodes, NO_NODE)
