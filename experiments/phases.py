@@ -72,12 +72,9 @@ class Supervised(NamedTuple):
 
 
 class Walking(NamedTuple):
-    """Settings of the phase of corrected walks.
+    """Settings of the phase of corrected walks. plan: how a chain is written, `rows` at a time."""
 
-    plans: ways to write a chain, `rows` at a time; each writes its share of the chains.
-    """
-
-    plans: tuple[build.Plan, ...]
+    plan: build.Plan
     rows: int
     walks: WalkSettings
     learning: Supervised
@@ -190,27 +187,19 @@ def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) ->
 
 def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None) -> Walking:
     train, walks = config["train"], config["train"]["walks"]
-    if not walks["chains"]:
-        raise ValueError("train.walks.chains is empty: accepted is one way to write chains or more")
-    plans = tuple(_plan_chain(config, name) for name in walks["chains"])
+    sampling = {"temperature": walks["temperature"], "method": "sample"}
+    chain = {**config["greedy"], "max_depth": walks["max_depth"]}
+    chain["sampling"] = {**chain["sampling"], **sampling}
+    one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}
+    plan = _make("train.walks", build.plan_strategy, one_chain)
     _check_split("train.walks.rows", walks["rows"], mesh)
-    own_mix = ("shard_examples", "opening_share", "leave_share", "max_wrong", "return_weight")
-    changes = {name: walks[name] for name in own_mix}
+    changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
     changes["sizes"] = as_sizes(walks["sizes"])
     mix = _make("train.walks", CountdownMix, data, changes)
     learning = _read_supervised("train.walks", {**train, **walks}, mesh)
     own = {name: walks[name] for name in ("num_chains", "num_shards")}
     own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
-    return Walking(plans, walks["rows"], _make("train.walks", WalkSettings, own), learning)
-
-
-def _plan_chain(config: Mapping[str, Any], name: str) -> build.Plan:
-    """One of the ways to write chains in `train.walks.chains`."""
-    walks, greedy = config["train"]["walks"], config["greedy"]
-    sampling = {**greedy["sampling"], **walks["chains"][name]}
-    chain = {**greedy, "max_depth": walks["max_depth"], "sampling": sampling}
-    one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}
-    return _make(f"train.walks.chains.{name}", build.plan_strategy, one_chain)
+    return Walking(plan, walks["rows"], _make("train.walks", WalkSettings, own), learning)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
@@ -330,15 +319,11 @@ def make_walking(run: Run, networks: Networks) -> Phase:
     """The same on chains of the networks' own, corrected by the solver (`walks.py`)."""
     settings = run.settings.walking
     assert settings is not None
-    ones = [make_solver(run, plan, networks, settings.rows) for plan in settings.plans]
+    one = make_solver(run, settings.plan, networks, settings.rows)
 
     def open_source(networks_fn: Callable[[], Networks]) -> Any:
         def sample(problems: Sequence[Problem]) -> list[str]:
-            chains = [""] * len(problems)
-            for number, one in enumerate(ones):
-                part = slice(number, None, len(ones))
-                chains[part] = sample_chains(with_networks(run, one, networks_fn()), problems[part])
-            return chains
+            return sample_chains(with_networks(run, one, networks_fn()), problems)
 
         return open_walks(settings.walks, run.workdir / "walking" / "chains", sample)
 

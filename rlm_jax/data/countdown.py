@@ -29,7 +29,7 @@ class CountdownMix:
       sizes: numbers of a problem and their shares, which sum to 1.
       opening_share: demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
-      wrong_share, stray_share, leave_share, max_wrong, return_weight, sharpness: see `demonstrate`.
+      wrong_share, stray_share, max_wrong, return_weight, sharpness: see `demonstrate`.
     """
 
     tokenizer: str
@@ -40,7 +40,6 @@ class CountdownMix:
     small_share: float = 0.1
     wrong_share: float = 0.2
     stray_share: float = 0.0
-    leave_share: float = 0.0
     max_wrong: int = 4
     return_weight: float = 1.0
     sharpness: float = 0.5
@@ -48,8 +47,7 @@ class CountdownMix:
     def __post_init__(self):
         if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
             raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
-        shares = ("opening", "small", "wrong", "stray", "leave")
-        for name in (*(f"{share}_share" for share in shares), "return_weight"):
+        for name in ("opening_share", "small_share", "wrong_share", "stray_share", "return_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.shard_examples < 1:
@@ -150,7 +148,6 @@ def _demonstrate(
         demonstrate,
         wrong_share=mix.wrong_share,
         stray_share=mix.stray_share,
-        leave_share=mix.leave_share,
         max_wrong=mix.max_wrong,
         return_weight=mix.return_weight,
     )

@@ -22,7 +22,7 @@ class _Visit:
     """A state on a walk: row `row` of `moves`.
 
     right: shares of the moves [A] that keep the problem solvable; all 0 in a lost state.
-    wrong: weights of the others that were not tried yet. tried: moves that were made here.
+    wrong: weights of the others that were not tried yet. choices: the right lines.
     """
 
     moves: Moves
@@ -30,32 +30,11 @@ class _Visit:
     state: np.ndarray
     right: np.ndarray
     wrong: np.ndarray
-    tried: set[int] = dataclasses.field(default_factory=set)
+    choices: tuple[tuple[str, float], ...]
 
     @property
     def lost(self) -> bool:
-        return not self.right.any()
-
-    @property
-    def fresh(self) -> np.ndarray:
-        """Shares of the right moves that were not tried here."""
-        fresh = self.right.copy()
-        fresh[list(self.tried)] = 0.0
-        return fresh
-
-    @property
-    def open(self) -> np.ndarray:
-        """What is to be chosen from: `fresh`, or all right moves when all were tried."""
-        return self.fresh if self.fresh.any() else self.right
-
-    @property
-    def choices(self) -> tuple[tuple[str, float], ...]:
-        """The lines to be chosen from."""
-        shares = self.open / self.open.sum()
-        return tuple(
-            (write_move(self.moves, self.row, move), float(shares[move]))
-            for move in np.flatnonzero(shares).tolist()
-        )
+        return not self.choices
 
 
 @dataclasses.dataclass
@@ -80,7 +59,6 @@ def demonstrate(
     wrong_share: float,
     sharpness: float,
     stray_share: float = 0.0,
-    leave_share: float = 0.0,
     max_wrong: int = 4,
     return_weight: float = 1.0,
 ) -> list[Demonstration]:
@@ -97,11 +75,8 @@ def demonstrate(
       sharpness: a right move weighs its number of solutions to this power; 0 weighs all the same.
       stray_share: chance that a walk goes on from a lost state before it goes back, or that its
         last line misses.
-      leave_share: chance that a walk goes back at once from where a right move has led it, if there
-        is another right one. That one is the next right line then: what was tried tells which.
-      max_wrong: a walk ends, unfinished, when it goes back after so many moves that were wrong, led
-        on from a lost state or were right and left again. So the number of errors tells nothing
-        about the next move.
+      max_wrong: a walk ends, unfinished, when it goes back after so many moves that were wrong or
+        led on from a lost state. So the number of errors tells nothing about the next move.
       return_weight: what the choice to go back counts for. The solver goes back from every lost
         state at once; who cannot tell lost from solvable has to try a move or two before, and at
         weight 1 learns not to, wherever a state is likelier lost than not.
@@ -115,7 +90,7 @@ def demonstrate(
         arrived = {}
         for index, visit in visits.items():
             walks[index].path.append(visit)
-            state = _go_on(rng, walks[index], wrong_share, stray_share, leave_share, max_wrong)
+            state = _go_on(rng, walks[index], wrong_share, stray_share, max_wrong)
             if state is not None:
                 arrived[index] = state
         for index, state in arrived.items():
@@ -157,7 +132,7 @@ def correct_walks(
         if walk.path[-1].lost or (missed and not walk.solved):
             _take_back(walk)
         elif not walk.solved:
-            _take_right(walk, _draw(rng, walk.path[-1].open))
+            _take_right(walk, _draw(rng, walk.path[-1].right))
         long = [np.array([state]) for state in known if len(state) > 3]
         clean[index] &= not any(is_held_out(state, targets[index : index + 1])[0] for state in long)
     return _tell(walks, numbers, targets, clean)
@@ -221,17 +196,16 @@ def _visit(
         right = weigh_moves(below, sharpness)
         wrong = (moves.legal & (below == 0)) / (1 + moves.result / 100)
         for row, index in enumerate(indices):
-            visits[index] = _Visit(moves, row, states[row], right[row], wrong[row])
+            choices = tuple(
+                (write_move(moves, row, move), float(right[row, move]))
+                for move in np.flatnonzero(right[row]).tolist()
+            )
+            visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], choices)
     return visits
 
 
 def _go_on(
-    rng: np.random.Generator,
-    walk: _Walk,
-    wrong_share: float,
-    stray_share: float,
-    leave_share: float,
-    max_wrong: int,
+    rng: np.random.Generator, walk: _Walk, wrong_share: float, stray_share: float, max_wrong: int
 ) -> np.ndarray | None:
     """Walks until it comes to a state to ask about, or ends."""
     while True:
@@ -244,15 +218,9 @@ def _go_on(
             state = _take_wrong(walk, move)
             if len(state) > 1:
                 return state
-            _take_back(walk)
         elif not here.lost:
-            state = _take_right(walk, _draw(rng, here.open))
-            if state is None or not here.fresh.any() or rng.random() >= leave_share:
-                return state
-            walk.num_wrong += 1
-            walk.steps.append(Step(write_return(here.state), (), 1.0))
-        else:
-            _take_back(walk)
+            return _take_right(walk, _draw(rng, here.right))
+        _take_back(walk)
         if walk.num_wrong >= max_wrong:
             return None
 
@@ -260,9 +228,7 @@ def _go_on(
 def _take_right(walk: _Walk, move: int) -> np.ndarray | None:
     """Makes a right move; the state that it leads to, None behind the last."""
     here = walk.path[-1]
-    choices, weight = _what_is_right(walk)
-    walk.steps.append(Step(write_move(here.moves, here.row, move), choices, 1.0, weight))
-    here.tried.add(move)
+    walk.steps.append(Step(write_move(here.moves, here.row, move), here.choices, 1.0))
     walk.solved = len(here.state) == 2
     return None if walk.solved else here.moves.states[here.row, move]
 
@@ -276,7 +242,6 @@ def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     choices, weight = _what_is_right(walk)
     walk.steps.append(Step(opening, choices, None, weight))
     walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
-    here.tried.add(move)
     return here.moves.states[here.row, move]
 
 
@@ -293,14 +258,10 @@ def _what_is_right(
 ) -> tuple[tuple[tuple[str, float], ...], float]:
     """The right lines where the walk stands, and what choosing one counts for.
 
-    A right line that was tried before, and gave nothing, is right for reasons that the network did
-    not see: it is a label only where nothing else is, and counts for as little as going back.
-
     missed: it stands behind a last line that made another number than the target.
     """
     if not (missed or walk.path[-1].lost):
-        here = walk.path[-1]
-        return here.choices, 1.0 if here.fresh.any() else walk.return_weight
+        return walk.path[-1].choices, 1.0
     alive = next(visit for visit in reversed(walk.path) if not visit.lost)
     return ((write_return(alive.state), 1.0),), walk.return_weight
 

@@ -227,50 +227,6 @@ def test_demonstrations_say_what_is_right():
         assert dict(opening.steps[0].choices) == pytest.approx(shares)
 
 
-def test_walks_that_leave_a_right_move_take_another_one():
-    rng = np.random.default_rng(6)
-    numbers, wanted = countdown.draw_solvable(rng, 60, 4, np.array([24, 36, 51]))
-    walks = demonstrate(
-        rng, numbers, wanted, wrong_share=0.3, sharpness=0.0, leave_share=0.5, max_wrong=6
-    )
-    num_left = 0
-    for walk in walks:
-        state, tried = walk.prompt.split(":")[1].split(), {}
-        for step in walk.steps:
-            here = tried.setdefault(tuple(state), set())
-            assert not here & {text for text, _ in step.choices}
-            # A move is its choice and what follows from it where it is wrong.
-            state = step.text.replace(":", ";").split(";")[-1].split()
-            if step.text.startswith(":"):
-                num_left += not step.choices
-                assert step.value == 1
-            elif not step.text.startswith("="):
-                here.add(step.text)
-    assert num_left > len(walks) / 2
-
-
-def test_moves_that_were_tried_are_labels_where_nothing_else_is():
-    rng, chain = np.random.default_rng(7), "55 - 4 = 51 ; 40 51 85\n"
-    numbers, target = np.array([[4, 40, 55, 85]]), np.array([24])
-    (walk,) = correct_walks(
-        rng, numbers, target, [chain + ": 4 40 55 85\n" + chain], sharpness=0.5, return_weight=0.2
-    )
-    first, back, again, *_ = walk.steps
-    assert first.choices == again.choices == ((chain, 1.0),)
-    assert (first.weight, again.weight) == (1.0, 0.2)
-    assert back.text == ": 4 40 55 85\n"
-    rng, chain = np.random.default_rng(8), "40 - 13 = 27 ; 1 3 27\n"
-    (walk,) = correct_walks(
-        rng, np.array([[1, 3, 13, 40]]), target, [chain + ": 1 3 13 40\n" + chain], sharpness=0.5
-    )
-    first, _, again, *_ = walk.steps
-    assert chain in dict(first.choices)
-    assert chain not in dict(again.choices)
-    assert len(again.choices) == len(first.choices) - 1
-    assert sum(weight for _, weight in again.choices) == pytest.approx(1)
-    assert again.weight == 1
-
-
 def test_walks_of_a_network_are_labelled_as_those_of_the_solver():
     """The solver's own walks, given back as chains, are demonstrations again, step by step."""
     rng = np.random.default_rng(4)
