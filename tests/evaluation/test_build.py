@@ -102,6 +102,7 @@ def test_use_verifier_is_yes_or_no():
 
 MAKERS = {
     "greedy": greedy.make_greedy,
+    "greedy_no_repeats": greedy.make_greedy,
     "best_of_n": best_of_n.make_best_of_n,
     **build.TREE_SEARCHES,
 }
