@@ -26,8 +26,9 @@ Written by `experiments/report.py` from what `experiments/evaluate.py` measured;
 Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean per problem.
 
 - A search, and `best_of_n` without a number, stops at the first answer that its task proves right.
-  `greedy` is one chain. Expansions and tokens "at most" are the limits that were set, the other
-  columns what was spent.
+  `greedy` is one chain; `greedy_no_repeats` is one too, decoded so that from one state it writes no
+  step twice: nothing but its own text tells it what it tried, no verdict and no other chain.
+  Expansions and tokens "at most" are the limits that were set, the other columns what was spent.
 - `best of N` is N chains drawn independently, each to its own end: nothing stops early. Where the
   task verifies itself (Countdown, Game of 24) a problem counts as solved when any of the N is
   proven; elsewhere by the config's vote. Its tokens are those of all N; "in turn" are those of the
