@@ -21,10 +21,12 @@ def prompt(problem: Problem) -> list[Message]:
 
 def normalize(answer: str) -> str:
     """The canonical form of an answer: a number's, or else its words in lower case."""
-    value = parse_number(answer)
-    if value is not None:
-        return format_number(value)
-    return " ".join(_ARTICLES.sub(" ", _NO_WORDS.sub(" ", answer.lower())).split())
+    words = " ".join(_ARTICLES.sub(" ", _NO_WORDS.sub(" ", answer.lower())).split())
+    for text in (answer, words):
+        value = parse_number(text)
+        if value is not None:
+            return format_number(value)
+    return words
 
 
 def extract(text: str) -> str | None:

@@ -308,7 +308,7 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
         ([*SMOKE, "--problems=none.jsonl"], "no such file of problems: none.jsonl"),
         ([*SMOKE, "--problems=configs"], "configs is a folder"),
         ([*SMOKE, "--problems=y", "--answer=2"], "--answer belongs to --question"),
-        ([*SMOKE, "--question=x", "--strategy=mcts"], "'mcts': accepted are greedy, best_of_n, g"),
+        ([*SMOKE, "--question=x", "--strategy=mcts"], "'mcts': accepted are greedy, greedy_no"),
         ([*SMOKE, "--question=x", "--strategy=,"], "--strategy is empty: accepted are greedy"),
         ([*SMOKE, "--question=x", "--budget_tokens=0"], "budget_tokens must be >= 1, got 0"),
         ([*SMOKE, "--question=x", "--budget_tokens=-5"], "budget_tokens must be >= 1, got -5"),

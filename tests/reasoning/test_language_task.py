@@ -121,6 +121,7 @@ def test_every_verdict_is_that_of_the_tokens(model, drop_illegal):
         model, drop_illegal=drop_illegal, solved_reward=0.0 if drop_illegal else 0.5
     )
     seen = {"illegal": 0, "solved": 0, "failed": 0, "open": 0, "merged": 0}
+    dead_ends = 0
     confidence, starts = np.asarray(world.path_confidence), np.asarray(world.prompt_length)
     for row, oracle in enumerate(oracles(model, structure, world, config)):
         s = oracle.s
@@ -146,9 +147,13 @@ def test_every_verdict_is_that_of_the_tokens(model, drop_illegal):
             assert np.asarray(world.task_state["steps"])[row, node] == s.depth[node]
             new = s.span_start[node] + s.span_length[node] - starts[row]
             mean = confidence[row, node] / new
-            expected = mean if goes_on else 1.0 if solved else -0.25
+            children = [i for i in oracle.made if s.parent[i] == node]
+            dead_end = drop_illegal and children and all(oracle.illegal[i] for i in children)
+            dead_ends += bool(dead_end)
+            expected = 1.0 if solved else mean if goes_on and not dead_end else -0.25
             np.testing.assert_allclose(s.model_value[node], expected, atol=1e-6)
     assert min(seen.values()) > 2, seen
+    assert (dead_ends > 0) == drop_illegal
 
 
 def test_dropped_steps_take_no_pages(model):
