@@ -178,9 +178,12 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
         overrides = [arg.split("=")[0] for arg in argv if re.match(r"--?config\.", arg)]
         if not overrides:
             raise
+        words = set(re.findall(r"\w+", str(error)))
+        wrong = [name for name in overrides if words.intersection(name.split(".")[1:])]
         hint = re.search(r'Did you mean "(\w+)"', str(error))
         known = f"; did you mean {hint[1]}?" if hint else ""
-        raise ValueError(f"{', '.join(overrides)}: no such field in --config{known}") from error
+        names = ", ".join(wrong or overrides)
+        raise ValueError(f"{names}: no such field in --config{known}") from error
     if len(rest) > 1:
         raise ValueError(f"not a flag: {rest[1]!r} (--help lists the flags)")
     return rest

@@ -308,7 +308,10 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
         ([*SMOKE, "--problems=none.jsonl"], "no such file of problems: none.jsonl"),
         ([*SMOKE, "--problems=configs"], "configs is a folder"),
         ([*SMOKE, "--problems=y", "--answer=2"], "--answer belongs to --question"),
-        ([*SMOKE, "--question=x", "--strategy=mcts"], "'mcts': accepted are greedy, greedy_no"),
+        (
+            [*SMOKE, "--question=x", "--strategy=mcts"],
+            "'mcts': accepted are greedy, greedy_no_repeats, best_of_n, g",
+        ),
         ([*SMOKE, "--question=x", "--strategy=,"], "--strategy is empty: accepted are greedy"),
         ([*SMOKE, "--question=x", "--budget_tokens=0"], "budget_tokens must be >= 1, got 0"),
         ([*SMOKE, "--question=x", "--budget_tokens=-5"], "budget_tokens must be >= 1, got -5"),
@@ -342,6 +345,10 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
         ([*SMOKE, "--question=x", "--stratgy=puct"], "flag 'stratgy'. Did you mean: strategy"),
         ([*SMOKE, "--question=x", "puct"], "not a flag: 'puct'"),
         ([*SMOKE, "--question=x", "--config.nothing=1"], r"--config\.nothing: no such field"),
+        (
+            [*SMOKE, "--question=x", "--config.batch_size=2", "--config.puct.nodes=9"],
+            r"(?<!, )--config\.puct\.nodes: no such field",  # And not the others.
+        ),
         ([*SMOKE, "--question=x", "--config.task=poetry"], "'poetry': accepted are free, gsm8k"),
         ([*SMOKE, "--question=x", "--config.evaluator=me"], "'me': accepted are confidence"),
         ([*SMOKE, "--question=x", "--config.dtype=int8"], "dtype 'int8' is not supported"),
