@@ -42,6 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_depth = 6
 
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    sampling["no_repeats"] = False
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
     config.greedy = ConfigDict({"max_depth": 32, "sampling": {**sampling, "method": "greedy"}})

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 
+from rlm_jax.evaluation.chains import CHAINS
 from rlm_jax.evaluation.prompts import make_judge
 from rlm_jax.evaluation.solver import SIZES, Solver, check_sizes
 from rlm_jax.inference.sampling import SamplingConfig
@@ -60,9 +61,7 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
     "beam": beam.make_beam,
     "best_first": best_first.make_best_first,
 }
-# One chain; they differ in how it is decoded, which is the config's.
-_GREEDY = ("greedy", "greedy_no_repeats")
-STRATEGIES = (*_GREEDY, "best_of_n", *TREE_SEARCHES)
+STRATEGIES = (*CHAINS, *TREE_SEARCHES)
 _TASK_MODULES = (
     free, gsm8k, arithmetic, countdown, game24, knapsack, prontoqa, riddles, sat, sorting,
 )  # fmt: skip
@@ -265,11 +264,12 @@ def _make_task_tables(checker: DeviceTask, policy: Policy) -> Any:
 def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tuple[Strategy, int]:
     """The strategy, and the nodes its structures need."""
     own = {"max_depth": max_depth, **settings}
-    if name in _GREEDY:
-        return _make(name, greedy.make_greedy, own)._replace(name=name), 1 + max_depth
     if name == "best_of_n":
         strategy = _make(name, best_of_n.make_best_of_n, own)
         return strategy, 1 + settings["num_chains"] * max_depth
+    if name in CHAINS:
+        # One chain; they differ in how it is decoded, which is the config's.
+        return _make(name, greedy.make_greedy, own)._replace(name=name), 1 + max_depth
     num_nodes = own.pop("num_nodes")
     strategy = _make(name, TREE_SEARCHES[name], own)
     least = 1 + strategy.num_lanes * strategy.num_children

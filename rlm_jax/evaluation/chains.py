@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from rlm_jax.data.records import Record
 
+# Strategies whose structures are chains; the others make trees.
+CHAINS = ("greedy", "greedy_no_repeats", "best_of_n")
+
 
 class Chain(NamedTuple):
     """One of a record's chains: the tokens it took, what it says, and whether it came to an end."""

@@ -10,10 +10,9 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from rlm_jax.evaluation.chains import Price, price_accuracy
+from rlm_jax.evaluation.chains import CHAINS, Price, price_accuracy
 
 Result = dict[str, Any]
-_CHAINS = ("greedy", "greedy_no_repeats", "best_of_n")
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
@@ -41,7 +40,7 @@ def price_by_chains(result: Result, results: Iterable[Result]) -> dict[str, Pric
       "together" and, where the task verifies itself, "in turn"; empty for what is no search of a
       network, and where nothing was measured.
     """
-    if result["blind"] or result["strategy"] in _CHAINS:
+    if result["blind"] or result["strategy"] in CHAINS:
         return {}
     same = ("split", "model", "seed")
     measured = [

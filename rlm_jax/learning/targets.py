@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32
-from rlm_jax.reasoning.structure import Structure, frontier, has_child
+from rlm_jax.reasoning.structure import Structure, frontier, has_child, paths_up
 
 VALUE_RULES = ("search", "x1", "weighted", "max", "rollouts")
 
@@ -164,14 +164,8 @@ def trace_paths(
     Args:
       nodes: the ends, -1 for a structure without one. max_depth: steps of the longest path.
     """
-    rows = jnp.arange(nodes.shape[0])
-
-    def climb(node: Array, _: None) -> tuple[Array, Array]:
-        above = jnp.where(node > 0, structure.parent[rows, jnp.maximum(node, 0)], -1)
-        return above, node
-
-    _, steps = jax.lax.scan(climb, nodes.astype(jnp.int32), length=max_depth)
-    steps = jnp.where(steps.T > 0, steps.T, -1)
+    steps = paths_up(structure, nodes.astype(jnp.int32)[:, None], max_depth)[:, 0]
+    steps = jnp.where(steps > 0, steps, -1)
     length = (steps > 0).sum(-1, keepdims=True)
     at = jnp.arange(max_depth)[None]
     reversed_at = jnp.clip(length - 1 - at, 0, max_depth - 1)

@@ -3,7 +3,8 @@
 Model code knows tokens, positions and weights. How keys and values are kept (not at all, in a
 cache, in pages shared by a tree of steps) is the business of `attend`, which sees one layer's
 rotated queries and keys and carries any state it likes. Norms, rotary embeddings and softmax run
-in float32, matrix products and the residual stream in the dtype of the parameters.
+in float32, matrix products and the residual stream in the dtype of the parameters; matrices of
+`quantize.py` and `mixed.py` have products of their own.
 
 Papers: Llama (arXiv 2302.13971), Qwen2.5 (2412.15115), Qwen3 (2505.09388), Gemma-3 (2503.19786).
 """
@@ -23,13 +24,14 @@ from rlm_jax.models.params import Layer, Params
 from rlm_jax.models.quantize import QuantizedMatrix, look_up, multiply_quantized
 from rlm_jax.models.rope import RopeTable, apply_rope, rope_tables
 
+Matrix = Array | QuantizedMatrix | RoundedMatrix
+
 # Where XLA on CPU gains from another form of a product: rows, and weights of one row's.
 _FEW_ROWS = 256
 _SMALL_WEIGHTS = 1 << 19
 
 # attend(layer, q [R,T,H,E], k [R,T,G,E], v [R,T,G,E], state) -> (out [R,T,H,E], state); the layer
 # index is a Python int; q and k are rotated, q is not scaled yet (`attention.scores_scale`).
-Matrix = Array | QuantizedMatrix | RoundedMatrix
 Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
 
 

@@ -40,7 +40,7 @@ from rlm_jax.reasoning.language_world import (
 )
 from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
 from rlm_jax.reasoning.protocol import Expand, Outcome, Request
-from rlm_jax.reasoning.structure import NO_NODE, Structure, tokens_left
+from rlm_jax.reasoning.structure import NO_NODE, Structure, paths_up, tokens_left
 
 __all__ = [
     "LanguageConfig",
@@ -167,14 +167,9 @@ def find_tried(cfg, world, structure, rows) -> Tried:
 
     A step that went back to a state of the path may be repeated: it is how one gets there again.
     """
-    batch = jnp.arange(rows.parents.shape[0])[:, None]
-
-    def climb(nodes, _):
-        return structure.parent[batch, jnp.maximum(nodes, 0)], nodes
-
-    _, path = jax.lax.scan(climb, rows.parents, length=cfg.max_depth)
-    path = jnp.moveaxis(path, 0, -1)  # [B, rows, D], the row's node first.
-    batch, nodes = batch[..., None], jnp.maximum(path, 0)
+    # [B, rows, D]: a node that can grow has at most max_depth - 1 steps behind it, and the root.
+    path = paths_up(structure, rows.parents, cfg.max_depth)
+    batch, nodes = jnp.arange(path.shape[0])[:, None, None], jnp.maximum(path, 0)
     keys = structure.state_key[batch, nodes]
     before = structure.state_key[batch, jnp.maximum(structure.parent[batch, nodes], 0)]
     nearer_root = jnp.triu(jnp.ones((cfg.max_depth,) * 2, bool), 1)

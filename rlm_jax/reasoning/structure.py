@@ -181,6 +181,21 @@ def path_to_root(structure: Structure, batch: int, node: int) -> list[int]:
     return path[::-1]
 
 
+def paths_up(
+    structure: Structure, nodes: Int32[jax.Array, "B L"], num_nodes: int
+) -> Int32[jax.Array, "B L P"]:
+    """The first P = `num_nodes` nodes from each node to the root, itself first, along first
+    parents; -1 behind the root, and everywhere for node -1."""
+    rows = jnp.arange(nodes.shape[0])[:, None]
+
+    def climb(node, _):
+        above = structure.parent[rows, jnp.maximum(node, 0)]
+        return jnp.where(node > 0, above, NO_NODE), node
+
+    _, path = jax.lax.scan(climb, nodes, length=num_nodes)
+    return jnp.moveaxis(path, 0, -1)
+
+
 def has_child(
     structure: Structure, among: Bool[jax.Array, "B N"] | None = None
 ) -> Bool[jax.Array, "B N"]:
