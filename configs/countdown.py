@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_depth = 6
 
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    sampling["no_repeats"] = False
+    sampling |= {"min_ratio": 0.0, "no_repeats": False}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
     config.greedy = ConfigDict({"max_depth": 32, "sampling": {**sampling, "method": "greedy"}})
@@ -58,6 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # Countdown of five and six numbers is better off with 8 children than with 16.
     config.best_first = ConfigDict({**tree, "depth_bonus": 0.0, "prior_weight": 0.7})
     config.best_first.update({"num_nodes": 513, "sampling": {**sampling, "method": "beam"}})
+    config.best_first.merge_states = False
     # A state is worth its best move: the mean over all of them hides the one that solves it.
     config.puct = ConfigDict({**tree, "exploration": 0.3, "backup": "max", "merge_states": False})
     config.uct = ConfigDict({**tree, "exploration": 1.0})
@@ -104,6 +105,7 @@ def _training() -> dict:
             "stray_share": 0.3,
             "max_wrong": 5,
             "sharpness": 0.5,
+            "smoothing": 0.1,
             "shard_examples": 4096,
             "num_shards": placeholder(int),  # These over and over; none: always new ones.
         },
@@ -120,7 +122,8 @@ def _training() -> dict:
             "num_shards": 2,  # A chain is learned from twice: it costs more than its updates.
             "rows": 256,
             "max_depth": 20,
-            "temperature": 0.5,
+            "temperature": 0.5,  # 0: the likeliest tokens.
+            "no_repeats": True,  # As chains are written that are asked for new moves again and again.
             "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
             "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
             "optimizer": {

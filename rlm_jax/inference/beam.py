@@ -17,6 +17,8 @@ the sample is of what they leave: with top-k (or top-p and min-p among `max_cand
 falls on few tokens, without them on the whole vocabulary.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -114,6 +116,8 @@ def grow_beams(
     itself = jnp.where(ended, score, -jnp.inf)[:, None]
     race = jnp.concatenate([fresh, itself], -1).reshape(-1, num_siblings * (num_offers + 1))
     best, at = top_tokens(race, num_siblings)
+    if cfg.min_ratio:
+        best = jnp.where(best < best[:, :1] + math.log(cfg.min_ratio), -jnp.inf, best)
     # The best beams take the usable rows in order.
     usable = usable.reshape(best.shape)
     rank = jnp.maximum(jnp.cumsum(usable, -1) - 1, 0)

@@ -30,6 +30,7 @@ from rlm_jax.inference.sampling import (
     token_uncertainty,
 )
 from rlm_jax.inference.tried import Tried, follow_tried, take_away
+from rlm_jax.models.attention import MASKED_SCORE
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.models.transformer import forward, unembed
@@ -104,6 +105,7 @@ def decode_steps(
     num_slots: int,
     with_uncertainty: bool = False,
     tried: Tried | None = None,
+    barred: Bool[Array, "V"] | None = None,
 ) -> DecodedSteps:
     """Samples one step for every row.
 
@@ -118,6 +120,7 @@ def decode_steps(
       num_slots: S of the step caches, at least the rule's max_tokens; a whole number of pages.
       with_uncertainty: also sum up how unsure the model was, for two passes over the logits.
       tried: steps that the rows are not to write; not for beam methods.
+      barred: tokens that no step begins with. All log-probabilities are of the policy without them.
 
     Raises:
       ValueError: the rows are no whole number of groups, or beams are given steps to avoid.
@@ -135,6 +138,8 @@ def decode_steps(
 
     def body(loop: _Loop) -> _Loop:
         logits = unembed(params, loop.out.hidden, cfg=cfg)
+        if barred is not None:
+            logits = jnp.where(barred & (loop.index == 0), MASKED_SCORE, logits)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.index)
         unsure = token_uncertainty(logits) if with_uncertainty else None
         if loop.out.score is None:
@@ -197,6 +202,16 @@ def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
         values=caches[1],
         score=growth.score,
         **{name: move(getattr(old, name)) for name in _BEAM_FIELDS},
+    )
+    # Of a beam that is given up nothing is left.
+    holds = growth.score > -jnp.inf
+    out = dataclasses.replace(
+        out,
+        tokens=jnp.where(holds[:, None], out.tokens, 0),
+        **{
+            name: jnp.where(holds, getattr(out, name), 0).astype(getattr(out, name).dtype)
+            for name in ("length", "terminal", "logprob", "behaviour_logprob", "confidence")
+        },
     )
     return dataclasses.replace(loop, step=move(loop.step), out=out)
 

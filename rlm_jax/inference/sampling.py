@@ -33,6 +33,8 @@ class SamplingConfig:
     sibling that took a token at the same place costs it `diversity`); "stochastic_beam" (siblings
     are a sample of whole steps without replacement) and "beam" (the likeliest steps), both of what
     temperature and truncation leave, best first, rows empty if there are fewer (`beam.py`).
+    min_ratio in [0, 1): the likeliest steps ("beam") that are less likely than this share of the
+    likeliest are given up, token by token, so that a sure policy writes few steps.
     temperature > 0.
     top_k: 0 for all. top_p in (0, 1]. min_p in [0, 1). max_candidates: how many of the likeliest
     tokens top-p and min-p may choose among when no top_k bounds them. no_repeats: from one state of
@@ -44,6 +46,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    min_ratio: float = 0.0
     diversity: float = 1.0
     max_candidates: int = 64
     no_repeats: bool = False
@@ -55,6 +58,10 @@ class SamplingConfig:
             "top_k": (self.top_k >= 0, ">= 0"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "min_ratio": (
+                0 <= self.min_ratio < 1 and (not self.min_ratio or self.method == "beam"),
+                "in [0, 1), and 0 but for method 'beam'",
+            ),
             "diversity": (self.diversity >= 0, ">= 0"),
             "max_candidates": (self.max_candidates >= 1, ">= 1"),
             "no_repeats": (

@@ -159,7 +159,15 @@ def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> Decoded
         num_slots=world.tokens.shape[-1],
         with_uncertainty=world.path_uncertainty is not None,
         tried=find_tried(cfg, world, structure, rows) if cfg.sampling.no_repeats else None,
+        barred=find_barred(lm, cfg),
     )
+
+
+def find_barred(lm: LanguageModel, cfg: LanguageConfig) -> Bool[Array, "V"] | None:
+    """Tokens that no step of a tree begins with, as it would take earlier ones back."""
+    if cfg.task is None or cfg.task.returns is None or cfg.may_return:
+        return None
+    return cfg.task.returns(lm.task_tables)
 
 
 def find_tried(cfg, world, structure, rows) -> Tried:

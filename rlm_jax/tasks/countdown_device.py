@@ -269,4 +269,9 @@ def _is_right(sign: Array, left: Array, right: Array, result: Array) -> Bool[Arr
     )
 
 
-DEVICE_TASK = DeviceTask(make_tables, begin, step, state_key)
+def find_returns(tables: Tables) -> Bool[Array, "V"]:
+    """The tokens that a line begins with which goes back: `: 4 4 7 10`."""
+    return (tables.kind == _SIGN) & (tables.value == _SIGNS.index(":"))
+
+
+DEVICE_TASK = DeviceTask(make_tables, begin, step, state_key, find_returns)

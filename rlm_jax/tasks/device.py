@@ -47,6 +47,8 @@ class DeviceTask(NamedTuple):
       step: (tables, state, step ids [S], length, ends) -> what is known; `ends` says that the
         step ends the solution.
       key: state -> its hash, as `StepCheck.key` has it; None for a task that names no states.
+      returns: tables -> the tokens [V] that only a step begins with which takes earlier ones back
+        (`StepCheck.chain_only`); None for a task that has no such steps.
     """
 
     make_tables: Callable[[Sequence[bytes]], PyTree]
@@ -55,3 +57,4 @@ class DeviceTask(NamedTuple):
         [PyTree, PyTree, Int32[Array, "S"], Int32[Array, ""], Bool[Array, ""]], StepCheck
     ]
     key: Callable[[PyTree], UInt32[Array, ""]] | None = None
+    returns: Callable[[PyTree], Bool[Array, "V"]] | None = None

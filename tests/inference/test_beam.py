@@ -76,7 +76,7 @@ def prefilled(model_name):
 def program(model_name, sampling, num_siblings):
     _, cfg = make_model(model_name)
 
-    def run(params, keys, hidden, contexts, starts, limits):
+    def run(params, keys, hidden, contexts, starts, limits, barred):
         return decode_steps(
             params,
             keys,
@@ -92,13 +92,21 @@ def program(model_name, sampling, num_siblings):
             num_siblings=num_siblings,
             num_slots=SLOTS,
             with_uncertainty=True,
+            barred=barred,
         )
 
     return jax.jit(run)
 
 
 def decode(
-    sampling, num_siblings, problems=(0, 1, 2), seeds=None, *, name="tiny-llama", limits=None
+    sampling,
+    num_siblings,
+    problems=(0, 1, 2),
+    seeds=None,
+    *,
+    name="tiny-llama",
+    limits=None,
+    barred=None,
 ):
     """One group of rows for each of `problems`, its keys those of its own seed."""
     _, done, hidden = prefilled(name)
@@ -121,6 +129,7 @@ def decode(
         (context,),
         jnp.asarray(length[rows]),
         jnp.asarray(limits, jnp.int32),
+        None if barred is None else jnp.asarray(barred),
     )
 
 
@@ -192,7 +201,7 @@ def all_steps(table):
     return steps
 
 
-def plain_beam(table, width):
+def plain_beam(table, width, min_ratio=0.0):
     """Beam search in plain Python: [(step, log-probability)], and the tokens it forwarded."""
     beams, forwarded = [((), 0.0)], 0
     while not all(has_ended(step) for step, _ in beams):
@@ -204,6 +213,7 @@ def plain_beam(table, width):
                 offers += [((*step, t), logprob + table[step][t], 1) for t in range(NUM_TOKENS)]
         offers = [offer for offer in offers if offer[1] > -np.inf]
         offers = sorted(offers, key=lambda offer: -offer[1])[:width]
+        offers = [offer for offer in offers if np.exp(offer[1] - offers[0][1]) >= min_ratio]
         forwarded += sum(new for *_, new in offers)
         beams = [(step, logprob) for step, logprob, _ in offers]
     return beams, forwarded
@@ -242,6 +252,36 @@ def test_narrow_beams_equal_a_plain_beam_search(top_k):
         assert found == [step for step, _ in beams]
         np.testing.assert_allclose(out.score[rows], [lp for _, lp in beams], atol=1e-4)
         assert int(out.forwarded_tokens[rows].sum()) == forwarded
+
+
+def test_beams_far_below_the_best_are_given_up():
+    """As in plain Python, and nothing is left of them: their rows are empty."""
+    given_up = 0
+    out = decode(dataclasses.replace(BEAM, min_ratio=0.3), 4)
+    for group, found in enumerate(steps_of(out, 4)):
+        table = next_logprobs("tiny-llama", group, SHARP)
+        beams, forwarded = plain_beam(table, 4, 0.3)
+        rows = np.arange(group * 4, group * 4 + 4)
+        assert found == [step for step, _ in beams] + [()] * (4 - len(beams))
+        assert int(out.forwarded_tokens[rows].sum()) == forwarded
+        assert not np.asarray(out.terminal)[rows[len(beams) :]].any()
+        given_up += 4 - len(beams)
+    assert given_up > 0
+
+
+@pytest.mark.parametrize("sampling", [BEAM, SamplingConfig("sample")], ids=["beam", "sample"])
+def test_no_step_begins_with_a_barred_token(sampling):
+    """The others keep their odds; behind the first token all are free again."""
+    barred = np.array([True, True, False, False, False, False])
+    out = decode(sampling, 4, barred=barred)
+    steps = [step for group in steps_of(out, 4) for step in group]
+    assert not {step[0] for step in steps} & {0, 1}
+    assert {0, 1} & {token for step in steps for token in step[1:]}
+    for row, step in enumerate(steps):
+        table = next_logprobs("tiny-llama", row // 4)
+        first = log_softmax(np.where(barred, -np.inf, table[()]))
+        exact = first[step[0]] + sum(table[step[:i]][step[i]] for i in range(1, len(step)))
+        np.testing.assert_allclose(out.logprob[row], exact, atol=1e-4)
 
 
 def test_one_beam_is_greedy():

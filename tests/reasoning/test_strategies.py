@@ -42,6 +42,7 @@ CHAINS = {
         make_best_first(
             num_lanes=3, num_children=2, max_depth=5, threshold=-0.5, root_lanes=2, depth_bonus=0.1
         ),
+        make_best_first(num_lanes=2, num_children=3, max_depth=4, merge_states=True),
     ],
 }
 SMALL = {"max_depth": 4, "num_children": 3}
@@ -350,6 +351,23 @@ def test_best_first_weighs_odds_by_the_policy(weight, order):
         strategy.init(structure, keys), structure, request, outcome
     )
     assert jax.jit(strategy.ask)(state, structure, keys).nodes[0].tolist() == order
+
+
+@pytest.mark.parametrize("merge_states", [False, True])
+def test_best_first_grows_a_state_once_if_told(merge_states):
+    """Five states for 24 nodes: without merging some are grown again and again."""
+    strategy = make_best_first(num_children=3, max_depth=6, merge_states=merge_states)
+    keys, world, structure = start()
+    expand = make_expand(num_states=6, terminal_rate=0.0)
+    s = run_compiled(strategy, expand, None, keys, world, structure)[0]
+    s = jax.tree.map(np.asarray, s)
+    check(s)
+    again = 0
+    for b in np.flatnonzero(TOKEN_LIMITS == 300):
+        grown = np.unique(s.parent[b][(s.parent[b] > 0)])
+        states = [key for key in s.state_key[b][grown].tolist() if key]
+        again += len(states) - len(set(states))
+    assert (again == 0) == merge_states
 
 
 def test_best_first_ends_with_its_solutions():

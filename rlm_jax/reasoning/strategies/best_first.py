@@ -22,7 +22,11 @@ import jax.numpy as jnp
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool
 from rlm_jax.reasoning.operators.evaluate import sibling_prior
-from rlm_jax.reasoning.operators.structure import generate, put_children
+from rlm_jax.reasoning.operators.structure import (
+    generate,
+    merge_children,
+    put_children,
+)
 from rlm_jax.reasoning.operators.traversal import (
     ANSWER_RULES,
     AnswerRule,
@@ -55,6 +59,7 @@ def make_best_first(
     num_solutions: int | None = None,
     resample: bool = True,
     root_lanes: int = 1,
+    merge_states: bool = False,
     answer_rule: AnswerRule = "weighted",
 ) -> Strategy:
     """The strategy with these settings.
@@ -67,6 +72,8 @@ def make_best_first(
       threshold: unfinished steps valued below it are pruned at once; None prunes nothing.
       num_solutions: finished solutions at which the search ends; None: when budget or capacity do.
       resample: sample the root anew when nothing is open. root_lanes: lanes of K that it gets.
+      merge_states: a step to a state that the structure holds already is merged with it
+        (`merge_children`), and no state is grown twice; the expander names states by `state_key`.
       answer_rule: how the finished solutions vote, see `select_answer`.
 
     Raises:
@@ -101,7 +108,9 @@ def make_best_first(
             resample=resample,
             root_lanes=root_lanes,
         ),
-        tell=functools.partial(tell, max_depth=max_depth, threshold=threshold),
+        tell=functools.partial(
+            tell, max_depth=max_depth, threshold=threshold, merge_states=merge_states
+        ),
         answer=functools.partial(select_answer, rule=answer_rule),
         num_lanes=num_lanes,
         num_children=num_children,
@@ -156,8 +165,11 @@ def tell(
     *,
     max_depth: int,
     threshold: float | None,
+    merge_states: bool,
 ) -> tuple[State, Structure]:
     """Appends the steps: the grown leaves are closed, the new ones open."""
+    if merge_states:
+        structure, outcome = merge_children(structure, request, outcome)
     counted = request.grows[..., None] & outcome.valid & ~outcome.duplicate
     if threshold is not None:
         # Pruned before it takes part: its slot is taken, dead.
