@@ -123,7 +123,7 @@ def _training() -> dict:
             "rows": 256,
             "max_depth": 20,
             "temperature": 0.5,  # 0: the likeliest tokens.
-            "no_repeats": True,  # As chains are written that are asked for new moves again and again.
+            "no_repeats": True,  # Chains that ask for new moves again and again.
             "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
             "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
             "optimizer": {

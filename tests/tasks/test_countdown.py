@@ -252,7 +252,8 @@ def test_smoothed_labels_name_every_legal_move():
     # In a lost state there is nothing to smooth: one goes back.
     walks = demonstrate(np.random.default_rng(1), numbers, target, wrong_share=1.0, **options)
     lines = [step for step in walks[0].steps if step.text.startswith(":")]
-    assert lines and all(step.choices == ((step.text, 1.0),) for step in lines)
+    assert lines
+    assert all(step.choices == ((step.text, 1.0),) for step in lines)
 
 
 def test_walks_of_a_network_are_labelled_as_those_of_the_solver():
