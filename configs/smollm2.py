@@ -45,6 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "top_p": 0.95,
         "min_p": 0.0,
         "max_candidates": 64,
+        "min_ratio": 0.0,
         "diversity": 1.0,
         "no_repeats": False,
     }
@@ -142,6 +143,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_solutions": placeholder(int),
             "resample": True,
             "root_lanes": 1,
+            "merge_states": False,
         }
     )
     if variant == "smoke":
