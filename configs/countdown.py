@@ -219,6 +219,7 @@ def _make_scarce(config: ConfigDict) -> None:
     train.network.update({"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 352})
     train.data.update({"num_shards": 1, "shard_examples": 4096, "sizes": ((4, 1.0),)})
     train.data.update({"opening_share": 0.0, "wrong_share": 0.3, "max_wrong": 3})
+    train.data.smoothing = 0.0
     train.walks.num_steps = 0
     # PUCT counts visits, so that values are learned from searches that found nothing too.
     train.search.update({"strategy": "puct", "num_steps": 8})

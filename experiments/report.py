@@ -3,7 +3,8 @@
 python experiments/report.py --results=RESULTS/results.jsonl --out=docs/results.md
 
 Value calibration comes from the calibration.jsonl beside the results, where there is one, and
-self-improvement from the improvement.jsonl of improve.py, where --improvement names it.
+self-improvement from the improvement.jsonl of improve.py, where --improvement names it; without it
+the page keeps what it says of that.
 """
 
 import pathlib
@@ -12,6 +13,7 @@ from typing import Any
 import launching
 from absl import flags
 
+from rlm_jax.evaluation.improvement import TITLE as IMPROVEMENT_TITLE
 from rlm_jax.evaluation.improvement import write_improvement
 from rlm_jax.evaluation.results import name_row, price_by_chains, read_results
 
@@ -67,9 +69,18 @@ def main() -> None:
     if _IMPROVEMENT.value:
         points = read_results(_find("improvement", _IMPROVEMENT.value))
         parts.append(write_improvement(points))
+    elif kept := _read_section(pathlib.Path(_OUT.value), IMPROVEMENT_TITLE):
+        parts.append(kept)
     commands = dict.fromkeys(result["command"] for result in results)
     parts.append("## Commands\n\n" + "\n".join(f"    python {one}" for one in commands) + "\n")
     pathlib.Path(_OUT.value).write_text("\n".join(parts))
+
+
+def _read_section(page: pathlib.Path, title: str) -> str:
+    """A section of a page that was written before, empty where there is none."""
+    text = page.read_text() if page.exists() else ""
+    sections = [part for part in text.split("\n## ") if part.startswith(f"{title}\n")]
+    return f"## {sections[0]}" if sections else ""
 
 
 def _find(flag: str, name: str) -> pathlib.Path:

@@ -16,7 +16,8 @@ from rlm_jax.evaluation.results import name_row
 
 Point = dict[str, Any]
 
-HEAD = """## Self-improvement
+TITLE = "Self-improvement"
+HEAD = f"""## {TITLE}
 
 Two arms go on from the same networks, as many seconds each: `search` learns from its own searches,
 on problems without solutions; `more` goes on with the demonstrations that the networks know. A

@@ -114,3 +114,8 @@ def test_self_improvement_stands_beside_it(tmp_path):
     page = report(tmp_path, *RESULTS, flags=[f"--improvement={tmp_path}/improvement.jsonl"])
     assert "## Self-improvement" in page
     assert "    python improve.py --out=I\n" in page
+    # Written anew without the measurements, the page keeps what it says of them.
+    again = report(tmp_path, *RESULTS, *RESULTS[1:2])
+    begin, end = "## Self-improvement", "## Commands"
+    assert again != page
+    assert again[again.index(begin) : again.index(end)] == page[page.index(begin) : page.index(end)]
