@@ -54,11 +54,12 @@ def get_config(variant: str = "") -> ConfigDict:
         {"num_chains": 16, "max_depth": 32, "rule": "majority", "sampling": sampling}
     )
     tree = {"num_nodes": 257, "num_children": 16, "num_lanes": 1, "sampling": distinct}
-    # The likeliest lines, taken by the odds of their values and what the policy thinks of them.
-    # Countdown of five and six numbers is better off with 8 children than with 16.
+    # The likeliest lines, taken by the odds of their values and what the policy thinks of them; few
+    # where the policy is sure. Countdown of five and six numbers is better off with 8 children at
+    # most and a min_ratio of 0.12.
+    likeliest = {**sampling, "method": "beam", "min_ratio": 0.04}
     config.best_first = ConfigDict({**tree, "depth_bonus": 0.0, "prior_weight": 0.7})
-    config.best_first.update({"num_nodes": 513, "sampling": {**sampling, "method": "beam"}})
-    config.best_first.merge_states = False
+    config.best_first.update({"num_nodes": 513, "merge_states": True, "sampling": likeliest})
     # A state is worth its best move: the mean over all of them hides the one that solves it.
     config.puct = ConfigDict({**tree, "exploration": 0.3, "backup": "max", "merge_states": False})
     config.uct = ConfigDict({**tree, "exploration": 1.0})
@@ -105,7 +106,6 @@ def _training() -> dict:
             "stray_share": 0.3,
             "max_wrong": 5,
             "sharpness": 0.5,
-            "smoothing": 0.1,
             "shard_examples": 4096,
             "num_shards": placeholder(int),  # These over and over; none: always new ones.
         },
@@ -122,8 +122,7 @@ def _training() -> dict:
             "num_shards": 2,  # A chain is learned from twice: it costs more than its updates.
             "rows": 256,
             "max_depth": 20,
-            "temperature": 0.5,  # 0: the likeliest tokens.
-            "no_repeats": True,  # Chains that ask for new moves again and again.
+            "temperature": 0.5,
             "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
             "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
             "optimizer": {
@@ -210,8 +209,8 @@ def _make_scarce(config: ConfigDict) -> None:
     for name in ("greedy", "greedy_no_repeats", "best_of_n"):
         config[name].max_depth = 12
     # Its figures in docs/results.md were made with these, and with products in float32.
-    config.best_first.update({"prior_weight": 0.0, "num_nodes": 257})
-    config.best_first.sampling.method = "stochastic_beam"
+    config.best_first.update({"prior_weight": 0.0, "num_nodes": 257, "merge_states": False})
+    config.best_first.sampling.update({"method": "stochastic_beam", "min_ratio": 0.0})
     train = config.train
     train.loss.matmul_dtype = "float32"
     train.num_steps = 600
@@ -219,7 +218,6 @@ def _make_scarce(config: ConfigDict) -> None:
     train.network.update({"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 352})
     train.data.update({"num_shards": 1, "shard_examples": 4096, "sizes": ((4, 1.0),)})
     train.data.update({"opening_share": 0.0, "wrong_share": 0.3, "max_wrong": 3})
-    train.data.smoothing = 0.0
     train.walks.num_steps = 0
     # PUCT counts visits, so that values are learned from searches that found nothing too.
     train.search.update({"strategy": "puct", "num_steps": 8})

@@ -187,9 +187,7 @@ def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) ->
 
 def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None) -> Walking:
     train, walks = config["train"], config["train"]["walks"]
-    sampling = {"method": "greedy", "no_repeats": walks["no_repeats"]}
-    if walks["temperature"]:
-        sampling |= {"method": "sample", "temperature": walks["temperature"]}
+    sampling = {"temperature": walks["temperature"], "method": "sample"}
     chain = {**config["greedy"], "max_depth": walks["max_depth"]}
     chain["sampling"] = {**chain["sampling"], **sampling}
     one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}

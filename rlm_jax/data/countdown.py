@@ -29,7 +29,7 @@ class CountdownMix:
       sizes: numbers of a problem and their shares, which sum to 1.
       opening_share: demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
-      wrong_share, stray_share, max_wrong, return_weight, sharpness, smoothing: see `demonstrate`.
+      wrong_share, stray_share, max_wrong, return_weight, sharpness: see `demonstrate`.
     """
 
     tokenizer: str
@@ -43,13 +43,11 @@ class CountdownMix:
     max_wrong: int = 4
     return_weight: float = 1.0
     sharpness: float = 0.5
-    smoothing: float = 0.0
 
     def __post_init__(self):
         if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
             raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
-        shares = ("opening_share", "small_share", "wrong_share", "stray_share", "return_weight")
-        for name in (*shares, "smoothing"):
+        for name in ("opening_share", "small_share", "wrong_share", "stray_share", "return_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.shard_examples < 1:
@@ -89,7 +87,6 @@ def make_walks(
             [chains[i] for i in rows],
             sharpness=mix.sharpness,
             return_weight=mix.return_weight,
-            smoothing=mix.smoothing,
         )
         examples += [_tokenize(tokenizer, walk) for walk in walks]
     return examples
@@ -160,7 +157,7 @@ def _demonstrate(
         while made < wanted:
             draw = draw_solvable(rng, wanted - made, size, targets, highest=highest)
             demonstrations = (demonstrate_openings if opens else walk)(
-                rng, *draw, sharpness=mix.sharpness, smoothing=mix.smoothing
+                rng, *draw, sharpness=mix.sharpness
             )
             yield from demonstrations
             made += len(demonstrations)

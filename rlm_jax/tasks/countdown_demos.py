@@ -7,7 +7,7 @@ a state is lost (as the next line, and as its value), and to try something else.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,8 +22,7 @@ class _Visit:
     """A state on a walk: row `row` of `moves`.
 
     right: shares of the moves [A] that keep the problem solvable; all 0 in a lost state.
-    wrong: weights of the others that were not tried yet. choices: the right lines, and the openings
-    of all legal ones (`smoothing`); none in a lost state.
+    wrong: weights of the others that were not tried yet. choices: the right lines.
     """
 
     moves: Moves
@@ -62,7 +61,6 @@ def demonstrate(
     stray_share: float = 0.0,
     max_wrong: int = 4,
     return_weight: float = 1.0,
-    smoothing: float = 0.0,
 ) -> list[Demonstration]:
     """One demonstration of each solvable problem: numbers [R, n], sorted, and targets [R].
 
@@ -82,17 +80,13 @@ def demonstrate(
       return_weight: what the choice to go back counts for. The solver goes back from every lost
         state at once; who cannot tell lost from solvable has to try a move or two before, and at
         weight 1 learns not to, wherever a state is likelier lost than not.
-      smoothing: share of a choice's label that all legal moves have, those to small numbers more of
-        it, as far as they are a choice: which two numbers, and how. Who is asked for a move that
-        was not tried yet, and again, comes to the end of what looks right, and has to know what is
-        legal; were the shares equal, it would be large products that it cannot multiply.
     """
     walks = [_Walk([], [], return_weight) for _ in numbers]
     clean = ~is_held_out(numbers, targets)
     # Where each unfinished walk has arrived: states that no solver has looked at yet.
     arrived = dict(enumerate(numbers)) if numbers.shape[1] > 1 else {}
     while arrived:
-        visits = _visit(arrived, targets, sharpness, smoothing)
+        visits = _visit(arrived, targets, sharpness)
         arrived = {}
         for index, visit in visits.items():
             walks[index].path.append(visit)
@@ -113,7 +107,6 @@ def correct_walks(
     *,
     sharpness: float,
     return_weight: float = 1.0,
-    smoothing: float = 0.0,
 ) -> list[Demonstration]:
     """What the solver says to chains that a network wrote (DAgger, Ross et al., arXiv 1011.0686).
 
@@ -128,7 +121,7 @@ def correct_walks(
     walks = [_Walk([], [], return_weight) for _ in numbers]
     taken = [_follow_chain(row.tolist(), chain) for row, chain in zip(numbers, chains, strict=True)]
     clean = ~is_held_out(numbers, targets)
-    visits = _visit_chains(numbers, targets, taken, sharpness, smoothing)
+    visits = _visit_chains(numbers, targets, taken, sharpness)
     for index, (walk, lines) in enumerate(zip(walks, taken, strict=True)):
         known = visits[index]
         walk.path.append(known[tuple(numbers[index].tolist())])
@@ -146,12 +139,7 @@ def correct_walks(
 
 
 def demonstrate_openings(
-    rng: np.random.Generator,
-    numbers: np.ndarray,
-    targets: np.ndarray,
-    *,
-    sharpness: float,
-    smoothing: float = 0.0,
+    rng: np.random.Generator, numbers: np.ndarray, targets: np.ndarray, *, sharpness: float
 ) -> list[Demonstration]:
     """As `demonstrate`, but no more than which two numbers the first line combines, and how.
 
@@ -163,7 +151,10 @@ def demonstrate_openings(
     weight = weigh_moves(below, sharpness)
     demonstrations = []
     for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
-        choices = _smooth(moves, row, weight[row], smoothing, _write_opening)
+        choices = tuple(
+            (_write_opening(moves, row, move), float(weight[row, move]))
+            for move in np.flatnonzero(weight[row]).tolist()
+        )
         step = Step(_write_opening(moves, row, _draw(rng, weight[row])), choices, None)
         demonstrations.append(
             Demonstration(write_state(target, state) + "\n", (step,), False, None)
@@ -194,7 +185,7 @@ def _tell(
 
 
 def _visit(
-    arrived: dict[int, np.ndarray], targets: np.ndarray, sharpness: float, smoothing: float
+    arrived: dict[int, np.ndarray], targets: np.ndarray, sharpness: float
 ) -> dict[int, _Visit]:
     """Asks the solver about states of several sizes, those of a size together."""
     visits = {}
@@ -203,41 +194,14 @@ def _visit(
         states = np.stack([arrived[index] for index in indices])
         moves, below = count_below(states, targets[indices])
         right = weigh_moves(below, sharpness)
-        wrong = np.where(below == 0, _weigh_legal(moves), 0.0)
+        wrong = (moves.legal & (below == 0)) / (1 + moves.result / 100)
         for row, index in enumerate(indices):
-            choices = _smooth(moves, row, right[row], smoothing, write_move)
+            choices = tuple(
+                (write_move(moves, row, move), float(right[row, move]))
+                for move in np.flatnonzero(right[row]).tolist()
+            )
             visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], choices)
     return visits
-
-
-def _smooth(
-    moves: Moves,
-    row: int,
-    right: np.ndarray,
-    smoothing: float,
-    write_fn: Callable[[Moves, int, int], str],
-) -> tuple[tuple[str, float], ...]:
-    """Right moves with their shares [A], and the openings of legal ones; none where none is right.
-
-    write_fn: what a right move is written by.
-    """
-    choices = [
-        (write_fn(moves, row, move), (1 - smoothing) * float(right[move]))
-        for move in np.flatnonzero(right).tolist()
-    ]
-    if choices and smoothing:
-        legal = _weigh_legal(moves)[row]
-        share = smoothing / legal.sum()
-        choices += [
-            (_write_opening(moves, row, move), share * float(legal[move]))
-            for move in np.flatnonzero(legal).tolist()
-        ]
-    return tuple(choices)
-
-
-def _weigh_legal(moves: Moves) -> np.ndarray:
-    """Weights of the legal moves [R, A], larger where they lead to small numbers."""
-    return moves.legal / (1 + moves.result / 100)
 
 
 def _go_on(
@@ -319,7 +283,6 @@ def _visit_chains(
     targets: np.ndarray,
     taken: Sequence[Sequence[tuple[Line, list[int]]]],
     sharpness: float,
-    smoothing: float,
 ) -> list[dict[tuple[int, ...], _Visit]]:
     """Of each chain, what the solver says of its states of two numbers or more."""
     keys = [
@@ -329,8 +292,7 @@ def _visit_chains(
         if len(state) > 1
     ]
     wanted = targets[[index for index, _ in keys]]
-    states = {at: np.array(state) for at, (_, state) in enumerate(keys)}
-    visits = _visit(states, wanted, sharpness, smoothing)
+    visits = _visit({at: np.array(state) for at, (_, state) in enumerate(keys)}, wanted, sharpness)
     found: list[dict[tuple[int, ...], _Visit]] = [{} for _ in numbers]
     for at, (index, state) in enumerate(keys):
         found[index][state] = visits[at]

@@ -227,35 +227,6 @@ def test_demonstrations_say_what_is_right():
         assert dict(opening.steps[0].choices) == pytest.approx(shares)
 
 
-def test_smoothed_labels_name_every_legal_move():
-    """Right moves share what is left of them, and the legal ones, right or not, all of the rest."""
-    numbers, target = np.array([[3, 5, 8, 9]]), np.array([22])
-    assert not countdown_split.is_held_out(numbers, target)[0]
-    moves, _ = count_below(numbers, target)
-    exact = demonstrate_openings(np.random.default_rng(0), numbers, target, sharpness=0.5)
-    options = {"sharpness": 0.5, "smoothing": 0.2}
-    smooth = demonstrate_openings(np.random.default_rng(0), numbers, target, **options)
-    shares: dict[str, float] = {}
-    for text, weight in smooth[0].steps[0].choices:
-        shares[text] = shares.get(text, 0.0) + weight
-    assert sum(shares.values()) == pytest.approx(1)
-    right = dict(exact[0].steps[0].choices)
-    legal = {
-        f"{moves.larger[0, i]} {'+-*/'[moves.operator[0, i]]} {moves.smaller[0, i]}"
-        for i in np.flatnonzero(moves.legal[0])
-    }
-    assert set(shares) == legal > set(right)
-    least = {text: shares[text] - 0.8 * right.get(text, 0.0) for text in legal}
-    assert sum(least.values()) == pytest.approx(0.2)
-    small, large = "9 - 8", "9 * 8"
-    assert least[small] / least[large] == pytest.approx(1.72 / 1.01)
-    # In a lost state there is nothing to smooth: one goes back.
-    walks = demonstrate(np.random.default_rng(1), numbers, target, wrong_share=1.0, **options)
-    lines = [step for step in walks[0].steps if step.text.startswith(":")]
-    assert lines
-    assert all(step.choices == ((step.text, 1.0),) for step in lines)
-
-
 def test_walks_of_a_network_are_labelled_as_those_of_the_solver():
     """The solver's own walks, given back as chains, are demonstrations again, step by step."""
     rng = np.random.default_rng(4)
