@@ -275,3 +275,18 @@ def test_states_move_with_a_kept_subtree(model):
     for row in range(len(PROMPTS)):
         for new in range(int(kept.num_nodes[row])):
             assert after[row, new] == before[row, order[row, new]]
+
+
+def test_steps_of_trees_do_not_begin_with_what_goes_back(model):
+    """Chains may; and where a task names no such tokens nothing is barred."""
+    barred = range(0, 256, 2)
+    task = TASK._replace(returns=lambda tables: tables % 2 == 0)
+
+    def first_tokens(**options):
+        structure, world, config = search(model, **options)
+        found = oracles(model, structure, world, config)
+        return {one.step(node)[0] for one in found for node in one.made}
+
+    assert first_tokens().intersection(barred)
+    assert first_tokens(task=task, may_return=True).intersection(barred)
+    assert not first_tokens(task=task).intersection(barred)

@@ -421,6 +421,17 @@ def test_the_device_says_what_python_says(name):
     assert 0.1 < np.mean(expected) < 0.7
 
 
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+def test_lines_that_go_back_begin_with_tokens_of_their_own(name):
+    """And no line that makes a move begins with one of them."""
+    pieces = _vocabularies()[name]
+    task = countdown.TASK.device
+    barred = np.asarray(task.returns(task.make_tables(pieces)))
+    assert {pieces[token].strip(b" ") for token in np.flatnonzero(barred)} == {b":"}
+    assert barred[_encode(pieces, ": 4 4 7 10\n")[0]]
+    assert not barred[_encode(pieces, "10 - 4 = 6 ; 4 6 7\n")[0]]
+
+
 def test_equal_states_have_equal_keys_and_other_prompts_tell_nothing():
     tokenizer = ByteTokenizer()
     pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
