@@ -1,6 +1,6 @@
 """Writes docs/results.md from what evaluate.py left.
 
-python experiments/report.py --results=RESULTS/results.jsonl --out=docs/results.md
+python experiments/report.py --results=docs/results/results.jsonl --out=docs/results.md
 
 Value calibration comes from the calibration.jsonl beside the results, where there is one, and
 self-improvement from the improvement.jsonl of improve.py, where --improvement names it; without it
