@@ -185,7 +185,10 @@ def _share_out(score: Float32[Array, "R"], noisy: Float32[Array, "R C"]) -> Floa
     The paper's appendix B.3: -log(exp(-score) - exp(-largest) + exp(-noisy)), in a form that
     neither overflows nor cancels.
     """
-    gap = noisy - noisy.max(-1, keepdims=True)
+    # The largest is known by its place: a compiler may compute `noisy` once for the maximum and
+    # again, rounded otherwise, for the difference, which is then not 0 or even above it.
+    largest = jnp.arange(noisy.shape[-1]) == noisy.argmax(-1, keepdims=True)
+    gap = jnp.where(largest, 0.0, jnp.minimum(noisy - noisy.max(-1, keepdims=True), 0.0))
     # log(1 - exp(gap)), each form where it is exact.
     rest = jnp.where(gap > -0.7, jnp.log(-jnp.expm1(gap)), jnp.log1p(-jnp.exp(gap)))
     below = score[:, None] - noisy + rest
