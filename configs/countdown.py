@@ -42,16 +42,21 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_depth = 6
 
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    sampling |= {"min_ratio": 0.0, "no_repeats": False}
+    sampling |= {"min_ratio": 0.0, "no_repeats": False, "return_bias": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
-    config.greedy = ConfigDict({"max_depth": 32, "sampling": {**sampling, "method": "greedy"}})
+    chain = {"max_depth": 32, "max_refused": 0}
+    config.greedy = ConfigDict({**chain, "sampling": {**sampling, "method": "greedy"}})
     # The same chain, decoded so that from one state it writes no line twice.
-    config.greedy_no_repeats = ConfigDict(
-        {"max_depth": 32, "sampling": {**sampling, "method": "greedy", "no_repeats": True}}
+    no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
+    config.greedy_no_repeats = ConfigDict({**chain, "sampling": no_repeats})
+    # And where a line does not follow it writes another one. It goes back less readily: taught by a
+    # solver that goes back from every lost state at once, it leaves states that it cannot judge.
+    config.greedy_legal = ConfigDict(
+        {**chain, "max_refused": 16, "sampling": {**no_repeats, "return_bias": -1.5}}
     )
     config.best_of_n = ConfigDict(
-        {"num_chains": 16, "max_depth": 32, "rule": "majority", "sampling": sampling}
+        {**chain, "num_chains": 16, "rule": "majority", "sampling": sampling}
     )
     tree = {"num_nodes": 257, "num_children": 16, "num_lanes": 1, "sampling": distinct}
     # The likeliest lines, taken by the odds of their values and what the policy thinks of them; few
@@ -206,7 +211,7 @@ def _training() -> dict:
 
 def _make_scarce(config: ConfigDict) -> None:
     config.budget_tokens = 1024
-    for name in ("greedy", "greedy_no_repeats", "best_of_n"):
+    for name in ("greedy", "greedy_no_repeats", "greedy_legal", "best_of_n"):
         config[name].max_depth = 12
     # Its figures in docs/results.md were made with these, and with products in float32.
     config.best_first.update({"prior_weight": 0.0, "num_nodes": 257, "merge_states": False})
@@ -232,7 +237,7 @@ def _shrink(config: ConfigDict) -> None:
     config.batch_size = 4
     config.budget_tokens = 64
     config.max_depth = 3
-    for name in ("greedy", "greedy_no_repeats", "best_of_n"):
+    for name in ("greedy", "greedy_no_repeats", "greedy_legal", "best_of_n"):
         config[name].max_depth = 3
     config.best_of_n.num_chains = 2
     for name in ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel"):

@@ -48,12 +48,16 @@ def get_config(variant: str = "") -> ConfigDict:
         "min_ratio": 0.0,
         "diversity": 1.0,
         "no_repeats": False,
+        "return_bias": 0.0,
     }
-    config.greedy = ConfigDict({"sampling": {**sampling, "method": "greedy"}})
-    config.greedy_no_repeats = ConfigDict(
-        {"sampling": {**sampling, "method": "greedy", "no_repeats": True}}
+    chain = {"max_refused": 0}
+    config.greedy = ConfigDict({**chain, "sampling": {**sampling, "method": "greedy"}})
+    no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
+    config.greedy_no_repeats = ConfigDict({**chain, "sampling": no_repeats})
+    config.greedy_legal = ConfigDict({"max_refused": 8, "sampling": no_repeats})
+    config.best_of_n = ConfigDict(
+        {**chain, "num_chains": 8, "rule": "majority", "sampling": sampling}
     )
-    config.best_of_n = ConfigDict({"num_chains": 8, "rule": "majority", "sampling": sampling})
     shared = {"num_children": 4, "answer_rule": "weighted", "sampling": sampling}
     tree = {
         **shared,

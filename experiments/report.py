@@ -30,6 +30,8 @@ Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean p
 - A search, and `best_of_n` without a number, stops at the first answer that its task proves right.
   `greedy` is one chain; `greedy_no_repeats` is one too, decoded so that from one state it writes no
   step twice: nothing but its own text tells it what it tried, no verdict and no other chain.
+  `greedy_legal` is that chain where the task referees: a step that does not follow is refused,
+  costs its tokens, and another one is written in its place; of legal steps the task says nothing.
   Expansions and tokens "at most" are the limits that were set, the other columns what was spent.
 - `best of N` is N chains drawn independently, each to its own end: nothing stops early. Where the
   task verifies itself (Countdown, Game of 24) a problem counts as solved when any of the N is

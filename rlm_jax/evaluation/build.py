@@ -161,6 +161,12 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     max_depth = own.pop("max_depth", config["max_depth"])
     strategy, num_nodes = _make_strategy(name, own, max_depth)
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
+    _check_going_back(config, name, sampling)
+    if own.get("max_refused") and not (config["use_verifier"] and config["drop_illegal"]):
+        raise ValueError(
+            f"{name}.max_refused={own['max_refused']}: accepted is 0 without use_verifier and "
+            "drop_illegal, as nothing refuses steps then"
+        )
     judge = own.get("judge", "expansion")
     language = dataclasses.replace(
         _make_language(config, sampling, num_nodes, judge),
@@ -235,6 +241,23 @@ def build_solver(
     )
 
 
+def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingConfig) -> None:
+    """Raises ValueError where `return_bias` would do nothing."""
+    if not sampling.return_bias:
+        return
+    device = TASKS[config["task"]].device
+    reason = None
+    if name in TREE_SEARCHES:
+        reason = "a tree goes back by itself"
+    elif device is None or device.returns is None:
+        reason = f"task {config['task']!r} has no steps that go back"
+    elif not config["use_verifier"]:
+        reason = "without use_verifier nothing says which steps go back"
+    if reason is not None:
+        value = sampling.return_bias
+        raise ValueError(f"{name}.sampling.return_bias={value}: accepted is 0, as {reason}")
+
+
 def _make_language(
     config: Mapping[str, Any], sampling: SamplingConfig, num_nodes: int, judge: str
 ) -> LanguageConfig:
@@ -264,12 +287,14 @@ def _make_task_tables(checker: DeviceTask, policy: Policy) -> Any:
 def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tuple[Strategy, int]:
     """The strategy, and the nodes its structures need."""
     own = {"max_depth": max_depth, **settings}
+    max_refused = settings.get("max_refused", 0)
     if name == "best_of_n":
         strategy = _make(name, best_of_n.make_best_of_n, own)
-        return strategy, 1 + settings["num_chains"] * max_depth
+        return strategy, 1 + settings["num_chains"] * (max_depth + max_refused)
     if name in CHAINS:
         # One chain; they differ in how it is decoded, which is the config's.
-        return _make(name, greedy.make_greedy, own)._replace(name=name), 1 + max_depth
+        strategy = _make(name, greedy.make_greedy, own)._replace(name=name)
+        return strategy, 1 + max_depth + max_refused
     num_nodes = own.pop("num_nodes")
     strategy = _make(name, TREE_SEARCHES[name], own)
     least = 1 + strategy.num_lanes * strategy.num_children

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rlm_jax.data.records import Record
 
 # Strategies whose structures are chains; the others make trees.
-CHAINS = ("greedy", "greedy_no_repeats", "best_of_n")
+CHAINS = ("greedy", "greedy_no_repeats", "greedy_legal", "best_of_n")
 
 
 class Chain(NamedTuple):
@@ -32,10 +32,13 @@ class Price(NamedTuple):
 
 
 def read_chains(record: Record) -> list[Chain]:
-    """The chains of a `best_of_n` or `greedy` record, in the order of their first steps.
+    """The chains of a record of `CHAINS`, in the order of their first steps.
+
+    A step that the task refused costs its tokens, and is part of what a chain says where the chain
+    ends with it; a first step of its kind is a chain of its own.
 
     Raises:
-      ValueError: a node besides the root has more than one child: the record is of a tree.
+      ValueError: a node besides the root has more than one living child: the record is of a tree.
     """
     below: dict[int, list[dict[str, Any]]] = {}
     for node in record["nodes"][1:]:
@@ -43,18 +46,20 @@ def read_chains(record: Record) -> list[Chain]:
     root = record["nodes"][0]["id"]
     chains = []
     for first in below.get(root, []):
-        steps = [first]
+        steps, tokens = [first], len(first["tokens"])
         while steps[-1]["id"] in below:
             children = below[steps[-1]["id"]]
-            if len(children) > 1:
+            living = [child for child in children if child["alive"]]
+            if len(living) > 1:
                 raise ValueError(
-                    f"record {record['id']!r}: node {steps[-1]['id']} has {len(children)} "
+                    f"record {record['id']!r}: node {steps[-1]['id']} has {len(living)} "
                     "children; the steps of chains have one"
                 )
-            steps += children
+            tokens += sum(len(child["tokens"]) for child in children)
+            steps.append((living or children)[-1])
         chains.append(
             Chain(
-                tokens=sum(len(step["tokens"]) for step in steps),
+                tokens=tokens,
                 text="".join(step["text"] for step in steps),
                 finished=steps[-1]["terminal"] and steps[-1]["alive"],
             )

@@ -30,7 +30,6 @@ from rlm_jax.inference.sampling import (
     token_uncertainty,
 )
 from rlm_jax.inference.tried import Tried, follow_tried, take_away
-from rlm_jax.models.attention import MASKED_SCORE
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.models.transformer import forward, unembed
@@ -105,7 +104,7 @@ def decode_steps(
     num_slots: int,
     with_uncertainty: bool = False,
     tried: Tried | None = None,
-    barred: Bool[Array, "V"] | None = None,
+    first_bias: Float32[Array, "V"] | None = None,
 ) -> DecodedSteps:
     """Samples one step for every row.
 
@@ -120,7 +119,8 @@ def decode_steps(
       num_slots: S of the step caches, at least the rule's max_tokens; a whole number of pages.
       with_uncertainty: also sum up how unsure the model was, for two passes over the logits.
       tried: steps that the rows are not to write; not for beam methods.
-      barred: tokens that no step begins with. All log-probabilities are of the policy without them.
+      first_bias: added to the logits of each step's first token (MASKED_SCORE: no step begins with
+        it). All log-probabilities are of the policy so changed.
 
     Raises:
       ValueError: the rows are no whole number of groups, or beams are given steps to avoid.
@@ -138,8 +138,8 @@ def decode_steps(
 
     def body(loop: _Loop) -> _Loop:
         logits = unembed(params, loop.out.hidden, cfg=cfg)
-        if barred is not None:
-            logits = jnp.where(barred & (loop.index == 0), MASKED_SCORE, logits)
+        if first_bias is not None:
+            logits = logits + jnp.where(loop.index == 0, first_bias, 0.0)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.index)
         unsure = token_uncertainty(logits) if with_uncertainty else None
         if loop.out.score is None:

@@ -12,6 +12,7 @@ as x1 uses it (golden G40). Beams that displace one another are the business of 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ class SamplingConfig:
     top_k: 0 for all. top_p in (0, 1]. min_p in [0, 1). max_candidates: how many of the likeliest
     tokens top-p and min-p may choose among when no top_k bounds them. no_repeats: from one state of
     its path no step is written twice (`tried.py`); not for beams.
+    return_bias: added to the logit of the token that a step of a chain begins with which takes
+    earlier ones back (`DeviceTask.returns`): below 0 a chain goes back less readily.
     """
 
     method: str = "sample"
@@ -50,6 +53,7 @@ class SamplingConfig:
     diversity: float = 1.0
     max_candidates: int = 64
     no_repeats: bool = False
+    return_bias: float = 0.0
 
     def __post_init__(self):
         accepted = {
@@ -68,6 +72,7 @@ class SamplingConfig:
                 not self.no_repeats or self.method in ("sample", "greedy"),
                 "false, or method 'sample' or 'greedy'",
             ),
+            "return_bias": (math.isfinite(self.return_bias), "finite"),
         }
         for name, (holds, what) in accepted.items():
             if not holds:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.budget import zero_budget
-from rlm_jax.core.types import Array, Bool, Key
+from rlm_jax.core.types import Array, Bool, Float32, Key
 from rlm_jax.inference.decode import DecodedSteps, decode_steps
 from rlm_jax.inference.pages import (
     gather_paths,
@@ -25,6 +25,7 @@ from rlm_jax.inference.pages import (
     write_steps,
 )
 from rlm_jax.inference.tried import Tried, make_tried
+from rlm_jax.models.attention import MASKED_SCORE
 from rlm_jax.reasoning.language_evaluate import Judged, NewSteps, evaluate, stated_answers
 from rlm_jax.reasoning.language_task import Verdicts, check_steps
 from rlm_jax.reasoning.language_world import (
@@ -159,36 +160,44 @@ def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> Decoded
         num_slots=world.tokens.shape[-1],
         with_uncertainty=world.path_uncertainty is not None,
         tried=find_tried(cfg, world, structure, rows) if cfg.sampling.no_repeats else None,
-        barred=find_barred(lm, cfg),
+        first_bias=find_first_bias(lm, cfg),
     )
 
 
-def find_barred(lm: LanguageModel, cfg: LanguageConfig) -> Bool[Array, "V"] | None:
-    """Tokens that no step of a tree begins with, as it would take earlier ones back."""
-    if cfg.task is None or cfg.task.returns is None or cfg.may_return:
+def find_first_bias(lm: LanguageModel, cfg: LanguageConfig) -> Float32[Array, "V"] | None:
+    """What a step's first token is biased by: in a tree none goes back, in a chain few may."""
+    if cfg.task is None or cfg.task.returns is None:
         return None
-    return cfg.task.returns(lm.task_tables)
+    bias = cfg.sampling.return_bias if cfg.may_return else MASKED_SCORE
+    return jnp.where(cfg.task.returns(lm.task_tables), bias, 0.0) if bias else None
 
 
 def find_tried(cfg, world, structure, rows) -> Tried:
     """Steps of each row's path that went on from the state where the row stands.
 
     A step that went back to a state of the path may be repeated: it is how one gets there again.
+    Where a structure is one chain, steps that were refused are among them.
     """
     # [B, rows, D]: a node that can grow has at most max_depth - 1 steps behind it, and the root.
     path = paths_up(structure, rows.parents, cfg.max_depth)
+    if rows.parents.shape[1] == 1:
+        every = jnp.arange(structure.capacity)
+        refused = ~structure.alive & (every < structure.num_nodes[:, None])
+        path = jnp.where((every <= rows.parents) | refused, every, NO_NODE)[:, None, ::-1]
+    span = path.shape[-1]
     batch, nodes = jnp.arange(path.shape[0])[:, None, None], jnp.maximum(path, 0)
     keys = structure.state_key[batch, nodes]
+    here = jnp.take_along_axis(structure.state_key, rows.parents, 1)[..., None]
     before = structure.state_key[batch, jnp.maximum(structure.parent[batch, nodes], 0)]
-    nearer_root = jnp.triu(jnp.ones((cfg.max_depth,) * 2, bool), 1)
+    nearer_root = jnp.triu(jnp.ones((span, span), bool), 1)
     seen = (keys[..., None] == keys[..., None, :]) & nearer_root
     back = seen.any(-1) & (keys != 0)
-    tried = (path > 0) & (before == keys[..., :1]) & ~back
+    tried = (path > 0) & (before == here) & ~back
 
     def of_rows(array):
-        return array[batch, nodes].reshape(-1, cfg.max_depth, *array.shape[2:])
+        return array[batch, nodes].reshape(-1, span, *array.shape[2:])
 
-    length = jnp.where(tried.reshape(-1, cfg.max_depth), of_rows(structure.span_length), 0)
+    length = jnp.where(tried.reshape(-1, span), of_rows(structure.span_length), 0)
     return make_tried(of_rows(world.tokens), length, of_rows(world.token_logprobs))
 
 

@@ -100,9 +100,34 @@ def test_use_verifier_is_yes_or_no():
         build.plan_strategy(config, "puct")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("puct", {"sampling.return_bias": -1.0}, "puct.sampling.return_bias=-1.0: .* a tree goes"),
+        ("greedy", {"sampling.return_bias": -1.0}, "task 'free' has no steps that go back"),
+        ("greedy", {"sampling.return_bias": float("nan")}, "return_bias=nan: accepted is finite"),
+        (
+            "greedy",
+            {"sampling.return_bias": -1.0, "task": "countdown", "use_verifier": False},
+            "without use_verifier nothing says",
+        ),
+        ("greedy_legal", {"use_verifier": False}, "max_refused=8: accepted is 0 without"),
+        ("greedy_legal", {"drop_illegal": False}, "max_refused=8: accepted is 0 without"),
+    ],
+)
+def test_what_chains_may_do_needs_a_task_that_says_so(name, changes, message):
+    config = make_config(**{key: value for key, value in changes.items() if "." not in key})
+    for key, value in changes.items():
+        if "." in key:
+            config[name][key.split(".")[0]][key.split(".")[1]] = value
+    with pytest.raises(ValueError, match=message):
+        build.plan_strategy(config, name)
+
+
 MAKERS = {
     "greedy": greedy.make_greedy,
     "greedy_no_repeats": greedy.make_greedy,
+    "greedy_legal": greedy.make_greedy,
     "best_of_n": best_of_n.make_best_of_n,
     **build.TREE_SEARCHES,
 }

@@ -31,6 +31,12 @@ def test_chains_keep_their_order_and_what_they_cost():
         Chain(3, "ccc", False),
     ]
     assert read_chains(make_tree_record([])) == []
+    refused_twice = [(0, "a", False, True), (1, "xx", False, False), (1, "b", True, True)]
+    refused_twice += [(0, "yyy", False, False)]
+    assert read_chains(make_tree_record(refused_twice)) == [
+        Chain(4, "ab", True),
+        Chain(3, "yyy", False),
+    ]
     with pytest.raises(ValueError, match="node 1 has 2 children"):
         read_chains(
             make_tree_record([(0, "a", False, True), (1, "b", False, True), (1, "c", False, True)])

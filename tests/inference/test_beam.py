@@ -14,7 +14,7 @@ from rlm_jax.inference.attention import Context
 from rlm_jax.inference.decode import decode_steps
 from rlm_jax.inference.extend import extend, last_hidden
 from rlm_jax.inference.sampling import SamplingConfig
-from rlm_jax.models.attention import make_dense_attend
+from rlm_jax.models.attention import MASKED_SCORE, make_dense_attend
 from rlm_jax.models.params import init_params
 from rlm_jax.models.presets import preset
 from rlm_jax.models.transformer import forward, unembed
@@ -76,7 +76,7 @@ def prefilled(model_name):
 def program(model_name, sampling, num_siblings):
     _, cfg = make_model(model_name)
 
-    def run(params, keys, hidden, contexts, starts, limits, barred):
+    def run(params, keys, hidden, contexts, starts, limits, first_bias):
         return decode_steps(
             params,
             keys,
@@ -92,7 +92,7 @@ def program(model_name, sampling, num_siblings):
             num_siblings=num_siblings,
             num_slots=SLOTS,
             with_uncertainty=True,
-            barred=barred,
+            first_bias=first_bias,
         )
 
     return jax.jit(run)
@@ -106,7 +106,7 @@ def decode(
     *,
     name="tiny-llama",
     limits=None,
-    barred=None,
+    first_bias=None,
 ):
     """One group of rows for each of `problems`, its keys those of its own seed."""
     _, done, hidden = prefilled(name)
@@ -129,7 +129,7 @@ def decode(
         (context,),
         jnp.asarray(length[rows]),
         jnp.asarray(limits, jnp.int32),
-        None if barred is None else jnp.asarray(barred),
+        None if first_bias is None else jnp.asarray(first_bias, jnp.float32),
     )
 
 
@@ -273,7 +273,7 @@ def test_beams_far_below_the_best_are_given_up():
 def test_no_step_begins_with_a_barred_token(sampling):
     """The others keep their odds; behind the first token all are free again."""
     barred = np.array([True, True, False, False, False, False])
-    out = decode(sampling, 4, barred=barred)
+    out = decode(sampling, 4, first_bias=np.where(barred, MASKED_SCORE, 0))
     steps = [step for group in steps_of(out, 4) for step in group]
     assert not {step[0] for step in steps} & {0, 1}
     assert {0, 1} & {token for step in steps for token in step[1:]}

@@ -26,11 +26,12 @@ def make_expand(
     value_fn=None,
     num_states=1,
     proven_answer=0,
+    refused_rate=0.0,
 ):
     """An expander with these rates; `value_fn(bits) -> value` replaces the random values.
 
     num_states: state keys are drawn below it (1: none). proven_answer: the answer that a verifier
-    would accept (0: none).
+    would accept (0: none). refused_rate: of steps that a task refuses; a second try is another.
     """
 
     def value_of(bits):
@@ -62,10 +63,12 @@ def make_expand(
         parent = jnp.take_along_axis(world, jnp.maximum(request.nodes, 0), 1)
         parent = jnp.broadcast_to(parent[..., None], slots.shape)
         made = make_children(parent, ranks)
-        valid = jnp.broadcast_to(request.grows[..., None], slots.shape)
-        num_rows = jnp.maximum(valid.sum((1, 2)), 1)
+        grown = jnp.broadcast_to(request.grows[..., None], slots.shape)
+        numbers = child_numbers(structure, request)
+        valid = grown & (uniform(fold(made["bits"], numbers), 7) >= refused_rate)
+        num_rows = jnp.maximum(grown.sum((1, 2)), 1)
         cap = (tokens_left(structure) // num_rows)[:, None, None]
-        length = jnp.where(valid, jnp.minimum(made["length"], cap), 0)
+        length = jnp.where(grown, jnp.minimum(made["length"], cap), 0)
         rows = jnp.arange(slots.shape[0])[:, None, None]
         world = world.at[rows, slots].set(made["bits"], mode="drop")
         cost = zero_budget(structure.num_nodes).replace(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_language import LIMIT, PROMPTS, encode, keys_of, language
 
+from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.heads import apply_value_head
 from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import begin, keep_world, make_expand
@@ -290,3 +291,11 @@ def test_steps_of_trees_do_not_begin_with_what_goes_back(model):
     assert first_tokens().intersection(barred)
     assert first_tokens(task=task, may_return=True).intersection(barred)
     assert not first_tokens(task=task).intersection(barred)
+    # A chain that is not to go back hardly does.
+    greedy = SamplingConfig("greedy")
+    chain = {"strategy": best_of_n.make_best_of_n(1, 4), "may_return": True}
+    unbiased = first_tokens(task=task, sampling=greedy, **chain)
+    assert unbiased.intersection(barred)
+    biased = dataclasses.replace(greedy, return_bias=-50.0)
+    assert not first_tokens(task=task, sampling=biased, **chain).intersection(barred)
+    assert first_tokens(task=TASK, sampling=biased, **chain) == unbiased

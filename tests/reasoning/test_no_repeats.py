@@ -37,8 +37,8 @@ TASK = DeviceTask(make_tables, begin_problem, check_step, state_key)
 
 
 @functools.cache
-def program(config, num_chains):
-    strategy = best_of_n.make_best_of_n(num_chains, LONG)
+def program(config, num_chains, max_refused):
+    strategy = best_of_n.make_best_of_n(num_chains, LONG, max_refused=max_refused)
 
     def run(lm, keys, tokens, lengths):
         structure, world = begin(lm, tokens, lengths, config.max_new_tokens, cfg=config)
@@ -47,15 +47,18 @@ def program(config, num_chains):
     return jax.jit(run)
 
 
-def search(model, num_chains=1, task=None, **sampling):
+def search(model, num_chains=1, task=None, max_refused=0, **sampling):
     """Structures of chains that never end by themselves, their world, and the config."""
     lm, cfg = model
     rule = lm.step_rule.replace(final=lm.step_rule.final & False)
     lm = dataclasses.replace(lm, step_rule=rule, task_tables=make_tables(range(cfg.vocab_size)))
-    sizes = {"num_nodes": 1 + num_chains * LONG, "max_depth": LONG, "max_new_tokens": 1000}
+    num_nodes = 1 + num_chains * (LONG + max_refused)
+    sizes = {"num_nodes": num_nodes, "max_depth": LONG, "max_new_tokens": 1000}
     config = language(cfg, "confidence", SamplingConfig(**sampling), task=task, may_return=True)
     config = dataclasses.replace(config, **sizes)
-    structure, world = program(config, num_chains)(lm, keys_of(PROMPTS), *encode(PROMPTS))
+    structure, world = program(config, num_chains, max_refused)(
+        lm, keys_of(PROMPTS), *encode(PROMPTS)
+    )
     check(structure)
     return structure, world, config
 
@@ -73,6 +76,36 @@ def read_chains(structure, world):
             states = s.state_key[row, path].tolist()
             chains.append(list(zip(states, steps, states[1:], strict=False)))
     return chains
+
+
+def check_some(tables, state, tokens, length, ends):
+    """As `check_step`; but half of the steps, told by their tokens, are against the rules."""
+    checked = check_step(tables, state, tokens, length, ends)
+    return checked._replace(legal=weigh(tables[tokens], length) % 2 == 0)
+
+
+def test_a_refused_step_is_not_written_again(model):
+    task = TASK._replace(step=check_some)
+    options = {"task": task, "method": "greedy", "no_repeats": True}
+    plain, _, _ = search(model, **options)
+    structure, world, _ = search(model, max_refused=30, **options)
+    s, tokens = jax.tree.map(np.asarray, (structure, world.tokens))
+    some_refused_twice = False
+    for row, made in enumerate(s.num_nodes):
+        assert made >= plain.num_nodes[row]
+        tried = {}
+        for node in range(1, made):
+            step = tuple(tokens[row, node, : s.span_length[row, node]].tolist())
+            assert s.alive[row, node] == (sum(step) % 2 == 0)
+            if not s.alive[row, node]:
+                state = s.state_key[row, s.parent[row, node]]
+                assert step not in tried.setdefault(state, set())
+                tried[state].add(step)
+        some_refused_twice |= max(map(len, tried.values())) > 1
+    assert some_refused_twice
+    # Without a second try the first one that is refused ends a chain.
+    assert (~np.asarray(plain.alive)).sum(-1).min() >= 0
+    assert np.asarray(plain.num_nodes).min() < s.num_nodes.min()
 
 
 def collect_tried(chain):

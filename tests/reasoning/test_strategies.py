@@ -32,7 +32,7 @@ from rlm_jax.reasoning.tree_search import TreeConfig, init_state, update_tree
 # Of each strategy one variant with a lane and one with several; between them, every setting.
 CHAINS = {
     "greedy": [make_greedy(12)],
-    "best_of_n": [make_best_of_n(5, 12)],
+    "best_of_n": [make_best_of_n(5, 12, max_refused=1)],
     "beam": [
         make_beam(beam_width=1, num_children=3, max_depth=5, dropped="keep"),
         make_beam(beam_width=3, num_children=2, max_depth=5, shrink=True),
@@ -403,10 +403,51 @@ def test_a_chain_that_must_wait_goes_on_later():
     assert structure.terminal[:, 1:6].all()
 
 
+@pytest.mark.parametrize(("num_chains", "max_refused"), [(1, 0), (1, 3), (5, 2)])
+def test_a_chain_writes_on_where_a_step_was_refused(num_chains, max_refused):
+    """As often as it may; a step refused once more ends it, as a solution or its depth does."""
+    strategy = make_best_of_n(num_chains, 6, max_refused=max_refused)
+    expand = make_expand(terminal_rate=0.1, refused_rate=0.3)
+    run = jax.jit(lambda k, w, s: run_compiled(strategy, expand, None, k, w, s)[0])
+    s = run(*start(np.full(16, 1000, np.int32)))
+    check(s)
+    s = jax.tree.map(np.asarray, s)
+    ends = set()
+    for row in range(len(s.num_nodes)):
+        children = [[] for _ in range(s.num_nodes[row])]
+        for node in range(1, s.num_nodes[row]):
+            children[s.parent[row, node]].append(node)
+        chains = [[0]] * num_chains if num_chains == 1 else [[0, n] for n in children[0]]
+        for chain in chains:
+            refused = 0
+            while s.alive[row, chain[-1]] and children[chain[-1]]:
+                below = children[chain[-1]]
+                dead = [node for node in below if not s.alive[row, node]]
+                refused += len(dead)
+                living = [node for node in below if s.alive[row, node]]
+                assert below == dead + living
+                if not living:
+                    break
+                assert len(living) == 1
+                chain.append(living[0])
+            if num_chains > 1 and not s.alive[row, chain[-1]]:
+                continue  # Which chain a refused first step belongs to cannot be told.
+            full = s.terminal[row, chain[-1]] or s.depth[row, chain[-1]] == 6
+            if num_chains == 1:
+                assert refused <= max_refused if full else refused == max_refused + 1
+            else:
+                assert full or 0 < refused <= max_refused + 1
+            ends.add((bool(full), refused > 0))
+    assert ends >= {(True, False), (False, True)}
+    if max_refused:
+        assert (True, True) in ends
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: make_greedy(0), "max_depth must be >= 1"),
+        (lambda: make_greedy(3, max_refused=-1), "max_refused must be >= 0, got -1"),
         (lambda: make_best_of_n(0, 3), "num_chains"),
         (lambda: make_best_of_n(2, 3, "median"), "median"),
         (lambda: make_puct(num_children=0), "num_children must be >= 1, got 0"),

@@ -9,10 +9,11 @@ from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.strategies.best_of_n import make_best_of_n
 
 
-def make_greedy(max_depth: int) -> Strategy:
-    """One chain of at most `max_depth` steps.
+def make_greedy(max_depth: int, max_refused: int = 0) -> Strategy:
+    """One chain of at most `max_depth` steps, and `max_refused` that its task refuses.
 
     Raises:
-      ValueError: max_depth is below 1.
+      ValueError: max_depth is below 1, max_refused below 0.
     """
-    return make_best_of_n(1, max_depth, rule="best")._replace(name="greedy")
+    chain = make_best_of_n(1, max_depth, rule="best", max_refused=max_refused)
+    return chain._replace(name="greedy")
