@@ -65,6 +65,10 @@ def get_config(variant: str = "") -> ConfigDict:
     likeliest = {**sampling, "method": "beam", "min_ratio": 0.04}
     config.best_first = ConfigDict({**tree, "depth_bonus": 0.0, "prior_weight": 0.7})
     config.best_first.update({"num_nodes": 513, "merge_states": True, "sampling": likeliest})
+    config.best_first.widen = False
+    # One line at a time, the likeliest that its state has not written: few tokens, many expansions.
+    config.best_first_widening = ConfigDict({**config.best_first, "widen": True, "num_children": 1})
+    config.best_first_widening.sampling = ConfigDict(no_repeats)
     # A state is worth its best move: the mean over all of them hides the one that solves it.
     config.puct = ConfigDict({**tree, "exploration": 0.3, "backup": "max", "merge_states": False})
     config.uct = ConfigDict({**tree, "exploration": 1.0})
@@ -240,7 +244,8 @@ def _shrink(config: ConfigDict) -> None:
     for name in ("greedy", "greedy_no_repeats", "greedy_legal", "best_of_n"):
         config[name].max_depth = 3
     config.best_of_n.num_chains = 2
-    for name in ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel"):
+    trees = ("best_first", "best_first_widening", "puct", "uct", "td_mcts", "beam", "gumbel")
+    for name in trees:
         config[name].update({"num_nodes": 17, "num_children": 2})
     config.beam.beam_width = 2
     config.gumbel.update({"num_simulations": 4, "num_lanes": 2, "max_considered": 2})

@@ -148,8 +148,11 @@ def get_config(variant: str = "") -> ConfigDict:
             "resample": True,
             "root_lanes": 1,
             "merge_states": False,
+            "widen": False,
         }
     )
+    widening = {"widen": True, "num_children": 1, "prior_weight": 0.7, "sampling": no_repeats}
+    config.best_first_widening = ConfigDict({**config.best_first, **widening})
     if variant == "smoke":
         config.model = "random:tiny-llama"
         config.step.max_tokens = 8
@@ -157,7 +160,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.batch_size = 2
         config.max_depth = 4
         config.best_of_n.num_chains = 2
-        for name in ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first"):
+        trees = ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first", "best_first_widening")
+        for name in trees:
             config[name].num_nodes = 17
             config[name].num_children = 2
         config.beam.beam_width = 2

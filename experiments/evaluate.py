@@ -72,7 +72,11 @@ flags.adopt_module_key_flags(launching)
 BLIND_DEPTH_BONUS = 1.0
 _BLIND_BATCH = 100
 # Beside children, lanes and depth.
-_BLIND_SETTINGS = {"gumbel": ("num_simulations", "max_considered"), "beam": ("beam_width",)}
+_BLIND_SETTINGS = {
+    "gumbel": ("num_simulations", "max_considered"),
+    "beam": ("beam_width",),
+    "best_first_widening": ("widen", "prior_weight"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +327,7 @@ def _make_blind(cell: Cell, settings: dict[str, Any]) -> Strategy:
         return make_best_of_n(settings["num_chains"], settings["max_depth"])
     names = ("num_children", "num_lanes", "max_depth", *_BLIND_SETTINGS.get(cell.strategy, ()))
     own = {name: settings[name] for name in names if name in settings}
-    if cell.strategy == "best_first":
+    if cell.strategy in ("best_first", "best_first_widening"):
         own["depth_bonus"] = BLIND_DEPTH_BONUS
     return build.TREE_SEARCHES[cell.strategy](**own)
 

@@ -112,10 +112,11 @@ def expand_blindly(
         children = states[chosen]
         ended = children[:, 1] == _NONE
         solved = ended & (children[:, 0] == target)
-        return children, jnp.isfinite(scores), ended, solved, hash_numbers(children)
+        even = jnp.broadcast_to(-jnp.log(legal.sum().astype(jnp.float32)), scores.shape)
+        return children, jnp.isfinite(scores), ended, solved, hash_numbers(children), even
 
     of_lanes = jax.vmap(jax.vmap(draw, (None, 0, 0, None)))
-    children, made, ended, solved, state_key = of_lanes(
+    children, made, ended, solved, state_key, logprob = of_lanes(
         keys, first, world.numbers[index, nodes], world.target
     )
     valid = made & request.grows[..., None] & (solved | ~ended)
@@ -124,7 +125,7 @@ def expand_blindly(
         valid=valid,
         duplicate=jnp.zeros(slots.shape, bool),
         length=valid.astype(jnp.int32),
-        logprob=zero,
+        logprob=jnp.where(made, logprob, 0.0),
         value=jnp.where(solved, 1.0, _UNKNOWN),
         reward=zero,
         terminal=ended,

@@ -60,6 +60,7 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
     "td_mcts": td_mcts.make_td_mcts,
     "beam": beam.make_beam,
     "best_first": best_first.make_best_first,
+    "best_first_widening": best_first.make_best_first,
 }
 STRATEGIES = (*CHAINS, *TREE_SEARCHES)
 _TASK_MODULES = (

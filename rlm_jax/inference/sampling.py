@@ -38,8 +38,8 @@ class SamplingConfig:
     likeliest are given up, token by token, so that a sure policy writes few steps.
     temperature > 0.
     top_k: 0 for all. top_p in (0, 1]. min_p in [0, 1). max_candidates: how many of the likeliest
-    tokens top-p and min-p may choose among when no top_k bounds them. no_repeats: from one state of
-    its path no step is written twice (`tried.py`); not for beams.
+    tokens top-p and min-p may choose among when no top_k bounds them. no_repeats: a chain
+    writes no step twice from one state, a tree none from one node (`tried.py`); not for beams.
     return_bias: added to the logit of the token that a step of a chain begins with which takes
     earlier ones back (`DeviceTask.returns`): below 0 a chain goes back less readily.
     """

@@ -56,6 +56,10 @@ __all__ = [
 ]
 
 
+# Steps of a node of a tree that its next one is kept from repeating.
+_MOST_TRIED = 64
+
+
 def make_expand(cfg: LanguageConfig) -> Expand:
     """The expander: `expand(lm, keys, world, structure, request) -> (outcome, world)`."""
 
@@ -173,32 +177,50 @@ def find_first_bias(lm: LanguageModel, cfg: LanguageConfig) -> Float32[Array, "V
 
 
 def find_tried(cfg, world, structure, rows) -> Tried:
-    """Steps of each row's path that went on from the state where the row stands.
+    """Steps that each row is not to write again, as they were written where the row stands."""
+    find = _find_left if cfg.may_return else _find_children
+    nodes, tried = find(cfg, structure, rows.parents)
+    batch = jnp.arange(nodes.shape[0])[:, None, None]
+
+    def of_rows(array):
+        return array[batch, nodes].reshape(-1, nodes.shape[-1], *array.shape[2:])
+
+    length = jnp.where(tried.reshape(-1, nodes.shape[-1]), of_rows(structure.span_length), 0)
+    return make_tried(of_rows(world.tokens), length, of_rows(world.token_logprobs))
+
+
+def _find_children(cfg, structure, parents):
+    """Nodes of a tree, [B, rows, X], and which of them are children of each row's node, dead or
+    not; beyond so many the first ones are left out."""
+    del cfg
+    index = jnp.arange(structure.capacity)
+    below = structure.parent[:, None] == parents[..., None]
+    below &= index < structure.num_nodes[:, None, None]
+    most = min(structure.capacity, _MOST_TRIED)
+    nodes, _ = jax.lax.top_k(jnp.where(below, index, NO_NODE), most)
+    return jnp.maximum(nodes, 0), nodes >= 0
+
+
+def _find_left(cfg, structure, parents):
+    """Nodes of a chain, [B, rows, X], and which of them went on from the state of each row's node.
 
     A step that went back to a state of the path may be repeated: it is how one gets there again.
     Where a structure is one chain, steps that were refused are among them.
     """
     # [B, rows, D]: a node that can grow has at most max_depth - 1 steps behind it, and the root.
-    path = paths_up(structure, rows.parents, cfg.max_depth)
-    if rows.parents.shape[1] == 1:
-        every = jnp.arange(structure.capacity)
-        refused = ~structure.alive & (every < structure.num_nodes[:, None])
-        path = jnp.where((every <= rows.parents) | refused, every, NO_NODE)[:, None, ::-1]
-    span = path.shape[-1]
+    path = paths_up(structure, parents, cfg.max_depth)
+    if parents.shape[1] == 1:
+        index = jnp.arange(structure.capacity)
+        refused = ~structure.alive & (index < structure.num_nodes[:, None])
+        path = jnp.where((index <= parents) | refused, index, NO_NODE)[:, None, ::-1]
     batch, nodes = jnp.arange(path.shape[0])[:, None, None], jnp.maximum(path, 0)
     keys = structure.state_key[batch, nodes]
-    here = jnp.take_along_axis(structure.state_key, rows.parents, 1)[..., None]
+    here = jnp.take_along_axis(structure.state_key, parents, 1)[..., None]
     before = structure.state_key[batch, jnp.maximum(structure.parent[batch, nodes], 0)]
-    nearer_root = jnp.triu(jnp.ones((span, span), bool), 1)
+    nearer_root = jnp.triu(jnp.ones((path.shape[-1],) * 2, bool), 1)
     seen = (keys[..., None] == keys[..., None, :]) & nearer_root
     back = seen.any(-1) & (keys != 0)
-    tried = (path > 0) & (before == here) & ~back
-
-    def of_rows(array):
-        return array[batch, nodes].reshape(-1, span, *array.shape[2:])
-
-    length = jnp.where(tried.reshape(-1, span), of_rows(structure.span_length), 0)
-    return make_tried(of_rows(world.tokens), length, of_rows(world.token_logprobs))
+    return nodes, (path > 0) & (before == here) & ~back
 
 
 def _check(lm, cfg, world, steps, rows) -> Verdicts:

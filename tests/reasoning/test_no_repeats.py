@@ -15,6 +15,7 @@ from rlm_jax.reasoning.drive import run_compiled
 from rlm_jax.reasoning.language import begin, find_tried, make_expand
 from rlm_jax.reasoning.language_world import Rows
 from rlm_jax.reasoning.strategies import best_of_n
+from rlm_jax.reasoning.strategies.best_first import make_best_first
 from rlm_jax.reasoning.structure import check, path_to_root
 from rlm_jax.tasks.device import DeviceTask, StepCheck
 
@@ -106,6 +107,41 @@ def test_a_refused_step_is_not_written_again(model):
     # Without a second try the first one that is refused ends a chain.
     assert (~np.asarray(plain.alive)).sum(-1).min() >= 0
     assert np.asarray(plain.num_nodes).min() < s.num_nodes.min()
+
+
+@functools.cache
+def widen(config):
+    strategy = make_best_first(num_children=1, max_depth=3, prior_weight=0.5, widen=True)
+
+    def run(lm, keys, tokens, lengths):
+        structure, world = begin(lm, tokens, lengths, config.max_new_tokens, cfg=config)
+        return run_compiled(strategy, make_expand(config), lm, keys, world, structure)
+
+    return jax.jit(run)
+
+
+def test_a_node_that_is_widened_writes_no_step_twice(model):
+    """Greedily, one step a turn: without `no_repeats` all of a node's steps would be the same."""
+    lm, cfg = model
+    written = {}
+    for no_repeats in (False, True):
+        sampling = SamplingConfig("greedy", no_repeats=no_repeats)
+        config = language(cfg, "likelihood", sampling)
+        config = dataclasses.replace(config, num_nodes=40, max_depth=3, max_new_tokens=400)
+        structure, world = widen(config)(lm, keys_of(PROMPTS), *encode(PROMPTS))
+        check(structure)
+        s, tokens = jax.tree.map(np.asarray, (structure, world.tokens))
+        steps = written[no_repeats] = {}
+        for row, made in enumerate(s.num_nodes):
+            for node in range(1, made):
+                step = tuple(tokens[row, node, : s.span_length[row, node]].tolist())
+                steps.setdefault((row, s.parent[row, node]), []).append(step)
+    assert max(len(steps) for steps in written[True].values()) > 3
+    assert all(len(steps) == len(set(steps)) for steps in written[True].values())
+    assert any(len(steps) > len(set(steps)) for steps in written[False].values())
+    # A node's first step is the greedy one either way.
+    both = written[True].keys() & {key for key in written[False] if key[1] == 0}
+    assert all(written[True][key][0] == written[False][key][0] for key in both)
 
 
 def collect_tried(chain):

@@ -42,6 +42,7 @@ CHAINS = {
         make_best_first(
             num_lanes=3, num_children=2, max_depth=5, threshold=-0.5, root_lanes=2, depth_bonus=0.1
         ),
+        make_best_first(num_lanes=3, max_depth=5, num_children=2, prior_weight=0.5, widen=True),
         make_best_first(num_lanes=2, num_children=3, max_depth=4, merge_states=True),
     ],
 }
@@ -103,17 +104,19 @@ def test_every_strategy_is_tested():
 
 @pytest.mark.parametrize("strategy", ALL)
 def test_every_round_keeps_the_invariants(strategy):
-    """The arena's own; within budget; no node asked for that ended, died or was grown before."""
+    """The arena's own; within budget; no node asked for that ended or died, or was grown before
+    unless it is widened."""
     before = jax.tree.map(np.asarray, start()[2])
     rounds = 0
-    for asked, grown_nodes, _, structure in frames(film(strategy)):
+    for asked, grown_nodes, state, structure in frames(film(strategy)):
         check(structure)
+        widens = getattr(state, "rest", None) is not None
         for b, lanes in enumerate(grown_nodes):
             grown = lanes[lanes >= 0]
             inner = grown[grown > 0]
             assert len(set(inner)) == len(inner)
             assert (before.alive & ~before.terminal)[b, grown].all()
-            assert not np.isin(inner, before.parent[b]).any()
+            assert widens or not np.isin(inner, before.parent[b]).any()
         rounds += (asked >= 0).any()
         before = structure
     assert rounds > 1
@@ -221,6 +224,9 @@ def test_best_first_can_go_on_from_any_structure(strategy):
     states, _ = flatten(film(strategy).state)
     made = jax.jit(strategy.init)(*flatten(film(strategy).structure))
     np.testing.assert_array_equal(made.open, states.open)
+    if states.rest is not None:
+        np.testing.assert_allclose(made.rest, states.rest, atol=1e-5)
+        np.testing.assert_allclose(made.last, states.last, atol=1e-5)
 
 
 def test_a_beam_can_go_on_from_any_structure():
@@ -353,6 +359,41 @@ def test_best_first_weighs_odds_by_the_policy(weight, order):
     assert jax.jit(strategy.ask)(state, structure, keys).nodes[0].tolist() == order
 
 
+def test_best_first_widens_what_may_still_be_solved():
+    """Which node is next, by a table of each node's odds and of the steps it has written."""
+    strategy = make_best_first(num_children=1, prior_weight=0.5, widen=True)
+    tell, ask = jax.jit(strategy.tell), jax.jit(strategy.ask)
+    keys = jax.random.split(jax.random.key(0), 1)
+    structure = make_structure(jnp.ones(1, jnp.int32), 40)
+    state = strategy.init(structure, keys)
+    rng = np.random.default_rng(2)
+    value, own, rest, last, parents = {0: 1.0}, {0: 0.0}, {0: 1.0}, {0: 0.3}, []
+
+    def score(node):
+        odds = value[node] / (1 - value[node]) * np.exp(0.5 * own[node]) if node else np.inf
+        chance = 1.0 if node == 0 else odds * rest[node] / (1 + odds * rest[node])
+        right = 0.3 * chance
+        return np.log(right / (1 - right)) + 0.5 * np.log(min(last[node], rest[node]))
+
+    for new in range(1, 30):
+        node = int(ask(state, structure, keys).nodes[0, 0])
+        still = [one for one in rest if rest[one] > 0.01]
+        assert node == max(still, key=score)
+        chance = rng.uniform(0.1, 0.6) * rest[node]
+        worth = rng.uniform(0.05, 0.7)
+        steps = {"value": [worth], "logprob": [np.log(chance)], "valid": [new % 5 > 0]}
+        request = make_request([node], 1)
+        state, structure = tell(
+            state, structure, request, make_outcome(structure, request, **steps)
+        )
+        rest[node], last[node] = rest[node] - chance, chance
+        parents.append(node)
+        if new % 5 and structure.depth[0, new] < 16:
+            value[new], own[new], rest[new], last[new] = worth, np.log(chance), 1.0, 0.3
+    assert len(set(parents)) > 4
+    assert max(map(parents.count, parents)) > 2
+
+
 @pytest.mark.parametrize("merge_states", [False, True])
 def test_best_first_grows_a_state_once_if_told(merge_states):
     """Five states for 24 nodes: without merging some are grown again and again."""
@@ -471,6 +512,7 @@ def test_a_chain_writes_on_where_a_step_was_refused(num_chains, max_refused):
         (lambda: make_best_first(depth_bonus=-0.1), "depth_bonus"),
         (lambda: make_best_first(prior_weight=-0.1), "prior_weight"),
         (lambda: make_best_first(answer_rule="loudest"), "loudest"),
+        (lambda: make_best_first(widen=True), "widen=True: accepted is a prior_weight > 0"),
     ],
 )
 def test_bad_settings_name_the_value(make, message):

@@ -11,6 +11,13 @@ Deviations: when nothing is open and the budget pays, the root is sampled anew (
 and value are two opinions of one step: with `prior_weight` w the leaves are taken by the odds of
 their value times the step's probability to the power of w (Levin tree search and PHS, arXiv
 2103.11505, weigh a heuristic by the policy too, along the whole path).
+
+With `widen` a node writes its likeliest steps first and stays open for those it has not written
+(partial expansion: Yoshizumi, Miura and Ishida 2000, A* with Partial Expansion for Large Branching
+Factor Problems). A turn then goes to the best step *to come*, whose value nobody knows yet. What is
+known: the odds that its node can be solved, which fall with every step that was written in vain,
+as Bayes' rule has it where the policy's probabilities are those of the steps that lead to a
+solution; and that the step is no likelier than the last one, nor than all that is left together.
 """
 
 import dataclasses
@@ -20,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Bool
+from rlm_jax.core.types import Array, Bool, Float32
 from rlm_jax.reasoning.operators.evaluate import sibling_prior
 from rlm_jax.reasoning.operators.structure import (
     generate,
@@ -39,13 +46,24 @@ from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
 
 # What is certain has odds all the same.
 _LEAST_CHANCE = 1e-6
+# Of nodes that are widened: the share of steps that are right where a node can be solved, and the
+# probability of its likeliest step, before anything is known; and a rest not worth another step.
+_RIGHT_SHARE = 0.3
+_FIRST_STEP = 0.3
+_SPENT = 0.01
 
 
 @struct
 class State:
-    """open: leaves that may still be grown."""
+    """open: nodes that may still be grown.
+
+    rest: the probability of the steps that each node has not written. last: of the one that it
+    wrote last. None where nodes are grown once.
+    """
 
     open: Bool[Array, "B N"]
+    rest: Float32[Array, "B N"] | None = None
+    last: Float32[Array, "B N"] | None = None
 
 
 def make_best_first(
@@ -60,6 +78,7 @@ def make_best_first(
     resample: bool = True,
     root_lanes: int = 1,
     merge_states: bool = False,
+    widen: bool = False,
     answer_rule: AnswerRule = "weighted",
 ) -> Strategy:
     """The strategy with these settings.
@@ -74,6 +93,8 @@ def make_best_first(
       resample: sample the root anew when nothing is open. root_lanes: lanes of K that it gets.
       merge_states: a step to a state that the structure holds already is merged with it
         (`merge_children`), and no state is grown twice; the expander names states by `state_key`.
+      widen: a node stays open for steps that it has not written; the expander is to write none
+        twice (`sampling.no_repeats`). Needs a prior_weight.
       answer_rule: how the finished solutions vote, see `select_answer`.
 
     Raises:
@@ -93,11 +114,13 @@ def make_best_first(
     for name, bonus in (("depth_bonus", depth_bonus), ("prior_weight", prior_weight)):
         if bonus < 0:
             raise ValueError(f"{name} must be >= 0, got {bonus}")
+    if widen and not prior_weight:
+        raise ValueError("widen=True: accepted is a prior_weight > 0 with it, got 0")
     if answer_rule not in ANSWER_RULES:
         raise ValueError(f"answer rule {answer_rule!r}: accepted are {ANSWER_RULES}")
     return Strategy(
         name="best_first",
-        init=functools.partial(init, max_depth=max_depth),
+        init=functools.partial(init, max_depth=max_depth, widen=widen, num_children=num_children),
         ask=functools.partial(
             ask,
             num_lanes=num_lanes,
@@ -117,10 +140,29 @@ def make_best_first(
     )
 
 
-def init(structure: Structure, keys: Keys, *, max_depth: int) -> State:
-    """The leaves that are open: the root alone, or those of what was grown."""
+def init(
+    structure: Structure, keys: Keys, *, max_depth: int, widen: bool, num_children: int
+) -> State:
+    """The nodes that are open: the root alone, or those of what was grown."""
     del keys
-    return State(find_open(structure, max_depth))
+    leaves = find_open(structure, max_depth)
+    if not widen:
+        return State(leaves)
+    index = jnp.arange(structure.capacity)[None]
+    made = (index > 0) & (index < structure.num_nodes[:, None])
+    written = made & (structure.span_length > 0)
+    chance = jnp.where(written, jnp.exp(structure.logprob), 0.0)
+    rows = jnp.arange(chance.shape[0])[:, None]
+    parent = jnp.where(made, structure.parent, structure.capacity)
+    rest = jnp.ones_like(chance).at[rows, parent].add(-chance, mode="drop")
+    # The K children of a node's last request are its K last ones.
+    newest = jnp.zeros_like(structure.parent).at[rows, parent].max(index, mode="drop")
+    of_last = newest[..., None] - jnp.arange(num_children)
+    of_last = jnp.maximum(of_last, 0)
+    least = jnp.where(written, chance, 1.0)[rows[..., None], of_last].min(-1)
+    more = written[rows[..., None], of_last].any(-1) & (rest > _SPENT)
+    last = jnp.where(newest > 0, least, _FIRST_STEP)
+    return State(leaves | ((newest > 0) & more & structure.alive), rest, last)
 
 
 def ask(
@@ -142,12 +184,14 @@ def ask(
     if prior_weight:
         odds = jax.scipy.special.logit(jnp.clip(score, _LEAST_CHANCE, 1 - _LEAST_CHANCE))
         score = odds + prior_weight * structure.logprob
+    if state.rest is not None:
+        score = _score_next(state, score, prior_weight)
     score += depth_bonus * structure.depth
     num_best = min(num_lanes, structure.capacity)
     score, nodes = jax.lax.top_k(jnp.where(state.open, score, -jnp.inf), num_best)
     nodes = jnp.where(jnp.isfinite(score), nodes, NO_NODE)
     nodes = jnp.pad(nodes, ((0, 0), (0, num_lanes - num_best)), constant_values=NO_NODE)
-    at_root = state.open[:, :1]
+    at_root = state.open[:, :1] & (structure.num_nodes == 1)[:, None]
     if resample:
         at_root |= ~state.open.any(-1, keepdims=True)
     # Only a fresh root is open, and then nothing else is.
@@ -182,4 +226,26 @@ def tell(
     opened = state.open.at[rows, at].set(False, mode="drop")
     depth = structure.depth[rows, jnp.maximum(request.nodes, 0)][..., None] + 1
     new = counted & ~outcome.terminal & (depth < max_depth)
-    return State(put_children(opened, slots, new)), structure
+    if state.rest is None:
+        return State(put_children(opened, slots, new)), structure
+    written = request.grows[..., None] & (outcome.length > 0)
+    chance = jnp.where(written, jnp.exp(outcome.logprob), 0.0)
+    rest = state.rest.at[rows, at].add(-chance.sum(-1), mode="drop")
+    least = jnp.where(written, chance, 1.0).min(-1)
+    last = state.last.at[rows, at].set(least, mode="drop")
+    more = written.any(-1) & (rest[rows, jnp.maximum(request.nodes, 0)] > _SPENT)
+    opened = state.open.at[rows, at].set(more, mode="drop")
+    return State(put_children(opened, slots, new), rest, last), structure
+
+
+def _score_next(state: State, odds: Float32[Array, "B N"], prior_weight: float) -> Array:
+    """Of each node's next step, what `odds` and the step's probability are of a step that stands.
+
+    Args:
+      odds: the logarithm of the odds that a node can be solved, before it wrote anything.
+    """
+    rest = jnp.maximum(state.rest, _LEAST_CHANCE)
+    # The problem itself can be solved, whatever its steps have come to.
+    solvable = jax.nn.sigmoid(odds + jnp.log(rest)).at[:, 0].set(1.0)
+    right = jax.scipy.special.logit(jnp.maximum(_RIGHT_SHARE * solvable, _LEAST_CHANCE))
+    return right + prior_weight * jnp.log(jnp.minimum(state.last, rest))
