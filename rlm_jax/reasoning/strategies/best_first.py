@@ -54,16 +54,19 @@ _SPENT = 0.01
 
 
 @struct
-class State:
-    """open: nodes that may still be grown.
+class Unwritten:
+    """Of each node, the probability of all steps that it has not written, and of its last one."""
 
-    rest: the probability of the steps that each node has not written. last: of the one that it
-    wrote last. None where nodes are grown once.
-    """
+    rest: Float32[Array, "B N"]
+    last: Float32[Array, "B N"]
+
+
+@struct
+class State:
+    """open: nodes that may still be grown. unwritten: None where a node is grown once."""
 
     open: Bool[Array, "B N"]
-    rest: Float32[Array, "B N"] | None = None
-    last: Float32[Array, "B N"] | None = None
+    unwritten: Unwritten | None = None
 
 
 def make_best_first(
@@ -162,7 +165,7 @@ def init(
     least = jnp.where(written, chance, 1.0)[rows[..., None], of_last].min(-1)
     more = written[rows[..., None], of_last].any(-1) & (rest > _SPENT)
     last = jnp.where(newest > 0, least, _FIRST_STEP)
-    return State(leaves | ((newest > 0) & more & structure.alive), rest, last)
+    return State(leaves | ((newest > 0) & more & structure.alive), Unwritten(rest, last))
 
 
 def ask(
@@ -184,8 +187,8 @@ def ask(
     if prior_weight:
         odds = jax.scipy.special.logit(jnp.clip(score, _LEAST_CHANCE, 1 - _LEAST_CHANCE))
         score = odds + prior_weight * structure.logprob
-    if state.rest is not None:
-        score = _score_next(state, score, prior_weight)
+    if state.unwritten is not None:
+        score = _score_next(state.unwritten, score, prior_weight)
     score += depth_bonus * structure.depth
     num_best = min(num_lanes, structure.capacity)
     score, nodes = jax.lax.top_k(jnp.where(state.open, score, -jnp.inf), num_best)
@@ -226,26 +229,27 @@ def tell(
     opened = state.open.at[rows, at].set(False, mode="drop")
     depth = structure.depth[rows, jnp.maximum(request.nodes, 0)][..., None] + 1
     new = counted & ~outcome.terminal & (depth < max_depth)
-    if state.rest is None:
+    old = state.unwritten
+    if old is None:
         return State(put_children(opened, slots, new)), structure
     written = request.grows[..., None] & (outcome.length > 0)
     chance = jnp.where(written, jnp.exp(outcome.logprob), 0.0)
-    rest = state.rest.at[rows, at].add(-chance.sum(-1), mode="drop")
+    rest = old.rest.at[rows, at].add(-chance.sum(-1), mode="drop")
     least = jnp.where(written, chance, 1.0).min(-1)
-    last = state.last.at[rows, at].set(least, mode="drop")
+    last = old.last.at[rows, at].set(least, mode="drop")
     more = written.any(-1) & (rest[rows, jnp.maximum(request.nodes, 0)] > _SPENT)
     opened = state.open.at[rows, at].set(more, mode="drop")
-    return State(put_children(opened, slots, new), rest, last), structure
+    return State(put_children(opened, slots, new), Unwritten(rest, last)), structure
 
 
-def _score_next(state: State, odds: Float32[Array, "B N"], prior_weight: float) -> Array:
+def _score_next(unwritten: Unwritten, odds: Float32[Array, "B N"], prior_weight: float) -> Array:
     """Of each node's next step, what `odds` and the step's probability are of a step that stands.
 
     Args:
       odds: the logarithm of the odds that a node can be solved, before it wrote anything.
     """
-    rest = jnp.maximum(state.rest, _LEAST_CHANCE)
+    rest = jnp.maximum(unwritten.rest, _LEAST_CHANCE)
     # The problem itself can be solved, whatever its steps have come to.
     solvable = jax.nn.sigmoid(odds + jnp.log(rest)).at[:, 0].set(1.0)
     right = jax.scipy.special.logit(jnp.maximum(_RIGHT_SHARE * solvable, _LEAST_CHANCE))
-    return right + prior_weight * jnp.log(jnp.minimum(state.last, rest))
+    return right + prior_weight * jnp.log(jnp.minimum(unwritten.last, rest))
