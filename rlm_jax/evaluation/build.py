@@ -163,6 +163,11 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     strategy, num_nodes = _make_strategy(name, own, max_depth)
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
     _check_going_back(config, name, sampling)
+    if own.get("widen") and not sampling.no_repeats:
+        raise ValueError(
+            f"{name}.widen=True: accepted is sampling.no_repeats=True with it, or a node writes the "
+            "same steps again"
+        )
     if own.get("max_refused") and not (config["use_verifier"] and config["drop_illegal"]):
         raise ValueError(
             f"{name}.max_refused={own['max_refused']}: accepted is 0 without use_verifier and "
@@ -297,7 +302,7 @@ def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tu
         strategy = _make(name, greedy.make_greedy, own)._replace(name=name)
         return strategy, 1 + max_depth + max_refused
     num_nodes = own.pop("num_nodes")
-    strategy = _make(name, TREE_SEARCHES[name], own)
+    strategy = _make(name, TREE_SEARCHES[name], own)._replace(name=name)
     least = 1 + strategy.num_lanes * strategy.num_children
     if num_nodes < least:
         raise ValueError(f"{name}: num_nodes={num_nodes}: accepted is >= {least}, one round")

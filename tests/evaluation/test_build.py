@@ -113,9 +113,14 @@ def test_use_verifier_is_yes_or_no():
         ),
         ("greedy_legal", {"use_verifier": False}, "max_refused=8: accepted is 0 without"),
         ("greedy_legal", {"drop_illegal": False}, "max_refused=8: accepted is 0 without"),
+        (
+            "best_first_widening",
+            {"sampling.no_repeats": False},
+            "best_first_widening.widen=True: accepted is sampling.no_repeats=True",
+        ),
     ],
 )
-def test_what_chains_may_do_needs_a_task_that_says_so(name, changes, message):
+def test_settings_that_need_others_say_so(name, changes, message):
     config = make_config(**{key: value for key, value in changes.items() if "." not in key})
     for key, value in changes.items():
         if "." in key:
@@ -176,9 +181,14 @@ def test_every_option_of_a_strategy_can_be_changed(name):
         config, new = get_config("smoke"), other_value(option, old)
         if option == "root_lanes":
             config[name].num_lanes = 4
+        if option == "widen" and new:
+            config[name].prior_weight = 0.5
+            config[name].sampling.no_repeats = True
         config[name][option] = new
         changed = config.to_dict()
-        assert build.plan_strategy(changed, name).settings[option] == new != old
+        plan = build.plan_strategy(changed, name)
+        assert plan.settings[option] == new != old
+        assert plan.strategy.name == name
         assert {one for one in usual if changed[one] != usual[one]} == {name}
 
 
