@@ -165,8 +165,8 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     _check_going_back(config, name, sampling)
     if own.get("widen") and not sampling.no_repeats:
         raise ValueError(
-            f"{name}.widen=True: accepted is sampling.no_repeats=True with it, or a node writes the "
-            "same steps again"
+            f"{name}.widen=True: accepted is sampling.no_repeats=True with it, or a node writes "
+            "the same steps again"
         )
     if own.get("max_refused") and not (config["use_verifier"] and config["drop_illegal"]):
         raise ValueError(
