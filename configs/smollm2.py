@@ -164,6 +164,7 @@ def get_config(variant: str = "") -> ConfigDict:
         for name in trees:
             config[name].num_nodes = 17
             config[name].num_children = 2
+        config.best_first_widening.num_children = 1
         config.beam.beam_width = 2
         config.gumbel.update({"num_simulations": 6, "num_lanes": 2, "root_lanes": 2})
     return config
