@@ -47,11 +47,14 @@ def get_config(variant: str = "") -> ConfigDict:
     # A chain may go back, and try again: it takes more lines than the tree is deep.
     chain = {"max_depth": 32, "max_refused": 0}
     config.greedy = ConfigDict({**chain, "sampling": {**sampling, "method": "greedy"}})
-    # The same chain, decoded so that from one state it writes no line twice.
+    # The same chain, decoded so that from one state it writes no line twice. It goes back less
+    # readily: taught by a solver that does so from every lost state at once, it would leave states
+    # that it cannot judge.
     no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
-    config.greedy_no_repeats = ConfigDict({**chain, "sampling": no_repeats})
-    # And where a line does not follow it writes another one. It goes back less readily: taught by a
-    # solver that goes back from every lost state at once, it leaves states that it cannot judge.
+    config.greedy_no_repeats = ConfigDict(
+        {**chain, "sampling": {**no_repeats, "return_bias": -1.0}}
+    )
+    # And where a line does not follow it writes another one.
     config.greedy_legal = ConfigDict(
         {**chain, "max_refused": 16, "sampling": {**no_repeats, "return_bias": -1.5}}
     )
