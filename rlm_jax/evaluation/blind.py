@@ -124,7 +124,7 @@ def expand_blindly(
     outcome = Outcome(
         valid=valid,
         duplicate=jnp.zeros(slots.shape, bool),
-        length=valid.astype(jnp.int32),
+        length=(made & request.grows[..., None]).astype(jnp.int32),
         logprob=jnp.where(made, logprob, 0.0),
         value=jnp.where(solved, 1.0, _UNKNOWN),
         reward=zero,

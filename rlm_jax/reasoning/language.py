@@ -178,8 +178,10 @@ def find_first_bias(lm: LanguageModel, cfg: LanguageConfig) -> Float32[Array, "V
 
 def find_tried(cfg, world, structure, rows) -> Tried:
     """Steps that each row is not to write again, as they were written where the row stands."""
-    find = _find_left if cfg.may_return else _find_children
-    nodes, tried = find(cfg, structure, rows.parents)
+    if cfg.may_return:
+        nodes, tried = _find_left(structure, rows.parents, cfg.max_depth)
+    else:
+        nodes, tried = _find_children(structure, rows.parents)
     batch = jnp.arange(nodes.shape[0])[:, None, None]
 
     def of_rows(array):
@@ -189,10 +191,9 @@ def find_tried(cfg, world, structure, rows) -> Tried:
     return make_tried(of_rows(world.tokens), length, of_rows(world.token_logprobs))
 
 
-def _find_children(cfg, structure, parents):
+def _find_children(structure, parents):
     """Nodes of a tree, [B, rows, X], and which of them are children of each row's node, dead or
     not; beyond so many the first ones are left out."""
-    del cfg
     index = jnp.arange(structure.capacity)
     below = structure.parent[:, None] == parents[..., None]
     below &= index < structure.num_nodes[:, None, None]
@@ -201,15 +202,16 @@ def _find_children(cfg, structure, parents):
     return jnp.maximum(nodes, 0), nodes >= 0
 
 
-def _find_left(cfg, structure, parents):
+def _find_left(structure, parents, max_depth):
     """Nodes of a chain, [B, rows, X], and which of them went on from the state of each row's node.
 
     A step that went back to a state of the path may be repeated: it is how one gets there again.
     Where a structure is one chain, steps that were refused are among them.
     """
-    # [B, rows, D]: a node that can grow has at most max_depth - 1 steps behind it, and the root.
-    path = paths_up(structure, parents, cfg.max_depth)
-    if parents.shape[1] == 1:
+    if parents.shape[1] > 1:
+        # [B, rows, D]: a node that can grow has at most D - 1 steps behind it, and the root.
+        path = paths_up(structure, parents, max_depth)
+    else:
         index = jnp.arange(structure.capacity)
         refused = ~structure.alive & (index < structure.num_nodes[:, None])
         path = jnp.where((index <= parents) | refused, index, NO_NODE)[:, None, ::-1]

@@ -379,14 +379,14 @@ def _change(rough: random.Random, line: str) -> str:
     return line + line
 
 
-@pytest.mark.parametrize(("name", "count"), [("bytes", 10_000), ("pieces", 3_000)])
-def test_the_device_says_what_python_says(name, count):
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+def test_the_device_says_what_python_says(name):
     pieces = _vocabularies()[name]
     task = countdown.TASK.device
     tables = task.make_tables(pieces)
     prompts, lines, lengths, expected = [], [], [], []
     most_steps, width = 7, 48
-    for numbers, target, steps in _hostile_chains(count):
+    for numbers, target, steps in _hostile_chains(10_000):
         # A step ends with its first newline behind something, as decoding would end it.
         text = "".join(steps)
         cut = [part for part in text.split("\n") if part.strip(" ")]
@@ -417,7 +417,7 @@ def test_the_device_says_what_python_says(name, count):
     )
     wrong = np.flatnonzero(np.asarray(found) != np.array(expected))
     assert not len(wrong), [lines[row] for row in wrong[:5]]
-    assert len(expected) > count / 2
+    assert len(expected) > 5000
     assert 0.1 < np.mean(expected) < 0.7
 
 
