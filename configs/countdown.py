@@ -113,10 +113,12 @@ def _training() -> dict:
         "data": {
             "sizes": ((3, 0.05), (4, 0.8), (5, 0.15)),
             "opening_share": 0.4,
+            "state_share": 0.8,  # Seven tokens each: a quarter of all.
             "small_share": 0.1,
             "wrong_share": 0.5,
             "stray_share": 0.3,
             "max_wrong": 5,
+            "return_weight": 1.0,
             "sharpness": 0.5,
             "shard_examples": 4096,
             "num_shards": placeholder(int),  # These over and over; none: always new ones.
@@ -149,9 +151,12 @@ def _training() -> dict:
                 "beta2": 0.98,
             },
         },
-        "value_head": "sigmoid",  # Or hl_gauss, a histogram, with value_loss hl_gauss.
+        # Or sigmoid, without other goals than the problem's own to learn; or hl_gauss, a histogram,
+        # with value_loss hl_gauss.
+        "value_head": "goals",
         "loss": {
-            "value_coef": 0.25,
+            "value_coef": 0.5,
+            "goal_coef": 3.0,
             "value_loss": "bce",
             "z_coef": 0.0,
             "matmul_dtype": "bfloat16",  # Of the products; the networks stay float32.
@@ -230,6 +235,9 @@ def _make_scarce(config: ConfigDict) -> None:
     train.network.update({"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 352})
     train.data.update({"num_shards": 1, "shard_examples": 4096, "sizes": ((4, 1.0),)})
     train.data.update({"opening_share": 0.0, "wrong_share": 0.3, "max_wrong": 3})
+    train.data.state_share = 0.0
+    train.value_head = "sigmoid"
+    train.loss.update({"value_coef": 0.25, "goal_coef": 0.0})
     train.walks.num_steps = 0
     # PUCT counts visits, so that values are learned from searches that found nothing too.
     train.search.update({"strategy": "puct", "num_steps": 8})

@@ -60,6 +60,7 @@ from rlm_jax.models.lora import LoraConfig, lora_axes
 from rlm_jax.models.params import Params, param_axes
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
 from rlm_jax.tasks.base import Problem
+from rlm_jax.tasks.countdown import NUM_GOALS
 from rlm_jax.text.tokenizer import Tokenizer
 
 
@@ -162,10 +163,11 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
     num_shards = data.pop("num_shards")
     if num_shards is not None and num_shards < 1:
         raise ValueError(f"train.data.num_shards must be >= 1, got {num_shards}")
-    data |= {"tokenizer": tokenizer, "seed": train["seed"]}
+    head = choose_head(train["value_head"], train["loss"]["value_loss"], NUM_GOALS)
+    data |= {"tokenizer": tokenizer, "seed": train["seed"], "num_goals": head.num_goals}
     return Settings(
         mix=_make("train.data", CountdownMix, data),
-        head=choose_head(train["value_head"], train["loss"]["value_loss"]),
+        head=head,
         supervised=_read_supervised("train", train, mesh) if train["num_steps"] else None,
         walking=_read_walking(config, data, mesh) if train["walks"]["num_steps"] else None,
         search=_read_search(config, mesh) if train["search"]["num_steps"] else None,
@@ -174,12 +176,16 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
 
 def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) -> Supervised:
     """where: the place of these settings in the config, for messages."""
-    layout = _make(f"{where}.layout", Packed, train["layout"])
+    head = choose_head(train["value_head"], train["loss"]["value_loss"], NUM_GOALS)
+    goals = {"num_goals": head.num_goals}
+    layout = _make(f"{where}.layout", Packed, train["layout"], goals)
     parts = train["num_microbatches"]
     _check_split(f"{where}.layout.num_rows", layout.num_rows, mesh, parts)
     loss = _make("train.loss", LossConfig, train["loss"])
     if loss.kl_coef:
         raise ValueError("train.loss.kl_coef: accepted in train.search.loss alone")
+    if loss.goal_coef and not head.num_goals:
+        raise ValueError(f"train.loss.goal_coef={loss.goal_coef}: accepted with value_head 'goals'")
     steps = {"num_steps": train["num_steps"]}
     optimizer = _make(f"{where}.optimizer", OptimizerConfig, steps, train["optimizer"])
     return Supervised(layout, loss, optimizer)
@@ -213,7 +219,7 @@ def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
         "max_depth": plan.language.max_depth,
     }
     loss = _make("train.search.loss", LossConfig, train["loss"], search["loss"])
-    choose_head(train["value_head"], loss.value_loss)
+    choose_head(train["value_head"], loss.value_loss, NUM_GOALS)
     updates = {"num_steps": search["num_steps"] * step.num_updates}
     lora = None
     if search["lora_rank"]:

@@ -164,7 +164,8 @@ def _draw_networks(run: Run) -> Networks:
 
 
 def _take_networks(run: Run, start: build.Policy) -> Networks:
-    """Networks that were trained before; a value head is drawn where they came without one.
+    """Networks that were trained before; a value head is drawn where they came without one, and one
+    that judges a single goal is given others to learn beside it.
 
     Raises:
       ValueError: their value head is not the one that `train.value_head` asks for.
@@ -173,13 +174,16 @@ def _take_networks(run: Run, start: build.Policy) -> Networks:
     new = init_value_head(key, run.model.model_dim, run.settings.head)
     if start.value_head is None:
         return Networks(start.params, new)
-    shapes = [jax.tree.map(jnp.shape, head) for head in (start.value_head, new)]
+    head = start.value_head
+    if head.goals is None and new.goals is not None:
+        head = dataclasses.replace(head, goals=new.goals)
+    shapes = [jax.tree.map(jnp.shape, one) for one in (head, new)]
     if jax.tree.flatten(shapes[0]) != jax.tree.flatten(shapes[1]):
         raise ValueError(
             f"train.begin_with={run.train['begin_with']}: its value head is none of "
             f"train.value_head={run.train['value_head']!r}"
         )
-    return Networks(start.params, start.value_head)
+    return Networks(start.params, head)
 
 
 def _require_disjoint(run: Run) -> None:
@@ -204,7 +208,8 @@ def _require_disjoint(run: Run) -> None:
 
 
 def _read_prompt(tokenizer: Tokenizer, example: TokenExample) -> str:
-    prompt = example.tokens[: int(np.argmax(example.loss_weight > 0))].tolist()
+    learned = np.flatnonzero(example.loss_weight > 0)
+    prompt = example.tokens[: learned[0] if len(learned) else None].tolist()
     return tokenizer.decode(prompt, skip_special=True)
 
 

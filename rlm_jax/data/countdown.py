@@ -10,7 +10,12 @@ from rlm_jax.data.demonstrations import tokenize_demonstration
 from rlm_jax.data.examples import TokenExample
 from rlm_jax.tasks.base import Problem
 from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable, make_problem, read
-from rlm_jax.tasks.countdown_demos import correct_walks, demonstrate, demonstrate_openings
+from rlm_jax.tasks.countdown_demos import (
+    correct_walks,
+    demonstrate,
+    demonstrate_openings,
+    demonstrate_states,
+)
 from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_target
 from rlm_jax.tasks.demonstrations import Demonstration
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -27,15 +32,18 @@ class CountdownMix:
       seed: of everything; another seed shares no problem on purpose.
       shard_examples: examples of a shard.
       sizes: numbers of a problem and their shares, which sum to 1.
-      opening_share: demonstrations that stop at the choice of the first move.
+      state_share: examples that are a state alone, behind one move of a problem of four numbers or
+        more, and what it is worth: short, so that many of them are few tokens.
+      opening_share: of the others, demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
-      wrong_share, stray_share, max_wrong, return_weight, sharpness: see `demonstrate`.
+      wrong_share, stray_share, max_wrong, return_weight, sharpness, num_goals: see `demonstrate`.
     """
 
     tokenizer: str
     seed: int
     shard_examples: int = 4096
     sizes: tuple[tuple[int, float], ...] = ((3, 0.05), (4, 0.85), (5, 0.1))
+    state_share: float = 0.0
     opening_share: float = 0.4
     small_share: float = 0.1
     wrong_share: float = 0.2
@@ -43,11 +51,13 @@ class CountdownMix:
     max_wrong: int = 4
     return_weight: float = 1.0
     sharpness: float = 0.5
+    num_goals: int = 0
 
     def __post_init__(self):
         if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
             raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
-        for name in ("opening_share", "small_share", "wrong_share", "stray_share", "return_weight"):
+        shares = ("state_share", "opening_share", "small_share", "wrong_share", "stray_share")
+        for name in (*shares, "return_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.shard_examples < 1:
@@ -87,6 +97,7 @@ def make_walks(
             [chains[i] for i in rows],
             sharpness=mix.sharpness,
             return_weight=mix.return_weight,
+            num_goals=mix.num_goals,
         )
         examples += [_tokenize(tokenizer, walk) for walk in walks]
     return examples
@@ -146,19 +157,24 @@ def _demonstrate(
         targets = np.concatenate([targets, np.full(len(targets) // 2, 24)])
     walk = functools.partial(
         demonstrate,
+        sharpness=mix.sharpness,
         wrong_share=mix.wrong_share,
         stray_share=mix.stray_share,
         max_wrong=mix.max_wrong,
         return_weight=mix.return_weight,
     )
-    num_openings = rng.binomial(count, mix.opening_share) if size > 3 else 0
-    for opens, wanted in ((False, count - num_openings), (True, num_openings)):
+    num_states = rng.binomial(count, mix.state_share) if size > 3 and mix.state_share else 0
+    num_openings = rng.binomial(count - num_states, mix.opening_share) if size > 3 else 0
+    opening = functools.partial(demonstrate_openings, sharpness=mix.sharpness)
+    for make, wanted in (
+        (walk, count - num_states - num_openings),
+        (opening, num_openings),
+        (demonstrate_states, num_states),
+    ):
         made = 0
         while made < wanted:
             draw = draw_solvable(rng, wanted - made, size, targets, highest=highest)
-            demonstrations = (demonstrate_openings if opens else walk)(
-                rng, *draw, sharpness=mix.sharpness
-            )
+            demonstrations = make(rng, *draw, num_goals=mix.num_goals)
             yield from demonstrations
             made += len(demonstrations)
 

@@ -22,7 +22,8 @@ def tokenize_demonstration(
     """Tokens and labels of a demonstration.
 
     A step that is not among the right ones teaches the right ones up to where it leaves them and
-    nothing from there. Values stand at the last token of the prompt and of each step.
+    nothing from there. Values stand at the last token of the prompt and of each step, goals at the
+    one before it, which the last token, a separator, can look back at.
 
     Args:
       encode: text -> ids, without special tokens.
@@ -32,6 +33,7 @@ def tokenize_demonstration(
     weights = [0.0] * len(tokens)
     soft: dict[int, tuple[list[int], list[float]]] = {}
     values = {len(tokens) - 1: demonstration.value}
+    known_goals = {len(tokens) - 2: demonstration.goals}
     for index, step in enumerate(demonstration.steps):
         is_last = demonstration.finished and index == len(demonstration.steps) - 1
         tail = [eos_id] if is_last else []
@@ -43,6 +45,7 @@ def tokenize_demonstration(
             weights.append((1.0 if place else step.weight) if label else 0.0)
             tokens.append(token)
         values[len(tokens) - 1] = step.value
+        known_goals[len(tokens) - 2] = step.goals
     num_soft = max((len(ids) for ids, _ in soft.values()), default=0)
     soft_ids = np.zeros((len(tokens), num_soft), np.int32)
     soft_weights = np.zeros((len(tokens), num_soft), np.float32)
@@ -52,6 +55,11 @@ def tokenize_demonstration(
     for position, value in values.items():
         if value is not None:
             target[position], known[position] = value, 1.0
+    num_goals = max((len(row) for row in known_goals.values() if row is not None), default=0)
+    goals = np.zeros((len(tokens), num_goals), np.int8)
+    for position, row in known_goals.items():
+        if row is not None:
+            goals[position] = row
     return make_example(
         tokens,
         loss_weight=weights,
@@ -59,6 +67,7 @@ def tokenize_demonstration(
         soft_weights=soft_weights,
         value_target=target,
         value_weight=known,
+        goals=goals,
     )
 
 

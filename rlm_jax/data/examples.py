@@ -2,8 +2,9 @@
 
 The one idea: every objective over tokens is a column. SFT is a loss weight per token; a search's
 improved policy is a set of alternatives with weights in place of the one token; a value target
-stands at the token whose hidden state the value is read at. What an example does not teach has
-weight zero, so examples of all kinds share rows, batches and one compiled step.
+stands at the token whose hidden state the value is read at, and beside it what that state is worth
+for every other goal. What an example does not teach has weight zero, so examples of all kinds share
+rows, batches and one compiled step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 
 class TokenExample(NamedTuple):
-    """One sequence of T tokens with up to M alternatives at each; see `make_example`.
+    """One sequence of T tokens, up to M alternatives and G goals at each; see `make_example`.
 
     Attributes:
       tokens: [T] int32.
@@ -22,6 +23,8 @@ class TokenExample(NamedTuple):
       soft_weights: [T, M] float32, their weights; where they sum to 0 the token is the label.
       value_target: [T] float32, what the value read at token t should be.
       value_weight: [T] float32, weight of that target.
+      goals: [T, G] int8, of each goal that a problem may have: 1 where it can be reached from the
+        state that the token completes, -1 where it cannot, 0 where that is not to be learned.
     """
 
     tokens: np.ndarray
@@ -30,6 +33,7 @@ class TokenExample(NamedTuple):
     soft_weights: np.ndarray
     value_target: np.ndarray
     value_weight: np.ndarray
+    goals: np.ndarray
 
 
 def make_example(
@@ -41,6 +45,7 @@ def make_example(
     soft_weights: Sequence[Sequence[float]] | np.ndarray | None = None,
     value_target: Sequence[float] | np.ndarray | None = None,
     value_weight: Sequence[float] | np.ndarray | None = None,
+    goals: np.ndarray | None = None,
 ) -> TokenExample:
     """Builds and checks one example.
 
@@ -51,10 +56,11 @@ def make_example(
       loss_weight: [T]; the first is 0, as nothing stands before the first token.
       soft_ids, soft_weights: [T, M], both or neither.
       value_target, value_weight: [T], both or neither.
+      goals: [T, G] of -1, 0 and 1; by default there are none.
 
     Raises:
-      ValueError: an empty sequence, a shape that does not fit, a negative id or weight, or a
-        number that is not finite; names the field.
+      ValueError: an empty sequence, a shape that does not fit, a negative id or weight, another
+        number among the goals, or one that is not finite; names the field.
     """
     if (soft_ids is None) != (soft_weights is None):
         raise ValueError("soft_ids and soft_weights come together")
@@ -81,6 +87,7 @@ def make_example(
         if value_target is None
         else _to_floats("value_target", value_target, signed=True),
         value_weight=zeros if value_weight is None else _to_floats("value_weight", value_weight),
+        goals=np.zeros((len(ids), 0), np.int8) if goals is None else _to_signs("goals", goals),
     )
     _check_shapes(example)
     if example.loss_weight[0]:
@@ -93,7 +100,7 @@ def make_example(
 class TokenTable:
     """Many examples in few arrays, for data sets of millions: a source for `make_stream`.
 
-    Examples come back as views of the arrays, with M as large as the largest of them.
+    Examples come back as views of the arrays, with M and G as large as the largest of them.
 
     Raises:
       ValueError: there is no example.
@@ -104,7 +111,8 @@ class TokenTable:
         if not examples:
             raise ValueError("a table of no examples")
         num_soft = max(example.soft_ids.shape[1] for example in examples)
-        padded = [pad_soft(example, num_soft) for example in examples]
+        num_goals = max(example.goals.shape[1] for example in examples)
+        padded = [pad_example(example, num_soft, num_goals) for example in examples]
         self._columns = TokenExample(*map(np.concatenate, zip(*padded, strict=True)))
         self._ends = np.cumsum([len(example.tokens) for example in examples])
 
@@ -118,22 +126,27 @@ class TokenTable:
         return TokenExample(*(column[begin : self._ends[index]] for column in self._columns))
 
 
-def pad_soft(example: TokenExample, num_soft: int) -> TokenExample:
-    """The example with exactly `num_soft` alternatives a token, the added ones of weight 0.
+def pad_example(example: TokenExample, num_soft: int, num_goals: int = 0) -> TokenExample:
+    """The example with exactly `num_soft` alternatives a token, the added ones of weight 0, and
+    exactly `num_goals` goals, of which the added ones are not to be learned.
 
     Raises:
       ValueError: it has more.
     """
-    missing = num_soft - example.soft_ids.shape[1]
-    if missing < 0:
+    extra = num_soft - example.soft_ids.shape[1], num_goals - example.goals.shape[1]
+    if extra[0] < 0:
         raise ValueError(
             f"an example has {example.soft_ids.shape[1]} alternatives a token; num_soft={num_soft}"
         )
-    if not missing:
+    if extra[1] < 0:
+        raise ValueError(f"an example has {example.goals.shape[1]} goals; num_goals={num_goals}")
+    if not any(extra):
         return example
-    width = ((0, 0), (0, missing))
+    soft, goals = (((0, 0), (0, missing)) for missing in extra)
     return example._replace(
-        soft_ids=np.pad(example.soft_ids, width), soft_weights=np.pad(example.soft_weights, width)
+        soft_ids=np.pad(example.soft_ids, soft),
+        soft_weights=np.pad(example.soft_weights, soft),
+        goals=np.pad(example.goals, goals),
     )
 
 
@@ -160,6 +173,13 @@ def _to_floats(name: str, values, signed: bool = False) -> np.ndarray:
     return floats
 
 
+def _to_signs(name: str, values) -> np.ndarray:
+    signs = np.asarray(values)
+    if signs.size and not np.isin(signs, (-1, 0, 1)).all():
+        raise ValueError(f"{name} must be -1, 0 or 1, not {signs.min()} to {signs.max()}")
+    return signs.astype(np.int8)
+
+
 def _check_shapes(example: TokenExample) -> None:
     num_tokens = len(example.tokens)
     for name in ("loss_weight", "value_target", "value_weight"):
@@ -172,3 +192,5 @@ def _check_shapes(example: TokenExample) -> None:
             f"soft_ids and soft_weights have shapes {shapes[0]} and {shapes[1]} beside "
             f"{num_tokens} tokens"
         )
+    if example.goals.ndim != 2 or len(example.goals) != num_tokens:
+        raise ValueError(f"goals has shape {example.goals.shape} beside {num_tokens} tokens")

@@ -184,7 +184,7 @@ class BatchIterator:
             raise StopIteration
         plan = self._layout.plan(self._lengths(), self._num_passed_over)
         examples = [self._examples[i] for i in self._waiting]
-        batch = lay_out(examples, plan, self._layout.num_soft)
+        batch = lay_out(examples, plan, self._layout.num_soft, self._layout.num_goals)
         self._count(batch, sum(map(len, plan.rows)))
         placed = {self._waiting[place] for row in plan.rows for place in row}
         self._waiting = [i for i in self._waiting if i not in placed]

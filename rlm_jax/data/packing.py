@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Float32, Int32
-from rlm_jax.data.examples import TokenExample, pad_soft
+from rlm_jax.core.types import Float32, Int8, Int32
+from rlm_jax.data.examples import TokenExample, pad_example
 
 
 @struct
 class TokenBatch:
-    """B rows of T tokens with M alternatives a token; see `data.examples` for the columns.
+    """B rows of T tokens with M alternatives and G goals a token; see `data.examples`.
 
     Attributes:
       tokens: 0 where there is no example.
@@ -34,6 +34,7 @@ class TokenBatch:
       soft_weights: their weights; where they sum to 0 the token itself is the label.
       value_target: what the value read at the token's hidden state should be.
       value_weight: weight of that target.
+      goals: of each goal 1 where it can be reached from there, -1 where not, 0 where not learned.
     """
 
     tokens: Int32[Any, "B T"]
@@ -44,6 +45,7 @@ class TokenBatch:
     soft_weights: Float32[Any, "B T M"]
     value_target: Float32[Any, "B T"]
     value_weight: Float32[Any, "B T"]
+    goals: Int8[Any, "B T G"]
 
 
 class Plan(NamedTuple):
@@ -64,11 +66,12 @@ class Packed:
     num_rows: int
     row_tokens: int
     num_soft: int = 0
+    num_goals: int = 0
     slack: float = 0.25
 
     def __post_init__(self):
         _check_positive(num_rows=self.num_rows, row_tokens=self.row_tokens)
-        _check_num_soft(self.num_soft)
+        _check_not_negative(num_soft=self.num_soft, num_goals=self.num_goals)
         if not 0.0 <= self.slack <= 0.5:
             raise ValueError(f"slack must lie in [0, 0.5], not {self.slack}")
 
@@ -106,12 +109,13 @@ class Bucketed:
     widths: tuple[int, ...]
     batch_tokens: int
     num_soft: int = 0
+    num_goals: int = 0
 
     def __post_init__(self):
         if not self.widths or list(self.widths) != sorted(set(self.widths)):
             raise ValueError(f"widths must rise, not {self.widths}")
         _check_positive(widths=self.widths[0], batch_tokens=self.batch_tokens)
-        _check_num_soft(self.num_soft)
+        _check_not_negative(num_soft=self.num_soft, num_goals=self.num_goals)
 
     @property
     def max_tokens(self) -> int:
@@ -206,15 +210,20 @@ def pack_examples(
     if not examples:
         raise ValueError("no examples to pack")
     most = max(example.soft_ids.shape[1] for example in examples)
+    num_goals = max(example.goals.shape[1] for example in examples)
     rows, _ = pack_lengths([len(example.tokens) for example in examples], row_tokens)
-    return lay_out(examples, Plan(row_tokens, rows), most if num_soft is None else num_soft)
+    num_soft = most if num_soft is None else num_soft
+    return lay_out(examples, Plan(row_tokens, rows), num_soft, num_goals)
 
 
-def lay_out(examples: Sequence[TokenExample], plan: Plan, num_soft: int = 0) -> TokenBatch:
+def lay_out(
+    examples: Sequence[TokenExample], plan: Plan, num_soft: int = 0, num_goals: int = 0
+) -> TokenBatch:
     """The batch of a plan over `examples`, checked.
 
     Raises:
-      ValueError: an example has over `num_soft` alternatives, or the plan does not hold.
+      ValueError: an example has over `num_soft` alternatives or `num_goals` goals, or the plan does
+        not hold.
     """
     num_rows, width = len(plan.rows), plan.width
     batch = TokenBatch(
@@ -226,11 +235,12 @@ def lay_out(examples: Sequence[TokenExample], plan: Plan, num_soft: int = 0) -> 
         soft_weights=np.zeros((num_rows, width, num_soft), np.float32),
         value_target=np.zeros((num_rows, width), np.float32),
         value_weight=np.zeros((num_rows, width), np.float32),
+        goals=np.zeros((num_rows, width, num_goals), np.int8),
     )
     for row, places in enumerate(plan.rows):
         begin = 0
         for segment, place in enumerate(places, start=1):
-            example = pad_soft(examples[place], num_soft)
+            example = pad_example(examples[place], num_soft, num_goals)
             end = begin + len(example.tokens)
             if end > width:
                 raise ValueError(f"row {row} of the plan holds over {width} tokens")
@@ -258,6 +268,8 @@ def check_batch(batch: TokenBatch) -> None:
     soft_shape = np.shape(batch.soft_ids)
     if soft_shape[:2] != shape or np.shape(batch.soft_weights) != soft_shape:
         raise ValueError(f"soft labels have shape {soft_shape}, tokens {shape}")
+    if np.shape(batch.goals)[:2] != shape:
+        raise ValueError(f"goals has shape {np.shape(batch.goals)}, tokens {shape}")
     segments = np.asarray(batch.segments)
     before = np.pad(segments, ((0, 0), (1, 0)))[:, :-1]
     filled = segments > 0
@@ -272,10 +284,8 @@ def check_batch(batch: TokenBatch) -> None:
         raise ValueError("positions must count from 0 within each segment, and be 0 in the padding")
     if np.asarray(batch.loss_weight)[starts | ~filled].any():
         raise ValueError("loss_weight must be 0 at the first token of a segment and in the padding")
-    if (
-        np.asarray(batch.value_weight)[~filled].any()
-        or np.asarray(batch.soft_weights)[~filled].any()
-    ):
+    weights = batch.value_weight, batch.soft_weights, batch.goals
+    if any(np.asarray(weight)[~filled].any() for weight in weights):
         raise ValueError("weights must be 0 in the padding")
 
 
@@ -290,6 +300,7 @@ def _check_positive(**values: int) -> None:
             raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-def _check_num_soft(num_soft: int) -> None:
-    if num_soft < 0:
-        raise ValueError(f"num_soft must not be negative, but is {num_soft}")
+def _check_not_negative(**values: int) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, but is {value}")

@@ -298,6 +298,8 @@ def _write_row(
         soft_weights=put(zeros[:, None] + jnp.zeros(soft_shape), place, soft_weights),
         value_target=put(zeros, ends, values[0]),
         value_weight=value_weight,
+        # A search tells nothing of other goals than its own.
+        goals=jnp.zeros((cfg.row_tokens, 0), jnp.int8) + 0 * path[0].astype(jnp.int8),
     )
     return batch, (loss_weight.sum() > 0) | (value_weight.sum() > 0)
 

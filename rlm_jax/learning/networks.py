@@ -29,6 +29,7 @@ from rlm_jax.models.heads import (
     HeadConfig,
     ValueHead,
     apply_value_head,
+    goal_logits,
     init_value_head,
     value_logits,
 )
@@ -39,7 +40,7 @@ from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.transformer import forward, unembed
 
 # What trains a head of each kind; the values of all are chances of success.
-VALUE_HEADS = {"sigmoid": ("bce", "mse"), "hl_gauss": ("hl_gauss",)}
+VALUE_HEADS = {"sigmoid": ("bce", "mse"), "hl_gauss": ("hl_gauss",), "goals": ("bce", "mse")}
 VALUE_LOSSES = ("mse", "bce", "hl_gauss")
 KL_ESTIMATORS = ("exact", *ESTIMATORS)
 
@@ -62,7 +63,8 @@ class Adapted:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """value_coef: weight of the value loss beside the policy's. value_loss: "mse" on the head's
+    """value_coef: weight of the value loss beside the policy's. goal_coef: weight of that of all
+    goals, where the batch knows them, by a head that judges many. value_loss: "mse" on the head's
     output; "bce", for a head that ends in a sigmoid; "hl_gauss", for one that is a histogram.
     z_coef: weight of `losses.z_penalty`. kl_coef: weight of KL(policy || base). kl_estimator:
     "exact", over the vocabulary at each token, or one of `kl.ESTIMATORS` on the batch's tokens,
@@ -71,6 +73,7 @@ class LossConfig:
     """
 
     value_coef: float = 0.1
+    goal_coef: float = 0.0
     value_loss: str = "bce"
     z_coef: float = 0.0
     kl_coef: float = 0.0
@@ -84,7 +87,7 @@ class LossConfig:
             raise ValueError(f"value_loss {self.value_loss!r}: accepted are {VALUE_LOSSES}")
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"kl_estimator {self.kl_estimator!r}: accepted are {KL_ESTIMATORS}")
-        for name in ("value_coef", "z_coef", "kl_coef"):
+        for name in ("value_coef", "goal_coef", "z_coef", "kl_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
 
@@ -95,13 +98,15 @@ class Totals:
 
     policy: Float32[Array, ""]
     value: Float32[Array, ""]
+    goals: Float32[Array, ""]
 
 
-def choose_head(kind: str, value_loss: str) -> HeadConfig:
-    """The value head of a kind: "sigmoid", or "hl_gauss" for a histogram over [0, 1].
+def choose_head(kind: str, value_loss: str, num_goals: int = 0) -> HeadConfig:
+    """The value head of a kind: "sigmoid", "hl_gauss" for a histogram over [0, 1], or "goals", a
+    sigmoid beside which all the goals that a problem may have are learned.
 
     Raises:
-      ValueError: the kind is unknown, or the loss does not train it.
+      ValueError: the kind is unknown, the loss does not train it, or there are no goals.
     """
     if kind not in VALUE_HEADS:
         raise ValueError(f"value_head {kind!r}: accepted are {tuple(VALUE_HEADS)}")
@@ -112,6 +117,10 @@ def choose_head(kind: str, value_loss: str) -> HeadConfig:
         )
     if kind == "hl_gauss":
         return HeadConfig((), "none", Histogram(0.0, 1.0))
+    if kind == "goals":
+        if not num_goals:
+            raise ValueError(f"value_head {kind!r}: the task names no goals")
+        return HeadConfig((), "sigmoid", num_goals=num_goals)
     return HeadConfig((), kind)
 
 
@@ -151,6 +160,7 @@ def total_weights(batch: TokenBatch) -> Totals:
     return Totals(
         policy=jnp.maximum(batch.loss_weight.sum(), 1.0),
         value=jnp.maximum(batch.value_weight.sum(), 1.0),
+        goals=jnp.maximum((batch.goals != 0).sum().astype(jnp.float32), 1.0),
     )
 
 
@@ -177,7 +187,7 @@ def token_loss(
       lora: of adapters.
 
     Raises:
-      ValueError: there is no base where one is needed, or the value loss does not fit the head.
+      ValueError: there is no base where one is needed, or a value loss does not fit the head.
     """
     networks = assemble(learned, base, lora)
     hidden, logits = _read_rows(networks.policy, batch, model, cfg)
@@ -186,6 +196,9 @@ def token_loss(
     parts["value_loss"] = _value_loss(networks.value_head, hidden, batch, cfg)
     loss = (parts["token_loss"].total + parts["choice_loss"].total) / totals.policy
     loss += cfg.value_coef * parts["value_loss"].total / totals.value
+    if cfg.goal_coef:
+        parts["goal_loss"] = _goal_loss(networks.value_head, hidden, batch)
+        loss += cfg.goal_coef * parts["goal_loss"].total / totals.goals
     if cfg.z_coef:
         parts["z_loss"] = losses.z_penalty(logits, labels.loss_weight)
         loss += cfg.z_coef * parts["z_loss"].total / totals.policy
@@ -248,3 +261,12 @@ def _value_loss(head: ValueHead, hidden: Array, batch: TokenBatch, cfg: LossConf
         return values.value_hl_gauss(logits, targets, weights, head.histogram)
     # Before its sigmoid, where nothing is rounded to 0 or 1.
     return values.value_bce(logits[..., 0], targets, weights)
+
+
+def _goal_loss(head: ValueHead, hidden: Array, batch: TokenBatch) -> MaskedSum:
+    if head.goals is None:
+        raise ValueError("goal_coef trains a head for many goals, and this one has a single value")
+    if not batch.goals.shape[-1]:
+        return MaskedSum(jnp.float32(0), jnp.float32(0))
+    labels = (batch.goals > 0).astype(jnp.float32)
+    return values.value_bce(goal_logits(head.goals, hidden), labels, batch.goals != 0)

@@ -3,8 +3,9 @@
 A head is a stack of dense layers with ReLU between them and a squashing function at the end, or a
 histogram whose mean is the value (`histogram.py`). No hidden layer gives the plain linear head;
 hidden widths (1024, 256) with 2 sigmoid(x) - 1 give the head of x1, the reference implementation of
-"Reasoning Language Models: A Blueprint" (arXiv 2501.11223, app. C). Everything is float32 whatever
-the dtype of the hidden states: a bfloat16 head moves the values that a search compares.
+"Reasoning Language Models: A Blueprint" (arXiv 2501.11223, app. C). A head may judge a state for
+many goals at once (`GoalFactors`). Everything is float32 whatever the dtype of the hidden states: a
+bfloat16 head moves the values that a search compares.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import numpy as np
 from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Float, Float32, Key
 from rlm_jax.models.histogram import Histogram, read_out
+from rlm_jax.models.number_embedding import NUM_WAVES, number_waves
 from rlm_jax.models.params import ParamSpec, init_specs, normal_init, zeros_init
 from rlm_jax.models.tensor_file import TensorFile, write_tensors
 from rlm_jax.models.transformer import linear
@@ -39,15 +41,31 @@ class Dense:
 
 
 @struct
+class GoalFactors:
+    """A value for each of G goals as a product of two factors of width r: one of the state, one of
+    the goal (universal value functions, Schaul et al. 2015, section 3.1: two streams, factored).
+
+    Goals are the numbers 0 to G - 1, and a goal's factor is made of what the number is, so that
+    goals which no training saw have one too. A solver knows all that can be made of a state, and
+    one forward learns G values instead of one. For training: a search reads the head's layers.
+    """
+
+    state: Dense
+    goal: Dense
+    num_goals: int = static(0)
+
+
+@struct
 class ValueHead:
     """Dense layers of a value head, and its squashing function or its histogram.
 
-    The last layer is of width 1, or has an output for each bin.
+    The last layer is of width 1, or has an output for each bin. goals: an auxiliary head beside it.
     """
 
     layers: tuple[Dense, ...]
     squash: str = static("none")
     histogram: Histogram | None = static(None)
+    goals: GoalFactors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +74,14 @@ class HeadConfig:
 
     squash: "none"; "tanh" (-1, 1); "sigmoid" (0, 1); "signed_sigmoid" 2 sigmoid(x) - 1 (-1, 1).
     histogram: bins of a categorical head, which its own range bounds (squash "none").
+    num_goals: goals of `GoalFactors`, 0 for a head without; goal_rank: the width of the factors.
     """
 
     hidden: tuple[int, ...] = ()
     squash: str = "tanh"
     histogram: Histogram | None = None
+    num_goals: int = 0
+    goal_rank: int = 64
 
     def __post_init__(self):
         if self.squash not in SQUASHES:
@@ -69,6 +90,10 @@ class HeadConfig:
             raise ValueError(f"hidden widths must be positive, got {self.hidden}")
         if self.histogram is not None and self.squash != "none":
             raise ValueError(f"squash {self.squash!r} with a histogram: accepted is 'none'")
+        if self.num_goals < 0 or self.goal_rank < 1:
+            raise ValueError(
+                f"num_goals={self.num_goals}, goal_rank={self.goal_rank}: accepted are >= 0, >= 1"
+            )
 
     @property
     def num_outputs(self) -> int:
@@ -89,7 +114,24 @@ def describe_value_head(model_dim: int, cfg: HeadConfig, dtype: Any = jnp.float3
         weight: Any = ParamSpec((rows, columns), dtype, (None, axis), normal_init(columns**-0.5))
         bias: Any = ParamSpec((rows,), dtype, (None,), zeros_init)
         layers.append(Dense(weight, bias))
-    return ValueHead(tuple(layers), cfg.squash, cfg.histogram)
+    goals = _describe_goals(model_dim, cfg, dtype) if cfg.num_goals else None
+    return ValueHead(tuple(layers), cfg.squash, cfg.histogram, goals)
+
+
+def _describe_goals(model_dim: int, cfg: HeadConfig, dtype: Any) -> GoalFactors:
+    rank = cfg.goal_rank
+
+    def dense(columns: int, axis: str | None, gain: float = 1.0) -> Dense:
+        init = normal_init(gain * columns**-0.5)
+        weight: Any = ParamSpec((rank, columns), dtype, (None, axis), init)
+        bias: Any = ParamSpec((rank,), dtype, (None,), zeros_init)
+        return Dense(weight, bias)
+
+    return GoalFactors(
+        state=dense(model_dim, "embed", 2.0),
+        goal=dense(NUM_WAVES, None, 0.3),
+        num_goals=cfg.num_goals,
+    )
 
 
 def init_value_head(
@@ -106,9 +148,20 @@ def value_logits(
     """The last layer's outputs at every token, for losses on logits (`learning/values.py`)."""
     x = hidden.astype(jnp.float32)
     for i, layer in enumerate(head.layers):
-        x = jax.nn.relu(x) if i else x
-        x = linear(x, layer.weight.astype(jnp.float32)) + layer.bias.astype(jnp.float32)
+        x = _apply_dense(layer, jax.nn.relu(x) if i else x)
     return x
+
+
+@jax.named_scope("goal_logits")
+def goal_logits(goals: GoalFactors, hidden: Float[Array, "*rows D"]) -> Float32[Array, "*rows G"]:
+    """The logit of success for each goal at every token."""
+    state = _apply_dense(goals.state, hidden.astype(jnp.float32))
+    goal = _apply_dense(goals.goal, number_waves(jnp.arange(goals.num_goals)))
+    return linear(state, goal) / math.sqrt(state.shape[-1])
+
+
+def _apply_dense(layer: Dense, x: Float32[Array, "*rows in_"]) -> Float32[Array, "*rows out"]:
+    return linear(x, layer.weight.astype(jnp.float32)) + layer.bias.astype(jnp.float32)
 
 
 def apply_value_head(head: ValueHead, hidden: Float[Array, "*rows D"]) -> Float32[Array, "*rows"]:
@@ -130,11 +183,10 @@ def squash_value(x: Array, squash: str) -> Array:
 
 def save_value_head(folder: str | os.PathLike[str], head: ValueHead) -> Path:
     """Writes value_head.safetensors into an existing folder, in float32."""
-    arrays = {}
-    for i, layer in enumerate(head.layers):
-        arrays[f"layers.{i}.weight"] = np.asarray(layer.weight)
-        arrays[f"layers.{i}.bias"] = np.asarray(layer.bias)
+    arrays = {name: np.asarray(array) for name, array in _name_arrays(head).items()}
     metadata = {"squash": head.squash}
+    if head.goals is not None:
+        metadata["num_goals"] = str(head.goals.num_goals)
     if head.histogram is not None:
         metadata["histogram"] = json.dumps(dataclasses.asdict(head.histogram))
     shapes = [(name, array.shape) for name, array in arrays.items()]
@@ -149,7 +201,8 @@ def save_value_head(folder: str | os.PathLike[str], head: ValueHead) -> Path:
 
 
 def load_value_head(folder: str | os.PathLike[str], model_dim: int) -> ValueHead:
-    """Reads value_head.safetensors of a folder: tensors layers.{i}.weight and .bias.
+    """Reads value_head.safetensors of a folder: tensors layers.{i}.weight and .bias, and of a head
+    for many goals goals.state and goals.goal, .weight and .bias.
 
     Raises:
       FileNotFoundError: there is none.
@@ -160,33 +213,52 @@ def load_value_head(folder: str | os.PathLike[str], model_dim: int) -> ValueHead
         specs = _described_as(file, model_dim)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
-    layers = []
-    for i in range(len(specs.layers)):
-        weight, bias = (file.read(f"layers.{i}.{part}") for part in ("weight", "bias"))
-        layers.append(Dense(jnp.array(weight, jnp.float32), jnp.array(bias, jnp.float32)))
-    return ValueHead(tuple(layers), specs.squash, specs.histogram)
+    names = list(_name_arrays(specs))
+    arrays = [jnp.array(file.read(name), jnp.float32) for name in names]
+    return jax.tree.unflatten(jax.tree.structure(specs), arrays)
+
+
+def _name_arrays(head: ValueHead) -> dict[str, Any]:
+    """A head's leaves by their names in a file, in the order of the tree."""
+    leaves = jax.tree.leaves_with_path(head)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _described_as(file: TensorFile, model_dim: int) -> ValueHead:
     """The description of the head in a file; ValueError when its tensors are not one."""
-    num_layers = len(file.shapes) // 2
-    names = {f"layers.{i}.{part}" for i in range(num_layers) for part in ("weight", "bias")}
-    if not num_layers or set(file.shapes) != names:
+    num_layers = sum(name.startswith("layers.") for name in file.shapes) // 2
+    hidden = tuple(
+        math.prod(file.shapes.get(f"layers.{i}.bias", (1,))) for i in range(num_layers - 1)
+    )
+    rank = math.prod(file.shapes.get("goals.state.bias", (0,)))
+    if not num_layers:
         found = ", ".join(sorted(file.shapes)[:4])
         raise ValueError(f"expected layers.0.weight, layers.0.bias and so on, got {found}")
-    hidden = tuple(math.prod(file.shapes[f"layers.{i}.bias"]) for i in range(num_layers - 1))
-    histogram = _read_histogram(file.metadata.get("histogram"))
-    cfg = HeadConfig(hidden, file.metadata.get("squash", "none"), histogram)
+    cfg = HeadConfig(
+        hidden,
+        file.metadata.get("squash", "none"),
+        _read_histogram(file.metadata.get("histogram")),
+        _read_count(file.metadata.get("num_goals", "1")) if rank else 0,
+        max(rank, 1),
+    )
     specs = describe_value_head(model_dim, cfg)
-    for i, layer in enumerate(specs.layers):
-        for part, spec in (("weight", layer.weight), ("bias", layer.bias)):
-            found = file.shapes[f"layers.{i}.{part}"]
-            if found != spec.shape:
-                raise ValueError(
-                    f"layers.{i}.{part} is {list(found)}, expected {list(spec.shape)} "
-                    f"for a model of width {model_dim}"
-                )
+    wanted = {name: spec.shape for name, spec in _name_arrays(specs).items()}
+    if set(file.shapes) != set(wanted):
+        found = ", ".join(sorted(set(file.shapes) ^ set(wanted))[:4])
+        raise ValueError(f"expected {', '.join(wanted)}; missing, or too many: {found}")
+    for name, shape in wanted.items():
+        if file.shapes[name] != shape:
+            raise ValueError(
+                f"{name} is {list(file.shapes[name])}, expected {list(shape)} "
+                f"for a model of width {model_dim}"
+            )
     return specs
+
+
+def _read_count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 8):
+        raise ValueError(f"num_goals {text[:80]!r} is no number of goals")
+    return int(text)
 
 
 def _read_histogram(text: str | None) -> Histogram | None:

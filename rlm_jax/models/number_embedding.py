@@ -18,6 +18,7 @@ from rlm_jax.core.types import Array, Float, Float32, Int, Key
 # Of the value, and of its natural logarithm.
 _PERIODS = (2, 3, 4, 5, 7, 10, 11, 20, 25, 50, 100, 200, 400, 1000, 2000)
 _LOG_PERIODS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 14.0)
+NUM_WAVES = 2 * (len(_PERIODS) + len(_LOG_PERIODS))
 _NOISE_SHARE = 0.25  # Of the variance: what tells two numbers apart beyond their value.
 
 

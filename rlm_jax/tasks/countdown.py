@@ -37,6 +37,8 @@ from rlm_jax.tasks.expressions import parse, strip_result, write_canonically
 MAX_NUMBER = 99
 TARGETS = (10, 100)
 NUM_NUMBERS = (3, 4, 5, 6)
+# What a state may be judged for: the targets of all problems and the numbers below, each by itself.
+NUM_GOALS = TARGETS[1] + 1
 
 INSTRUCTION = (
     "Use every number exactly once, with + - * / and brackets, to make the target. "

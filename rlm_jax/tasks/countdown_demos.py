@@ -4,6 +4,9 @@ The one idea: a demonstration is a walk through the states of a problem that err
 purpose, and goes back. The exact solver says at each state which moves keep the problem solvable;
 behind a wrong one the only right line takes it back. So one walk teaches what to try, to see that
 a state is lost (as the next line, and as its value), and to try something else.
+
+And it says of every state which other targets it could still be made (`Step.goals`): whether three
+numbers make 24 is one bit, what they make is a hundred, and costs a network no more to read.
 """
 
 import dataclasses
@@ -11,10 +14,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlm_jax.tasks.countdown import Line, follow, read_line, write_return, write_state
-from rlm_jax.tasks.countdown_solver import OPERATORS, Moves, count_below
-from rlm_jax.tasks.countdown_split import is_held_out
+from rlm_jax.tasks.countdown import (
+    Line,
+    follow,
+    read_line,
+    write_return,
+    write_state,
+)
+from rlm_jax.tasks.countdown_solvable import find_reachable, is_solvable
+from rlm_jax.tasks.countdown_solver import OPERATORS, Moves, count_below, list_moves
+from rlm_jax.tasks.countdown_split import held_out_goals, is_held_out
 from rlm_jax.tasks.demonstrations import Demonstration, Step
+
+# States of more numbers make too much to list.
+_MAX_LISTED = 5
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,7 +54,8 @@ class _Visit:
 class _Walk:
     """path: the states from the problem to where the walk stands; num_wrong: errors so far.
 
-    return_weight: of the choice to go back.
+    states: what is left behind each step, None in the midst of a line. return_weight: of the choice
+    to go back.
     """
 
     path: list[_Visit]
@@ -49,6 +63,11 @@ class _Walk:
     return_weight: float
     num_wrong: int = 0
     solved: bool = False
+    states: list[np.ndarray | None] = dataclasses.field(default_factory=list)
+
+    def add(self, step: Step, state: np.ndarray | None) -> None:
+        self.steps.append(step)
+        self.states.append(state)
 
 
 def demonstrate(
@@ -61,6 +80,7 @@ def demonstrate(
     stray_share: float = 0.0,
     max_wrong: int = 4,
     return_weight: float = 1.0,
+    num_goals: int = 0,
 ) -> list[Demonstration]:
     """One demonstration of each solvable problem: numbers [R, n], sorted, and targets [R].
 
@@ -80,6 +100,7 @@ def demonstrate(
       return_weight: what the choice to go back counts for. The solver goes back from every lost
         state at once; who cannot tell lost from solvable has to try a move or two before, and at
         weight 1 learns not to, wherever a state is likelier lost than not.
+      num_goals: every state of at most five numbers says which targets below this one it makes.
     """
     walks = [_Walk([], [], return_weight) for _ in numbers]
     clean = ~is_held_out(numbers, targets)
@@ -96,7 +117,7 @@ def demonstrate(
         for index, state in arrived.items():
             if len(state) > 3 and is_held_out(state[None], targets[index : index + 1])[0]:
                 clean[index] = False
-    return _tell(walks, numbers, targets, clean)
+    return _tell(walks, numbers, targets, clean, num_goals)
 
 
 def correct_walks(
@@ -107,6 +128,7 @@ def correct_walks(
     *,
     sharpness: float,
     return_weight: float = 1.0,
+    num_goals: int = 0,
 ) -> list[Demonstration]:
     """What the solver says to chains that a network wrote (DAgger, Ross et al., arXiv 1011.0686).
 
@@ -135,11 +157,16 @@ def correct_walks(
             _take_right(walk, _draw(rng, walk.path[-1].right))
         long = [np.array([state]) for state in known if len(state) > 3]
         clean[index] &= not any(is_held_out(state, targets[index : index + 1])[0] for state in long)
-    return _tell(walks, numbers, targets, clean)
+    return _tell(walks, numbers, targets, clean, num_goals)
 
 
 def demonstrate_openings(
-    rng: np.random.Generator, numbers: np.ndarray, targets: np.ndarray, *, sharpness: float
+    rng: np.random.Generator,
+    numbers: np.ndarray,
+    targets: np.ndarray,
+    *,
+    sharpness: float,
+    num_goals: int = 0,
 ) -> list[Demonstration]:
     """As `demonstrate`, but no more than which two numbers the first line combines, and how.
 
@@ -150,6 +177,7 @@ def demonstrate_openings(
     moves, below = count_below(numbers, targets)
     weight = weigh_moves(below, sharpness)
     demonstrations = []
+    goals = _list_goals(list(numbers), num_goals)
     for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
         choices = tuple(
             (_write_opening(moves, row, move), float(weight[row, move]))
@@ -157,9 +185,33 @@ def demonstrate_openings(
         )
         step = Step(_write_opening(moves, row, _draw(rng, weight[row])), choices, None)
         demonstrations.append(
-            Demonstration(write_state(target, state) + "\n", (step,), False, None)
+            Demonstration(write_state(target, state) + "\n", (step,), False, None, goals[row])
         )
     return demonstrations
+
+
+def demonstrate_states(
+    rng: np.random.Generator, numbers: np.ndarray, targets: np.ndarray, *, num_goals: int = 0
+) -> list[Demonstration]:
+    """No more than what a state is worth, behind one move from each problem, right or wrong.
+
+    Args:
+      numbers, targets: problems of three numbers or more, as in `demonstrate`.
+    """
+    clean = ~is_held_out(numbers, targets)
+    moves = list_moves(numbers)
+    weight = moves.legal / (1 + moves.result / 100)
+    drawn = np.array([_draw(rng, row) for row in weight], int)
+    states = moves.states[np.arange(len(numbers)), drawn]
+    if states.shape[1] > 3:
+        clean &= ~is_held_out(states, targets)
+    states, targets = states[clean], targets[clean]
+    values = is_solvable(states, targets)
+    goals = _list_goals(list(states), num_goals)
+    return [
+        Demonstration(write_state(target, state) + "\n", (), False, float(value), signs)
+        for target, state, value, signs in zip(targets.tolist(), states, values, goals, strict=True)
+    ]
 
 
 def weigh_moves(below: np.ndarray, sharpness: float) -> np.ndarray:
@@ -174,14 +226,42 @@ def write_move(moves: Moves, row: int, move: int) -> str:
 
 
 def _tell(
-    walks: Sequence[_Walk], numbers: np.ndarray, targets: np.ndarray, clean: np.ndarray
+    walks: Sequence[_Walk],
+    numbers: np.ndarray,
+    targets: np.ndarray,
+    clean: np.ndarray,
+    num_goals: int,
 ) -> list[Demonstration]:
     """The walks that may be learned from."""
+    kept = np.flatnonzero(clean).tolist()
+    states = [state for i in kept for state in (numbers[i], *walks[i].states)]
+    goals = iter(_list_goals(states, num_goals))
     return [
-        Demonstration(write_state(target, state) + "\n", tuple(walk.steps), walk.solved, None)
-        for target, state, walk, keep in zip(targets.tolist(), numbers, walks, clean, strict=True)
-        if keep
+        Demonstration(
+            prompt=write_state(int(targets[i]), numbers[i]) + "\n",
+            goals=next(goals),
+            steps=tuple(step._replace(goals=next(goals)) for step in walks[i].steps),
+            finished=walks[i].solved,
+            value=None,
+        )
+        for i in kept
     ]
+
+
+def _list_goals(states: Sequence[np.ndarray | None], num_goals: int) -> list[np.ndarray | None]:
+    """`Step.goals` of each state; None where there is no state, or where it makes too much."""
+    if not num_goals:
+        return [None] * len(states)
+    keys = [None if state is None else tuple(state.tolist()) for state in states]
+    known: dict[tuple[int, ...], np.ndarray] = {}
+    for size in range(1, _MAX_LISTED + 1):
+        distinct = sorted({key for key in keys if key is not None and len(key) == size})
+        if distinct:
+            listed = np.array(distinct)
+            signs = np.where(find_reachable(listed, num_goals - 1), 1, -1).astype(np.int8)
+            signs[held_out_goals(listed, num_goals - 1)] = 0
+            known |= zip(distinct, signs, strict=True)
+    return [None if key is None else known.get(key) for key in keys]
 
 
 def _visit(
@@ -228,9 +308,10 @@ def _go_on(
 def _take_right(walk: _Walk, move: int) -> np.ndarray | None:
     """Makes a right move; the state that it leads to, None behind the last."""
     here = walk.path[-1]
-    walk.steps.append(Step(write_move(here.moves, here.row, move), here.choices, 1.0))
+    state = here.moves.states[here.row, move]
+    walk.add(Step(write_move(here.moves, here.row, move), here.choices, 1.0), state)
     walk.solved = len(here.state) == 2
-    return None if walk.solved else here.moves.states[here.row, move]
+    return None if walk.solved else state
 
 
 def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
@@ -240,17 +321,19 @@ def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     opening = _write_opening(here.moves, here.row, move)
     rest = _write_rest(here.moves, here.row, move).removesuffix("\n") + "\n"
     choices, weight = _what_is_right(walk)
-    walk.steps.append(Step(opening, choices, None, weight))
-    walk.steps.append(Step(rest, ((rest, 1.0),), 0.0))
-    return here.moves.states[here.row, move]
+    state = here.moves.states[here.row, move]
+    walk.add(Step(opening, choices, None, weight), None)
+    walk.add(Step(rest, ((rest, 1.0),), 0.0), state)
+    return state
 
 
 def _take_back(walk: _Walk) -> None:
     """Goes back to the last state that can be solved."""
     while walk.path[-1].lost:
         walk.path.pop()
-    back = write_return(walk.path[-1].state)
-    walk.steps.append(Step(back, ((back, 1.0),), 1.0, walk.return_weight))
+    state = walk.path[-1].state
+    back = write_return(state)
+    walk.add(Step(back, ((back, 1.0),), 1.0, walk.return_weight), state)
 
 
 def _what_is_right(
@@ -313,7 +396,7 @@ def _take_line(walk: _Walk, line: Line, arrived: _Visit | None, missed: bool) ->
     assert arrived is not None
     choices, weight = _what_is_right(walk, missed)
     value = 0.0 if arrived.lost else 1.0
-    walk.steps.append(Step(write_return(arrived.state), choices, value, weight))
+    walk.add(Step(write_return(arrived.state), choices, value, weight), arrived.state)
     walk.path = walk.path[: walk.path.index(arrived) + 1]
 
 

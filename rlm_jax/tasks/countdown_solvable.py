@@ -1,17 +1,19 @@
 """Whether Countdown problems can be solved at all, without counting their solutions.
 
-The one idea: an expression splits the numbers in two, so a target is met halfway. What the smaller
-part can make says what the larger one has to make, and of at most four numbers that is looked up
-among all that they make. The search ends with the first solution. Equal to
-`countdown_solver.count_solutions(...) > 0`, a hundred times faster for six numbers.
+For one target the one idea is: an expression splits the numbers in two, so a target is met halfway.
+What the smaller part can make says what the larger one has to make, and of at most four numbers
+that is looked up among all that they make. The search ends with the first solution. Equal to
+`countdown_solver.count_solutions(...) > 0`, a hundred times faster for six numbers. For all targets
+at once every state on the way is made: microseconds for three numbers, milliseconds for five.
 """
 
 import numpy as np
 
-from rlm_jax.tasks.countdown_solver import MAX_NUMBER, count_solutions
+from rlm_jax.tasks.countdown_solver import MAX_NUMBER, count_solutions, list_moves
 
 # Sets of that many numbers make some hundred values: those are listed.
 _LISTED = 4
+_CHUNK_ROWS = 1 << 15
 
 
 def is_solvable(states: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -24,6 +26,43 @@ def is_solvable(states: np.ndarray, targets: np.ndarray) -> np.ndarray:
     ]
     known = {problem: _Numbers(problem[0]).make(problem[1]) for problem in set(problems)}
     return np.array([known[problem] for problem in problems], bool)
+
+
+def find_reachable(states: np.ndarray, highest: int) -> np.ndarray:
+    """Which targets 0 to `highest` each state can be made: states [R, n], sorted rows -> [R, T]."""
+    found = np.zeros((len(states), highest + 1), bool)
+    _mark_reachable(states, np.arange(len(states)), found)
+    return found
+
+
+def _mark_reachable(states: np.ndarray, owners: np.ndarray, found: np.ndarray) -> None:
+    """Marks in `found` what the states make, each in the row of its owner."""
+    for start in range(0, len(states), _CHUNK_ROWS):
+        part, rows = (array[start : start + _CHUNK_ROWS] for array in (states, owners))
+        if part.shape[1] == 1:
+            _mark(part[:, 0], rows, found)
+        elif part.shape[1] == 2:
+            _mark_last(part[:, 0], part[:, 1], rows, found)
+        else:
+            moves = list_moves(part)
+            rows = np.broadcast_to(rows[:, None], moves.legal.shape)
+            _mark_reachable(moves.states[moves.legal], rows[moves.legal], found)
+
+
+def _mark_last(
+    smaller: np.ndarray, larger: np.ndarray, owners: np.ndarray, found: np.ndarray
+) -> None:
+    """`_mark_reachable` of two numbers, without making the moves: most states are of this size."""
+    for results in (larger + smaller, larger - smaller, larger * smaller):
+        _mark(results, owners, found)
+    quotient = larger // np.maximum(smaller, 1)
+    divides = (smaller > 0) & (quotient * smaller == larger)
+    _mark(quotient[divides], owners[divides], found)
+
+
+def _mark(results: np.ndarray, owners: np.ndarray, found: np.ndarray) -> None:
+    near = results < found.shape[1]
+    found[owners[near], results[near]] = True
 
 
 class _Numbers:

@@ -7,6 +7,8 @@ needs nothing of the task (`rlm_jax.data.demonstrations` turns them into token l
 
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Step(NamedTuple):
     """One step of a demonstration.
@@ -18,12 +20,15 @@ class Step(NamedTuple):
       value: probability that the problem can still be solved behind `text`, None when unknown.
       weight: what choosing this step counts for, against 1 for others: the loss weight of its first
         token.
+      goals: [G], of each goal that a problem of the task may have 1 where it can be reached behind
+        `text`, -1 where it cannot, 0 where it is not to be learned; None when nothing is known.
     """
 
     text: str
     choices: tuple[tuple[str, float], ...]
     value: float | None
     weight: float = 1.0
+    goals: np.ndarray | None = None
 
 
 class Demonstration(NamedTuple):
@@ -32,10 +37,11 @@ class Demonstration(NamedTuple):
     Attributes:
       prompt: what the model reads.
       steps: what it writes; the last one ends the solution when `finished`.
-      value: as in `Step`, of the problem itself.
+      value, goals: as in `Step`, of the problem itself.
     """
 
     prompt: str
     steps: tuple[Step, ...]
     finished: bool
     value: float | None
+    goals: np.ndarray | None = None

@@ -1,6 +1,7 @@
 """Demonstrations as token examples: soft labels against plain counting, shards, prefetching."""
 
 import contextlib
+import dataclasses
 import functools
 
 import numpy as np
@@ -49,10 +50,22 @@ def test_a_wrong_step_teaches_the_right_ones_until_it_leaves_them():
     assert example.soft_ids[7][example.soft_weights[7] > 0].tolist() == [ord("r")]
     assert np.flatnonzero(example.value_weight).tolist() == [5, 8]
     assert example.value_target[[5, 8]].tolist() == [1, 0]
+    assert example.goals.shape == (9, 0)
     finished = tokenize_demonstration(Demonstration("P\n", steps[:1], True, 0.5), _encode, 2, None)
     assert finished.tokens.tolist() == [*_encode("P\nab\n"), 2]
     assert finished.loss_weight[-1] == 1
     assert finished.value_target[[1, 5]].tolist() == [0.5, 1.0]
+
+
+def test_goals_stand_one_token_before_values():
+    signs = np.array([[1, -1], [0, 1]], np.int8)
+    steps = (
+        Step("ab\n", (("ab\n", 1.0),), 1.0),
+        Step("cd\n", (("cd\n", 1.0),), 1.0, goals=signs[1]),
+    )
+    shown = Demonstration("P\n", steps, False, None, signs[0])
+    goals = tokenize_demonstration(shown, _encode, 2, 1).goals
+    assert {at: goals[at].tolist() for at in range(9) if goals[at].any()} == {1: [1, -1], 7: [0, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +82,22 @@ def test_shards_are_functions_of_their_number(mix):
         for left, right in zip(one, two, strict=True):
             np.testing.assert_array_equal(left, right)
     assert any(len(a.tokens) != len(b.tokens) for a, b in zip(first, other, strict=True))
+
+
+def test_states_alone_are_short_and_carry_goals(mix):
+    richer = dataclasses.replace(mix, state_share=0.5, num_goals=101)
+    shard = make_shard(richer, 0)
+    assert len(shard) == 48
+    alone = [example for example in shard if not example.loss_weight.any()]
+    assert 4 <= len(alone) <= 24
+    for example in shard:
+        assert example.goals.shape[1] == 101
+        assert (example.goals != 0).any()
+    for example in alone:
+        # The state behind its first token, and what it is worth at its last.
+        assert len(example.tokens) == 7
+        assert np.flatnonzero(example.value_weight).tolist() == [6]
+        assert np.flatnonzero(example.goals.any(-1)).tolist() == [5]
 
 
 def test_stored_examples_take_their_share_of_every_shard(mix):
@@ -136,6 +165,7 @@ def test_a_shard_of_another_size_is_refused():
         ({"sizes": ((4, 0.5),)}, "do not sum to 1"),
         ({"wrong_share": 1.5}, "wrong_share"),
         ({"shard_examples": 0}, "shard_examples"),
+        ({"state_share": -0.5}, "state_share"),
     ],
 )
 def test_wrong_mixes_are_named(fields, message):

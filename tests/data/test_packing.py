@@ -31,6 +31,7 @@ def example_of(length, number=0):
         soft_weights=np.full((length, 2), 0.25)[:, : number % 3],
         value_target=-tokens.astype(np.float32),
         value_weight=np.full(length, 0.5),
+        goals=(tokens[:, None] + np.arange(number % 4)) % 3 - 1,
     )
 
 
@@ -46,17 +47,19 @@ def unpack(batch):
             found.append(
                 tuple(
                     getattr(batch, name)[row, places].tolist()
-                    for name in ("tokens", "loss_weight", "soft_ids", "value_target")
+                    for name in ("tokens", "loss_weight", "soft_ids", "value_target", "goals")
                 )
             )
     return found
 
 
-def as_found(example, num_soft):
+def as_found(example, num_soft, num_goals):
     missing = [[0] * (num_soft - example.soft_ids.shape[1])] * len(example.tokens)
     soft = [a + b for a, b in zip(example.soft_ids.tolist(), missing, strict=True)]
     tokens, loss_weight = example.tokens.tolist(), example.loss_weight.tolist()
-    return (tokens, loss_weight, soft, example.value_target.tolist())
+    missing = [[0] * (num_goals - example.goals.shape[1])] * len(example.tokens)
+    goals = [a + b for a, b in zip(example.goals.tolist(), missing, strict=True)]
+    return (tokens, loss_weight, soft, example.value_target.tolist(), goals)
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,7 +67,8 @@ def as_found(example, num_soft):
 def test_packing_keeps_every_token_of_every_example_once(lengths):
     examples = [example_of(length, i) for i, length in enumerate(lengths)]
     batch = pack_examples(examples, 16, num_soft=2)
-    assert sorted(unpack(batch)) == sorted(as_found(example, 2) for example in examples)
+    num_goals = batch.goals.shape[-1]
+    assert sorted(unpack(batch)) == sorted(as_found(one, 2, num_goals) for one in examples)
     assert padding_share(batch) == pytest.approx(1 - sum(lengths) / batch.tokens.size)
     assert (batch.soft_weights.sum(-1) <= 0.5).all()
     assert batch.value_weight.sum() == pytest.approx(0.5 * sum(lengths))
@@ -111,7 +115,7 @@ def test_buckets_hold_every_example_once_in_the_narrowest_row(lengths):
     left, seen = list(enumerate(lengths)), []
     while left:
         plan = layout.plan([n for _, n in left], 0)
-        batch = lay_out([example_of(n, i) for i, n in left], plan, 2)
+        batch = lay_out([example_of(n, i) for i, n in left], plan, 2, 3)
         assert batch.tokens.shape == (32 // plan.width, plan.width)
         for _, (place,) in zip(range(99), filter(None, plan.rows), strict=False):
             assert min(w for w in (4, 8, 16) if w >= left[place][1]) == plan.width
@@ -138,7 +142,7 @@ def test_a_table_gives_the_same_examples():
     table = TokenTable(iter(examples))
     assert len(table) == 3
     for i, example in enumerate(examples):
-        assert as_found(table[i], 2) == as_found(example, 2)
+        assert as_found(table[i], 2, 3) == as_found(example, 2, 3)
     with pytest.raises(IndexError, match="3 of 3"):
         table[3]
     with pytest.raises(ValueError, match="no examples"):
@@ -150,7 +154,8 @@ def test_what_an_example_says_by_default():
     assert example.loss_weight.tolist() == [0, 0, 1]
     assert example.soft_ids.shape == example.soft_weights.shape == (3, 0)
     assert not example.value_weight.any()
-    assert [column.dtype for column in example] == [np.int32, np.float32] * 2 + [np.float32] * 2
+    dtypes = [np.int32, np.float32] * 2 + [np.float32] * 2 + [np.int8]
+    assert [column.dtype for column in example] == dtypes
     assert make_example([5, 6, 7]).loss_weight.tolist() == [0, 1, 1]
 
 
@@ -170,6 +175,8 @@ def test_what_an_example_says_by_default():
         ({"soft_ids": [[1], [2]], "soft_weights": [[1, 2], [2, 3]]}, "shapes"),
         ({"soft_ids": [[1]], "soft_weights": [[1]]}, "beside 2 tokens"),
         ({"value_target": [0, np.nan], "value_weight": [0, 1]}, "value_target holds"),
+        ({"goals": np.array([[0, 2], [1, -1]])}, "goals must be -1, 0 or 1, not -1 to 2"),
+        ({"goals": np.array([[1, -1]])}, r"goals has shape \(1, 2\) beside 2 tokens"),
     ],
 )
 def test_what_an_example_refuses(fields, message):
@@ -189,10 +196,11 @@ def test_what_an_example_refuses(fields, message):
         ("loss_weight", (0, 7), 1.0, "padding"),
         ("value_weight", (0, 7), 1.0, "padding"),
         ("soft_weights", (0, 7, 0), 1.0, "padding"),
+        ("goals", (0, 7, 0), -1, "padding"),
     ],
 )
 def test_a_bad_batch_is_refused(name, index, value, message):
-    batch = lay_out([example_of(3, 1), example_of(4, 2)], Plan(8, [[0, 1]]), 2)
+    batch = lay_out([example_of(3, 1), example_of(4, 2)], Plan(8, [[0, 1]]), 2, 3)
     array = getattr(batch, name).copy()
     array[index] = value
     with pytest.raises(ValueError, match=message):
@@ -206,6 +214,7 @@ def test_bad_layouts_are_refused():
         (lambda: Packed(0, 8), "num_rows must be at least 1"),
         (lambda: Packed(8, 8, slack=0.6), "slack"),
         (lambda: Packed(8, 8, num_soft=-1), "num_soft"),
+        (lambda: Packed(8, 8, num_goals=-1), "num_goals"),
         (lambda: Bucketed((), 8), "widths must rise"),
         (lambda: Bucketed((8, 4), 8), "widths must rise"),
         (lambda: Bucketed((0, 4), 8), "widths must be at least 1"),
@@ -214,6 +223,7 @@ def test_bad_layouts_are_refused():
         (lambda: pack_examples([], 8), "no examples"),
         (lambda: pack_examples([example_of(4, 2)], 8, num_soft=1), "num_soft=1"),
         (lambda: lay_out([example_of(4), example_of(5)], Plan(8, [[0, 1]])), "row 0"),
+        (lambda: lay_out([example_of(4, 3)], Plan(8, [[0]])), "3 goals; num_goals=0"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

@@ -1,14 +1,17 @@
 """train.py and evaluate.py as a user runs them, at smoke size."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +19,9 @@ from running import Done, run_program
 
 from rlm_jax.learning.checkpoints import open_checkpoints, restore_checkpoint
 from rlm_jax.learning.metrics_writer import read_metrics
+from rlm_jax.models.heads import load_value_head, save_value_head
 from rlm_jax.models.load import load_model
+from rlm_jax.tasks.countdown import NUM_GOALS
 
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
@@ -66,6 +71,7 @@ def trained(tmp_path_factory):
 def test_a_run_learns_by_demonstration_and_by_search(trained):
     points = read_metrics(trained / "supervised" / "metrics.jsonl")
     assert [p["step"] for p in points if "loss" in p] == [2, 4, 6]
+    assert all(p["goal_loss"] > 0 for p in points if "loss" in p)
     assert any("greedy_accuracy" in point for point in points)
     walked = read_metrics(trained / "walking" / "metrics.jsonl")
     assert [p["step"] for p in walked if "loss" in p] == [2]
@@ -76,6 +82,7 @@ def test_a_run_learns_by_demonstration_and_by_search(trained):
     assert searched[0]["search_expansions"] > 1
     model = load_model(str(trained / "policy"))
     assert model.value_head is not None
+    assert model.value_head.goals.num_goals == NUM_GOALS
     assert model.metadata["rlm_jax"]["train"]["num_steps"] == 6
     assert np.isfinite(np.asarray(model.params.embed)).all()
 
@@ -95,6 +102,23 @@ def test_a_run_begins_with_networks_that_were_trained(trained, tmp_path):
     assert done.status == 0, done.err[-2000:]
     assert _weights(tmp_path) == _weights(trained)
     assert (tmp_path / "tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes()
+
+
+def test_a_head_for_one_goal_goes_on_as_one_for_many(trained, tmp_path):
+    folder, many = tmp_path / "policy", load_value_head(trained / "policy", 32)
+    shutil.copytree(trained / "policy", folder)
+    save_value_head(folder, dataclasses.replace(many, goals=None))
+    phases = [f"--config.train.{name}num_steps=0" for name in ("", "walks.", "search.")]
+    done = _train(tmp_path / "run", f"--config.train.begin_with={folder}", *phases)
+    assert done.status == 0, done.err[-2000:]
+    head = load_value_head(tmp_path / "run" / "policy", 32)
+    jax.tree.map(np.testing.assert_array_equal, head.layers, many.layers)
+    assert head.goals.num_goals == NUM_GOALS
+    one = ("--config.train.value_head=sigmoid", "--config.train.loss.goal_coef=0.0")
+    begin = f"--config.train.begin_with={trained / 'policy'}"
+    done = _train(tmp_path / "other", begin, *phases, *one)
+    assert done.status == 2
+    assert "its value head is none of train.value_head='sigmoid'" in done.err
 
 
 def test_a_bad_update_ends_a_run_with_the_last_good_networks_saved(tmp_path):
@@ -126,6 +150,7 @@ def test_adapters_near_their_base_and_a_histogram_of_values(tmp_path):
         "--config.drop_illegal=False",
         "--config.train.keep_best=1",
         "--config.train.value_head=hl_gauss",
+        "--config.train.loss.goal_coef=0.0",
         "--config.train.loss.value_loss=hl_gauss",
         "--config.train.search.lora_rank=2",
         "--config.train.search.loss.kl_coef=0.1",
@@ -237,6 +262,7 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
             ((CONFIG, f"--config.train.{setting}"), message)
             for setting, message in (
                 ("value_head=hl_gauss", "'bce' does not train value_head 'hl_gauss'"),
+                ("value_head=sigmoid", "goal_coef=3.0: accepted with value_head 'goals'"),
                 ("loss.value_loss=huber", "value_loss 'huber'"),
                 ("num_microbatches=3", "train.layout.num_rows=8: accepted are multiples of 3"),
                 ("log_steps=0", "train.log_steps must be >= 1, got 0"),

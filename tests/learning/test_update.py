@@ -38,6 +38,7 @@ from rlm_jax.models.attention import make_dense_attend
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import HeadConfig, apply_value_head
 from rlm_jax.models.lora import LoraConfig
+from rlm_jax.models.number_embedding import number_waves
 from rlm_jax.models.transformer import forward, unembed
 
 MODEL = ModelConfig(
@@ -55,6 +56,8 @@ MODEL = ModelConfig(
     bos_id=1,
 )
 CFG = LossConfig(value_coef=0.5)
+NUM_GOALS = 5
+GOALS = LossConfig(value_coef=0.5, goal_coef=2.0)
 
 
 def _draw_example(rng):
@@ -69,6 +72,7 @@ def _draw_example(rng):
         soft_weights=soft,
         value_target=rng.integers(0, 2, size),
         value_weight=rng.integers(0, 2, size),
+        goals=rng.integers(-1, 2, (size, NUM_GOALS)),
     )
 
 
@@ -128,8 +132,10 @@ def test_loss_is_that_of_each_token_by_itself(networks, batch):
     assert float(metrics["value_loss"].total) == pytest.approx(value, rel=1e-4)
 
 
-@pytest.mark.parametrize("cfg", [CFG, LossConfig(value_loss="mse", z_coef=0.01)])
+@pytest.mark.parametrize("cfg", [GOALS, LossConfig(value_loss="mse", z_coef=0.01)])
 def test_microbatches_add_up_to_the_batch(networks, batch, cfg):
+    if cfg.goal_coef:
+        networks = init_networks(jax.random.key(0), MODEL, choose_head("goals", "bce", NUM_GOALS))
     optimizer = make_optimizer(
         OptimizerConfig(name="adamw", num_steps=10, warmup_steps=1), networks
     )
@@ -255,7 +261,37 @@ def test_a_histogram_head_learns_by_its_own_loss(batch):
         jax.eval_shape(_loss(), networks, batch, total_weights(batch))
 
 
+def test_goals_are_learned_where_they_are_known(batch):
+    """Cross-entropy of every known goal in numpy; with no goals in the batch there is no loss."""
+    networks = init_networks(jax.random.key(0), MODEL, choose_head("goals", "bce", NUM_GOALS))
+    loss, metrics = jax.jit(_loss(GOALS))(networks, batch, total_weights(batch))
+    hidden, _ = _forward(networks.policy, batch)
+    factors = networks.value_head.goals
+    waves = np.asarray(number_waves(jnp.arange(NUM_GOALS)))
+    state, goal = (
+        np.asarray(read) @ np.asarray(factor.weight).T + np.asarray(factor.bias)
+        for read, factor in ((hidden, factors.state), (waves, factors.goal))
+    )
+    logits = state @ goal.T / math.sqrt(state.shape[-1])
+    signs = np.asarray(batch.goals)
+    expected = np.log1p(np.exp(-signs * logits))[signs != 0].sum()
+    assert (signs != 0).any()
+    assert (signs == 0).any()
+    assert float(metrics["goal_loss"].total) == pytest.approx(expected, rel=1e-4)
+    without, _ = jax.jit(_loss(CFG))(networks, batch, total_weights(batch))
+    share = 2 * expected / (signs != 0).sum()
+    assert float(loss) - float(without) == pytest.approx(share, rel=1e-3)
+    bare = dataclasses.replace(batch, goals=batch.goals[..., :0])
+    none, metrics = jax.jit(_loss(GOALS))(networks, bare, total_weights(bare))
+    assert float(none) == float(without)
+    assert float(metrics["goal_loss"].count) == 0
+
+
 def test_a_loss_that_does_not_train_a_head_is_refused(networks, batch):
+    with pytest.raises(ValueError, match="goal_coef trains a head for many goals"):
+        jax.eval_shape(_loss(GOALS), networks, batch, total_weights(batch))
+    with pytest.raises(ValueError, match="the task names no goals"):
+        choose_head("goals", "bce")
     with pytest.raises(ValueError, match="'mse' does not train value_head 'hl_gauss'"):
         choose_head("hl_gauss", "mse")
     with pytest.raises(ValueError, match="value_head 'linear'"):

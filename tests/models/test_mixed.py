@@ -91,6 +91,7 @@ def make_batch(cfg, rows=4, tokens=24):
         soft_weights=jnp.zeros((rows, tokens, 1)),
         value_target=jnp.asarray(0.5 * ones),
         value_weight=jnp.asarray(ones),
+        goals=jnp.zeros((rows, tokens, 0), jnp.int8),
     )
 
 

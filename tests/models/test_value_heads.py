@@ -1,5 +1,7 @@
 """Value heads against their definition, and their file."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from rlm_jax.models.heads import (
     ValueHead,
     apply_value_head,
     describe_value_head,
+    goal_logits,
     init_value_head,
     load_value_head,
     save_value_head,
@@ -20,6 +23,7 @@ from rlm_jax.models.heads import (
     value_logits,
 )
 from rlm_jax.models.histogram import Histogram, bin_centres
+from rlm_jax.models.number_embedding import NUM_WAVES, number_waves
 
 # Golden G43 of the blueprint's appendix: 2 sigmoid(z) - 1 at z = 0, 1, -2.
 G43 = [0.0, 0.462117, -0.761594]
@@ -82,6 +86,38 @@ def test_a_categorical_head_is_the_mean_of_its_bins(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, head)
 
 
+def test_goals_are_judged_by_a_product_of_two_factors(tmp_path):
+    cfg = HeadConfig((6,), "sigmoid", num_goals=5, goal_rank=4)
+    head = init_value_head(jax.random.key(1), 8, cfg)
+    hidden = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4, 8)), jnp.float32)
+    waves = np.asarray(number_waves(jnp.arange(5)))
+    state, goal = (
+        np.asarray(read) @ np.asarray(factor.weight).T + np.asarray(factor.bias)
+        for read, factor in ((hidden, head.goals.state), (waves, head.goals.goal))
+    )
+    logits = goal_logits(head.goals, hidden)
+    np.testing.assert_allclose(logits, state @ goal.T / 2, rtol=1e-4, atol=1e-4)
+    # The value of the problem's own goal is that of the layers.
+    plain = dataclasses.replace(head, goals=None)
+    np.testing.assert_array_equal(value_logits(head, hidden), value_logits(plain, hidden))
+    save_value_head(tmp_path, head)
+    loaded = load_value_head(tmp_path, 8)
+    assert (loaded.squash, loaded.goals.num_goals) == ("sigmoid", 5)
+    jax.tree.map(np.testing.assert_array_equal, loaded, head)
+    with pytest.raises(ValueError, match=r"weight is \[\d, 8\], expected \[\d, 9\]"):
+        load_value_head(tmp_path, 9)
+
+
+@pytest.mark.parametrize("count", ["0x5", "", "12345678", "-1", "five"])
+def test_a_number_of_goals_that_is_none_is_refused(tmp_path, count):
+    shapes = {"layers.0": (1, 8), "goals.state": (4, 8), "goals.goal": (4, NUM_WAVES)}
+    arrays = {f"{name}.weight": shape for name, shape in shapes.items()}
+    arrays |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
+    save(tmp_path, arrays, num_goals=count)
+    with pytest.raises(ValueError, match="is no number of goals"):
+        load_value_head(tmp_path, 8)
+
+
 @pytest.mark.parametrize(
     ("histogram", "message"),
     [
@@ -121,6 +157,16 @@ def save(folder, arrays, **metadata):
         ({"layers.0.weight": (2, 8), "layers.0.bias": (2,)}, "tanh", r"expected \[1, 8\]"),
         ({"layers.0.weight": (), "layers.0.bias": ()}, "tanh", r"\[\], expected \[1, 8\]"),
         ({"head.weight": (1, 8)}, "tanh", "expected layers.0.weight"),
+        (
+            {"layers.0.weight": (1, 8), "layers.0.bias": (1,), "goals.state.bias": (4,)},
+            "tanh",
+            r"missing, or too many: goals\.goal",
+        ),
+        (
+            {"layers.0.weight": (1, 8), "layers.0.bias": (1,), "extra": (1,)},
+            "tanh",
+            "too many: extra",
+        ),
         ({}, "tanh", "expected layers.0.weight"),
     ],
 )
@@ -145,5 +191,7 @@ def test_bad_shapes_of_heads_are_refused():
         HeadConfig((0,))
     with pytest.raises(ValueError, match=r"tanh.*histogram"):
         HeadConfig(histogram=Histogram())
+    with pytest.raises(ValueError, match="goal_rank=0"):
+        HeadConfig(num_goals=3, goal_rank=0)
     description = describe_value_head(8, HeadConfig((4,)))
     assert description.layers[0].weight.axes == (None, "embed")

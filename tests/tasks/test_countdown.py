@@ -13,7 +13,12 @@ import pytest
 
 from rlm_jax.tasks import countdown, countdown_device, countdown_split, game24
 from rlm_jax.tasks.base import Gold
-from rlm_jax.tasks.countdown_demos import correct_walks, demonstrate, demonstrate_openings
+from rlm_jax.tasks.countdown_demos import (
+    correct_walks,
+    demonstrate,
+    demonstrate_openings,
+    demonstrate_states,
+)
 from rlm_jax.tasks.countdown_solver import count_below, count_solutions
 from rlm_jax.tasks.expressions import parse
 from rlm_jax.text.tokenizer import ByteTokenizer
@@ -225,6 +230,90 @@ def test_demonstrations_say_what_is_right():
         for text, weight in first.choices:
             shares[text.split(" =")[0]] = weight
         assert dict(opening.steps[0].choices) == pytest.approx(shares)
+
+
+def _left_behind(text: str, before: list[int]) -> list[int]:
+    """The numbers that are left behind a line, or behind the second half of one."""
+    rest = re.split("[;:=]", text)[-1]
+    return sorted(map(int, rest.split())) if rest.strip() else before
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_states_say_what_else_they_make(size):
+    """Every goal of every state against its number of solutions; what is held out is not said."""
+    rng = np.random.default_rng(size)
+    numbers, wanted = countdown.draw_solvable(rng, 12, size, np.array([24, 36, 51]))
+    walks = demonstrate(
+        rng, numbers, wanted, wrong_share=0.5, sharpness=0.5, num_goals=countdown.NUM_GOALS
+    )
+    goals = np.arange(countdown.NUM_GOALS)
+    said = goals % 10 != 3
+    for walk in walks:
+        target, state = (part.split() for part in walk.prompt.split(":"))
+        told = [(sorted(map(int, state)), walk.goals, None)]
+        for step in walk.steps:
+            if step.value is None:
+                assert step.goals is None
+                continue
+            told.append((_left_behind(step.text, []), step.goals, step.value))
+        for left, signs, value in told:
+            counts = count_solutions(np.array([left] * len(goals)), goals)
+            expected = np.where(counts > 0, 1, -1) * said
+            if tuple(left) in countdown_split.HARD_24:
+                expected[24] = 0
+            np.testing.assert_array_equal(signs, expected)
+            if value is not None:
+                assert signs[int(target[0])] in (0, 1 if value else -1)
+    again = correct_walks(
+        rng,
+        numbers[~countdown_split.is_held_out(numbers, wanted)],
+        wanted[~countdown_split.is_held_out(numbers, wanted)],
+        ["".join(step.text for step in walk.steps) for walk in walks],
+        sharpness=0.5,
+        num_goals=countdown.NUM_GOALS,
+    )
+    for walk, other in zip(walks, again, strict=True):
+        for step, same in zip(walk.steps, other.steps, strict=False):
+            np.testing.assert_array_equal(step.goals, same.goals)
+
+
+def test_states_alone_are_judged_right_or_wrong():
+    rng = np.random.default_rng(8)
+    numbers, wanted = countdown.draw_solvable(rng, 200, 4, np.array([24, 33, 51]))
+    states = demonstrate_states(rng, numbers, wanted, num_goals=countdown.NUM_GOALS)
+    assert len(states) == (~countdown_split.is_held_out(numbers, wanted)).sum()
+    assert {one.value for one in states} == {0.0, 1.0}
+    for one in states:
+        target, left = one.prompt.split(":")
+        row = np.array([sorted(map(int, left.split()))])
+        assert row.shape == (1, 3)
+        assert (count_solutions(row, np.array([int(target)]))[0] > 0) == bool(one.value)
+        assert one.goals[int(target)] == (1 if one.value else -1)
+        assert not one.steps
+    # States of four numbers are problems themselves: none that is held out is among them.
+    numbers, wanted = countdown.draw_solvable(rng, 100, 5, np.array([24, 51]))
+    for one in demonstrate_states(rng, numbers, wanted):
+        target, left = one.prompt.split(":")
+        row = np.array([sorted(map(int, left.split()))])
+        assert not countdown_split.is_held_out(row, np.array([int(target)]))[0]
+        assert one.goals is None
+
+
+def test_nothing_is_said_of_goals_that_are_held_out():
+    hard = np.array([min(countdown_split.HARD_24), (1, 2, 3, 4)])
+    hidden = countdown_split.held_out_goals(hard, 100)
+    assert hidden[0, 24]
+    assert not hidden[1, 24]
+    assert (np.flatnonzero(hidden[1]) % 10 == 3).all()
+    held = next(
+        np.array([[a, 50, 60, 70]])
+        for a in range(1, 50)
+        if countdown_split.is_held_out_input(np.array([[a, 50, 60, 70]]))[0]
+    )
+    assert countdown_split.held_out_goals(held, 100).all()
+    three = np.sort(np.random.default_rng(0).integers(1, 99, (200, 3)), axis=1)
+    goals = np.arange(101)
+    assert (countdown_split.held_out_goals(three, 100) == (goals % 10 == 3)).all()
 
 
 def test_walks_of_a_network_are_labelled_as_those_of_the_solver():
