@@ -113,7 +113,7 @@ def _training() -> dict:
         "data": {
             "sizes": ((3, 0.05), (4, 0.8), (5, 0.15)),
             "opening_share": 0.4,
-            "state_share": 0.8,  # Seven tokens each: a quarter of all.
+            "state_share": 0.8,  # Seven tokens each: a third of all.
             "small_share": 0.1,
             "wrong_share": 0.5,
             "stray_share": 0.3,

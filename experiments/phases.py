@@ -163,7 +163,7 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
     num_shards = data.pop("num_shards")
     if num_shards is not None and num_shards < 1:
         raise ValueError(f"train.data.num_shards must be >= 1, got {num_shards}")
-    head = choose_head(train["value_head"], train["loss"]["value_loss"], NUM_GOALS)
+    head = _read_head(train, train["loss"]["value_loss"])
     data |= {"tokenizer": tokenizer, "seed": train["seed"], "num_goals": head.num_goals}
     return Settings(
         mix=_make("train.data", CountdownMix, data),
@@ -176,7 +176,7 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
 
 def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) -> Supervised:
     """where: the place of these settings in the config, for messages."""
-    head = choose_head(train["value_head"], train["loss"]["value_loss"], NUM_GOALS)
+    head = _read_head(train, train["loss"]["value_loss"])
     goals = {"num_goals": head.num_goals}
     layout = _make(f"{where}.layout", Packed, train["layout"], goals)
     parts = train["num_microbatches"]
@@ -219,7 +219,7 @@ def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
         "max_depth": plan.language.max_depth,
     }
     loss = _make("train.search.loss", LossConfig, train["loss"], search["loss"])
-    choose_head(train["value_head"], loss.value_loss, NUM_GOALS)
+    _read_head(train, loss.value_loss)
     updates = {"num_steps": search["num_steps"] * step.num_updates}
     lora = None
     if search["lora_rank"]:
@@ -233,6 +233,11 @@ def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
         optimizer=_make("train.search.optimizer", OptimizerConfig, updates, search["optimizer"]),
         lora=lora,
     )
+
+
+def _read_head(train: Mapping[str, Any], value_loss: str) -> HeadConfig:
+    """The value head, which a phase trains by `value_loss`."""
+    return choose_head(train["value_head"], value_loss, NUM_GOALS)
 
 
 def _make(where: str, make: Callable[..., Any], *fields: Mapping[str, Any]) -> Any:

@@ -151,7 +151,12 @@ def collect_rows(
     write = functools.partial(_write_row, cfg=cfg)
     of_paths = jax.vmap(write, (None, None, None, None, 0, 0, 0))
     rows, teaches = jax.vmap(of_paths)(structure, tokens, prompts, improved, values, weights, paths)
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), (rows, teaches))
+
+    def flatten(array: Array) -> Array:
+        # Not -1: there are columns without entries.
+        return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+
+    return jax.tree.map(flatten, (rows, teaches))
 
 
 def _target_values(

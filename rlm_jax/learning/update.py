@@ -265,7 +265,8 @@ def _split(batch: PyTree, num_parts: int) -> PyTree:
         if array.shape[0] % num_parts:
             raise ValueError(f"{array.shape[0]} rows cannot be cut into {num_parts} microbatches")
         # Strided, so that every part has rows of every device's share.
-        return jnp.swapaxes(array.reshape(-1, num_parts, *array.shape[1:]), 0, 1)
+        num_rows = array.shape[0] // num_parts
+        return jnp.swapaxes(array.reshape(num_rows, num_parts, *array.shape[1:]), 0, 1)
 
     return jax.tree.map(cut, batch)
 

@@ -198,13 +198,11 @@ def demonstrate_states(
     Args:
       numbers, targets: problems of three numbers or more, as in `demonstrate`.
     """
-    clean = ~is_held_out(numbers, targets)
     moves = list_moves(numbers)
     weight = moves.legal / (1 + moves.result / 100)
     drawn = np.array([_draw(rng, row) for row in weight], int)
     states = moves.states[np.arange(len(numbers)), drawn]
-    if states.shape[1] > 3:
-        clean &= ~is_held_out(states, targets)
+    clean = ~(is_held_out(numbers, targets) | is_held_out(states, targets))
     states, targets = states[clean], targets[clean]
     values = is_solvable(states, targets)
     goals = _list_goals(list(states), num_goals)
