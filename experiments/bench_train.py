@@ -68,7 +68,7 @@ def run_train(
         )  # fmt: skip
         for name, measure in (("sft", measure_updates), ("step", measure_search_step)):
             if name in parts:
-                networks = jax.tree.map(jnp.copy, Networks(policy.params, policy.value_head))
+                networks = jax.tree.map(jnp.copy, phases.take_networks(run, policy))
                 yield {**measure(run, networks, patience), "model": spec}
 
 

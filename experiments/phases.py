@@ -55,7 +55,7 @@ from rlm_jax.learning.update import (
     update_state,
 )
 from rlm_jax.models.config import ModelConfig
-from rlm_jax.models.heads import HeadConfig
+from rlm_jax.models.heads import HeadConfig, init_value_head
 from rlm_jax.models.lora import LoraConfig, lora_axes
 from rlm_jax.models.params import Params, param_axes
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
@@ -278,6 +278,29 @@ def make_model(network: Mapping[str, int], tokenizer: Tokenizer) -> ModelConfig:
         eos_ids=tuple(tokenizer.eos_ids),
         bos_id=tokenizer.bos_id,
     )
+
+
+def take_networks(run: Run, start: build.Policy) -> Networks:
+    """Networks that were trained before; a value head is drawn where they came without one, and one
+    that judges a single goal is given others to learn beside it.
+
+    Raises:
+      ValueError: their value head is not the one that `train.value_head` asks for.
+    """
+    key = jax.random.key(run.train["seed"])
+    new = init_value_head(key, run.model.model_dim, run.settings.head)
+    if start.value_head is None:
+        return Networks(start.params, new)
+    head = start.value_head
+    if head.goals is None and new.goals is not None:
+        head = dataclasses.replace(head, goals=new.goals)
+    shapes = [jax.tree.map(jnp.shape, one) for one in (head, new)]
+    if jax.tree.flatten(shapes[0]) != jax.tree.flatten(shapes[1]):
+        raise ValueError(
+            f"{start.version}: its value head is none of "
+            f"train.value_head={run.train['value_head']!r}"
+        )
+    return Networks(start.params, head)
 
 
 def as_policy(run: Run, networks: Networks) -> build.Policy:

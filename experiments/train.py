@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import launching
 import numpy as np
 import phases
@@ -51,7 +50,6 @@ from rlm_jax.learning.metrics_writer import WriteMetrics, open_metrics
 from rlm_jax.learning.networks import Networks, init_networks
 from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
-from rlm_jax.models.heads import init_value_head
 from rlm_jax.models.load import find_model
 from rlm_jax.models.number_embedding import init_number_embeddings
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -99,7 +97,7 @@ def main() -> None:
     run = _prepare(config, settings, start, workdir, mesh)
     launching.use_compilation_cache()
     _require_disjoint(run)
-    networks = _draw_networks(run) if start is None else _take_networks(run, start)
+    networks = _draw_networks(run) if start is None else phases.take_networks(run, start)
     with catch_stop() as is_stopped:
         for num_steps, make_phase in (
             (run.train["num_steps"], phases.make_supervised),
@@ -161,29 +159,6 @@ def _draw_networks(run: Run) -> Networks:
     policy = networks.policy
     embed = init_number_embeddings(jax.random.fold_in(key, 2), policy.embed, numbers)
     return dataclasses.replace(networks, policy=dataclasses.replace(policy, embed=embed))
-
-
-def _take_networks(run: Run, start: build.Policy) -> Networks:
-    """Networks that were trained before; a value head is drawn where they came without one, and one
-    that judges a single goal is given others to learn beside it.
-
-    Raises:
-      ValueError: their value head is not the one that `train.value_head` asks for.
-    """
-    key = jax.random.key(run.train["seed"])
-    new = init_value_head(key, run.model.model_dim, run.settings.head)
-    if start.value_head is None:
-        return Networks(start.params, new)
-    head = start.value_head
-    if head.goals is None and new.goals is not None:
-        head = dataclasses.replace(head, goals=new.goals)
-    shapes = [jax.tree.map(jnp.shape, one) for one in (head, new)]
-    if jax.tree.flatten(shapes[0]) != jax.tree.flatten(shapes[1]):
-        raise ValueError(
-            f"train.begin_with={run.train['begin_with']}: its value head is none of "
-            f"train.value_head={run.train['value_head']!r}"
-        )
-    return Networks(start.params, head)
 
 
 def _require_disjoint(run: Run) -> None:
