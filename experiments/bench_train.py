@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import phases
 from bench_timing import Patience, wait_until_quiet
+from training_settings import read_settings
 
 from rlm_jax.core.sharding import TENSOR_PARALLEL
 from rlm_jax.evaluation import build
@@ -60,7 +61,7 @@ def run_train(
     if policy.value_head is None:
         raise ValueError(f"{spec}: it has no value head, which training needs")
     config = {**config, "train": train}
-    settings = phases.read_settings(config, str(find_model(spec)), None)
+    settings = read_settings(config, str(find_model(spec)), None)
     with tempfile.TemporaryDirectory() as folder:
         run = phases.Run(
             config, train, settings, pathlib.Path(folder), policy.tokenizer, policy.cfg, {}, None,

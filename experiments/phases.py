@@ -1,4 +1,4 @@
-"""The phases of a training run: their settings, checked before anything starts, and their updates.
+"""The phases of a training run, and their updates; `training_settings.py` reads what they are.
 
 A phase is a state, a generator of updates over it, and where its data stands, in JSON: so one loop,
 that of train.py, logs, evaluates, saves and resumes all of them.
@@ -15,91 +15,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from walks import WalkSettings, open_walks, sample_chains
+from training_settings import Search, Settings, Supervised, as_sizes, make_named
+from walks import open_walks, sample_chains
 
 from rlm_jax.core.sharding import TENSOR_PARALLEL, Rules
-from rlm_jax.data.countdown import (
-    CountdownMix,
-    draw_problems,
-    is_held_out_question,
-    make_shards,
-)
+from rlm_jax.data.countdown import draw_problems, is_held_out_question, make_shards
 from rlm_jax.data.examples import TokenExample, TokenTable
 from rlm_jax.data.generated import NUM_SHARDS, GeneratedSource, mix_shards
 from rlm_jax.data.iterators import make_batches
-from rlm_jax.data.packing import Packed
 from rlm_jax.evaluation import build, solver
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
-from rlm_jax.learning.collect import CollectConfig
 from rlm_jax.learning.expert_iteration import read_examples
-from rlm_jax.learning.networks import (
-    Adapted,
-    LossConfig,
-    Networks,
-    assemble,
-    choose_head,
-    init_adapted,
-    token_loss,
-)
-from rlm_jax.learning.search_step import (
-    SearchStepConfig,
-    init_search_state,
-    make_collect,
-    make_search_step,
-)
-from rlm_jax.learning.update import (
-    OptimizerConfig,
-    init_state,
-    make_optimizer,
-    spread_state,
-    update_state,
-)
+from rlm_jax.learning.networks import Adapted, Networks, assemble, init_adapted, token_loss
+from rlm_jax.learning.search_step import init_search_state, make_collect, make_search_step
+from rlm_jax.learning.update import init_state, make_optimizer, spread_state, update_state
 from rlm_jax.models.config import ModelConfig
-from rlm_jax.models.heads import HeadConfig, init_value_head
+from rlm_jax.models.heads import init_value_head
 from rlm_jax.models.lora import LoraConfig, lora_axes
 from rlm_jax.models.params import Params, param_axes
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
 from rlm_jax.tasks.base import Problem
-from rlm_jax.tasks.countdown import NUM_GOALS
 from rlm_jax.text.tokenizer import Tokenizer
-
-
-class Supervised(NamedTuple):
-    """Settings of the supervised phase."""
-
-    layout: Packed
-    loss: LossConfig
-    optimizer: OptimizerConfig
-
-
-class Walking(NamedTuple):
-    """Settings of the phase of corrected walks. plan: how a chain is written, `rows` at a time."""
-
-    plan: build.Plan
-    rows: int
-    walks: WalkSettings
-    learning: Supervised
-
-
-class Search(NamedTuple):
-    """Settings of the search phase. lora: None where all of the policy is learned."""
-
-    plan: build.Plan
-    collect: CollectConfig
-    step: SearchStepConfig
-    loss: LossConfig
-    optimizer: OptimizerConfig
-    lora: LoraConfig | None
-
-
-class Settings(NamedTuple):
-    """What a config asks of a run, checked; a phase without steps is None."""
-
-    mix: CountdownMix
-    head: HeadConfig
-    supervised: Supervised | None
-    walking: Walking | None
-    search: Search | None
 
 
 class Run(NamedTuple):
@@ -137,129 +73,6 @@ class Phase(NamedTuple):
     state: Any
     steps: Callable[[Any, Any], Steps]
     networks: Callable[[Any], Networks]
-
-
-def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) -> Settings:
-    """Reads and checks everything a run is asked to do.
-
-    Args:
-      tokenizer: the file that the run's tokenizer will be in.
-
-    Raises:
-      ValueError: a setting is not accepted, or does not go with another one; names it.
-    """
-    train = config["train"]
-    sizes = [f"{name}_steps" for name in ("log", "checkpoint", "eval")] + ["eval_problems"]
-    for name, least in (*((name, 1) for name in sizes), ("num_microbatches", 1), ("keep_best", 0)):
-        if train[name] < least:
-            raise ValueError(f"train.{name} must be >= {least}, got {train[name]}")
-    strategies = ("greedy", train["search"]["strategy"])
-    for name in strategies:
-        build.plan_strategy(config, name)
-    scores = tuple(f"{name}_accuracy" for name in strategies)
-    if train["best_metric"] not in scores:
-        raise ValueError(f"train.best_metric {train['best_metric']!r}: accepted are {scores}")
-    data = {**train["data"], "sizes": as_sizes(train["data"]["sizes"])}
-    num_shards = data.pop("num_shards")
-    if num_shards is not None and num_shards < 1:
-        raise ValueError(f"train.data.num_shards must be >= 1, got {num_shards}")
-    head = _read_head(train, train["loss"]["value_loss"])
-    data |= {"tokenizer": tokenizer, "seed": train["seed"], "num_goals": head.num_goals}
-    return Settings(
-        mix=_make("train.data", CountdownMix, data),
-        head=head,
-        supervised=_read_supervised("train", train, mesh) if train["num_steps"] else None,
-        walking=_read_walking(config, data, mesh) if train["walks"]["num_steps"] else None,
-        search=_read_search(config, mesh) if train["search"]["num_steps"] else None,
-    )
-
-
-def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) -> Supervised:
-    """where: the place of these settings in the config, for messages."""
-    head = _read_head(train, train["loss"]["value_loss"])
-    goals = {"num_goals": head.num_goals}
-    layout = _make(f"{where}.layout", Packed, train["layout"], goals)
-    parts = train["num_microbatches"]
-    _check_split(f"{where}.layout.num_rows", layout.num_rows, mesh, parts)
-    loss = _make("train.loss", LossConfig, train["loss"])
-    if loss.kl_coef:
-        raise ValueError("train.loss.kl_coef: accepted in train.search.loss alone")
-    if loss.goal_coef and not head.num_goals:
-        raise ValueError(f"train.loss.goal_coef={loss.goal_coef}: accepted with value_head 'goals'")
-    steps = {"num_steps": train["num_steps"]}
-    optimizer = _make(f"{where}.optimizer", OptimizerConfig, steps, train["optimizer"])
-    return Supervised(layout, loss, optimizer)
-
-
-def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None) -> Walking:
-    train, walks = config["train"], config["train"]["walks"]
-    sampling = {"temperature": walks["temperature"], "method": "sample"}
-    chain = {**config["greedy"], "max_depth": walks["max_depth"]}
-    chain["sampling"] = {**chain["sampling"], **sampling}
-    one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}
-    plan = _make("train.walks", build.plan_strategy, one_chain)
-    _check_split("train.walks.rows", walks["rows"], mesh)
-    changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
-    changes["sizes"] = as_sizes(walks["sizes"])
-    mix = _make("train.walks", CountdownMix, data, changes)
-    learning = _read_supervised("train.walks", {**train, **walks}, mesh)
-    own = {name: walks[name] for name in ("num_chains", "num_shards")}
-    own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
-    return Walking(plan, walks["rows"], _make("train.walks", WalkSettings, own), learning)
-
-
-def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
-    train, search = config["train"], config["train"]["search"]
-    plan = build.plan_strategy({**config, "batch_size": 1}, search["strategy"])
-    step = _make("train.search.step", SearchStepConfig, search["step"])
-    _check_split("train.search.num_problems", search["num_problems"], mesh)
-    _check_split("train.search.step.batch_rows", step.batch_rows, mesh)
-    shape = {
-        "num_children": plan.strategy.num_children,
-        "max_depth": plan.language.max_depth,
-    }
-    loss = _make("train.search.loss", LossConfig, train["loss"], search["loss"])
-    _read_head(train, loss.value_loss)
-    updates = {"num_steps": search["num_steps"] * step.num_updates}
-    lora = None
-    if search["lora_rank"]:
-        fields = {"rank": search["lora_rank"], "alpha": search["lora_alpha"]}
-        lora = _make("train.search.lora_rank, lora_alpha", LoraConfig, fields)
-    return Search(
-        plan=plan,
-        collect=_make("train.search.collect", CollectConfig, shape, search["collect"]),
-        step=step,
-        loss=loss,
-        optimizer=_make("train.search.optimizer", OptimizerConfig, updates, search["optimizer"]),
-        lora=lora,
-    )
-
-
-def _read_head(train: Mapping[str, Any], value_loss: str) -> HeadConfig:
-    """The value head, which a phase trains by `value_loss`."""
-    return choose_head(train["value_head"], value_loss, NUM_GOALS)
-
-
-def _make(where: str, make: Callable[..., Any], *fields: Mapping[str, Any]) -> Any:
-    """`make` of all fields, later ones first; a wrong one is named with its place in the config."""
-    try:
-        return make(**{name: value for part in fields for name, value in part.items()})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _check_split(name: str, size: int, mesh: Mesh | None, num_parts: int = 1) -> None:
-    ways = num_parts * (1 if mesh is None else count_shards(mesh))
-    if size < 1 or size % ways:
-        raise ValueError(
-            f"{name}={size}: accepted are multiples of {ways}, the batch's parts "
-            f"({num_parts} microbatches on {ways // num_parts} shards)"
-        )
-
-
-def as_sizes(sizes: Any) -> tuple[tuple[int, float], ...]:
-    """Numbers of a problem and their shares, as a config holds them, in tuples."""
-    return tuple((int(size), float(share)) for size, share in sizes)
 
 
 def make_model(network: Mapping[str, int], tokenizer: Tokenizer) -> ModelConfig:
@@ -415,7 +228,7 @@ def _mix_in_records(run: Run) -> Callable[[int], list[TokenExample]]:
         max_per_problem=records["max_per_problem"],
     )
     mixed = functools.partial(mix_shards, make_shards(mix), TokenTable(examples))
-    return _make("train.records", mixed, {"share": records["share"], "seed": mix.seed})
+    return make_named("train.records", mixed, {"share": records["share"], "seed": mix.seed})
 
 
 class SearchProgram(NamedTuple):

@@ -29,6 +29,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 from phases import Phase, Run
+from training_settings import Settings, read_settings
 
 from rlm_jax.core.files import write_whole
 from rlm_jax.core.sharding import FSDP, TENSOR_PARALLEL
@@ -92,7 +93,7 @@ def main() -> None:
     if _FSDP.value and mesh is None:
         raise ValueError("--fsdp needs --mesh, as in --mesh=data=8")
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
-    settings = phases.read_settings(config, str(workdir / TOKENIZER), mesh)
+    settings = read_settings(config, str(workdir / TOKENIZER), mesh)
     start = _load_start(config["train"]["begin_with"])
     run = _prepare(config, settings, start, workdir, mesh)
     launching.use_compilation_cache()
@@ -128,7 +129,7 @@ def _load_start(spec: str | None) -> build.Policy | None:
 
 def _prepare(
     config: dict[str, Any],
-    settings: phases.Settings,
+    settings: Settings,
     start: build.Policy | None,
     workdir: pathlib.Path,
     mesh: Mesh | None,

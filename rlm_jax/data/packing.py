@@ -212,8 +212,8 @@ def pack_examples(
     most = max(example.soft_ids.shape[1] for example in examples)
     num_goals = max(example.goals.shape[1] for example in examples)
     rows, _ = pack_lengths([len(example.tokens) for example in examples], row_tokens)
-    num_soft = most if num_soft is None else num_soft
-    return lay_out(examples, Plan(row_tokens, rows), num_soft, num_goals)
+    plan = Plan(row_tokens, rows)
+    return lay_out(examples, plan, most if num_soft is None else num_soft, num_goals)
 
 
 def lay_out(

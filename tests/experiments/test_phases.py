@@ -28,6 +28,7 @@ def _load(name):
 def test_a_mesh_learns_from_demonstrations_what_one_device_learns(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     phases = _load("experiments/phases.py")
+    training_settings = _load("experiments/training_settings.py")
     config = _load("configs/countdown.py").get_config("smoke").to_dict()
     config["train"]["optimizer"]["name"] = "adamw"
     path = tmp_path / "tokenizer.model"
@@ -39,7 +40,7 @@ def test_a_mesh_learns_from_demonstrations_what_one_device_learns(tmp_path, monk
         ("one", None, TENSOR_PARALLEL),
         ("eight", make_mesh(replica=2, data=2, model=2), FSDP),
     ):
-        settings = phases.read_settings(config, str(path), mesh)
+        settings = training_settings.read_settings(config, str(path), mesh)
         run = phases.Run(
             config, config["train"], settings, tmp_path, tokenizer, model, {}, mesh, rules
         )
