@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from rlm_jax.models.checkpoint import described_shapes, float_dtype
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import ValueHead, save_value_head
 from rlm_jax.models.hf import CONFIG, new_model_folder, write_hf, write_json
-from rlm_jax.models.params import Params, param_path
+from rlm_jax.models.params import Params, name_leaves
 from rlm_jax.text.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 
 ABOUT = "rlm_jax"
@@ -71,8 +70,7 @@ def export_policy(
 
 def _reader(params: Params, cfg: ModelConfig) -> Callable[[str], np.ndarray]:
     """Reads one parameter by name; ValueError when they are not those that `cfg` describes."""
-    leaves = jax.tree.leaves_with_path(params)
-    arrays = {param_path(path): leaf for path, leaf in leaves}
+    arrays = name_leaves(params)
     shapes = dict(described_shapes(cfg))
     for name in [*shapes, *arrays]:
         found = list(arrays[name].shape) if name in arrays else "missing"

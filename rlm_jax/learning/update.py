@@ -26,6 +26,7 @@ from rlm_jax.core.metrics import Metrics, add_metrics
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Int32, PyTree
 from rlm_jax.learning.networks import total_weights
+from rlm_jax.models.params import name_leaves
 
 OPTIMIZERS = ("muon", "adamw")
 _EMBEDDINGS = ("embed", "lm_head")
@@ -252,12 +253,6 @@ def spread_state(mesh: Mesh, state: PyTree) -> PyTree:
         return leaf if there else jax.device_put(leaf, whole)
 
     return jax.tree.map(place, state)
-
-
-def name_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths, in the tree's order."""
-    paths = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
 def _split(batch: PyTree, num_parts: int) -> PyTree:

@@ -23,7 +23,7 @@ from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Float, Float32, Key
 from rlm_jax.models.histogram import Histogram, read_out
 from rlm_jax.models.number_embedding import NUM_WAVES, number_waves
-from rlm_jax.models.params import ParamSpec, init_specs, normal_init, zeros_init
+from rlm_jax.models.params import ParamSpec, init_specs, name_leaves, normal_init, zeros_init
 from rlm_jax.models.tensor_file import TensorFile, write_tensors
 from rlm_jax.models.transformer import linear
 
@@ -183,7 +183,7 @@ def squash_value(x: Array, squash: str) -> Array:
 
 def save_value_head(folder: str | os.PathLike[str], head: ValueHead) -> Path:
     """Writes value_head.safetensors into an existing folder, in float32."""
-    arrays = {name: np.asarray(array) for name, array in _name_arrays(head).items()}
+    arrays = {name: np.asarray(array) for name, array in name_leaves(head).items()}
     metadata = {"squash": head.squash}
     if head.goals is not None:
         metadata["num_goals"] = str(head.goals.num_goals)
@@ -213,15 +213,8 @@ def load_value_head(folder: str | os.PathLike[str], model_dim: int) -> ValueHead
         specs = _described_as(file, model_dim)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
-    names = list(_name_arrays(specs))
-    arrays = [jnp.array(file.read(name), jnp.float32) for name in names]
+    arrays = [jnp.array(file.read(name), jnp.float32) for name in name_leaves(specs)]
     return jax.tree.unflatten(jax.tree.structure(specs), arrays)
-
-
-def _name_arrays(head: ValueHead) -> dict[str, Any]:
-    """A head's leaves by their names in a file, in the order of the tree."""
-    leaves = jax.tree.leaves_with_path(head)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _described_as(file: TensorFile, model_dim: int) -> ValueHead:
@@ -242,7 +235,7 @@ def _described_as(file: TensorFile, model_dim: int) -> ValueHead:
         max(rank, 1),
     )
     specs = describe_value_head(model_dim, cfg)
-    wanted = {name: spec.shape for name, spec in _name_arrays(specs).items()}
+    wanted = {name: spec.shape for name, spec in name_leaves(specs).items()}
     if set(file.shapes) != set(wanted):
         found = ", ".join(sorted(set(file.shapes) ^ set(wanted))[:4])
         raise ValueError(f"expected {', '.join(wanted)}; missing, or too many: {found}")

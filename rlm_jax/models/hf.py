@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +26,7 @@ from rlm_jax.models.checkpoint import (
 )
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.config_hf import config_from_hf, config_to_hf, token_ids
-from rlm_jax.models.params import Params, param_path
+from rlm_jax.models.params import Params, name_leaves
 from rlm_jax.models.tensor_file import TensorFile, write_tensors
 from rlm_jax.text.tokenizer import read_json
 
@@ -239,8 +238,7 @@ def save_hf(
     Returns:
       The folder, which appears complete or not at all.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    arrays = {param_path(path): leaf for path, leaf in leaves}
+    arrays = name_leaves(params)
     dtype = params.embed.dtype if dtype is None else dtype
 
     def read(name: str) -> np.ndarray:

@@ -179,6 +179,11 @@ def param_path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their `param_path`, in the tree's order."""
+    return {param_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def count_params(cfg: ModelConfig) -> int:
     """Number of parameters."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(describe(cfg)))

@@ -14,16 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlm_jax.tasks.countdown import (
-    Line,
-    follow,
-    read_line,
-    write_return,
-    write_state,
-)
+from rlm_jax.tasks.countdown import Line, follow, read_line, write_return, write_state
 from rlm_jax.tasks.countdown_solvable import find_reachable, is_solvable
 from rlm_jax.tasks.countdown_solver import OPERATORS, Moves, count_below, list_moves
-from rlm_jax.tasks.countdown_split import held_out_goals, is_held_out
+from rlm_jax.tasks.countdown_split import held_out_goals, is_held_out, is_held_out_state
 from rlm_jax.tasks.demonstrations import Demonstration, Step
 
 # States of more numbers make too much to list.
@@ -115,7 +109,7 @@ def demonstrate(
             if state is not None:
                 arrived[index] = state
         for index, state in arrived.items():
-            if len(state) > 3 and is_held_out(state[None], targets[index : index + 1])[0]:
+            if is_held_out_state(state[None], targets[index : index + 1])[0]:
                 clean[index] = False
     return _tell(walks, numbers, targets, clean, num_goals)
 
@@ -155,8 +149,8 @@ def correct_walks(
             _take_back(walk)
         elif not walk.solved:
             _take_right(walk, _draw(rng, walk.path[-1].right))
-        long = [np.array([state]) for state in known if len(state) > 3]
-        clean[index] &= not any(is_held_out(state, targets[index : index + 1])[0] for state in long)
+        target = targets[index : index + 1]
+        clean[index] &= not any(is_held_out_state(np.array([s]), target)[0] for s in known)
     return _tell(walks, numbers, targets, clean, num_goals)
 
 

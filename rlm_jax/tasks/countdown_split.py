@@ -12,7 +12,6 @@ generator can obey it without knowing any test set. Held out are
 import numpy as np
 
 HELD_OUT_SHARE = 50
-# States of so many numbers stand on the way of many problems, and are held out for none of them.
 _FREE_NUMBERS = 3
 _HARD_24 = (
     "4-5-6-10 1-2-4-7 2-5-8-11 3-4-4-13 6-7-8-9 1-11-11-13 1-8-10-11 2-3-6-9 1-3-5-9 3-3-7-12 "
@@ -60,12 +59,20 @@ def is_held_out(numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
     )
 
 
+def is_held_out_state(states: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """As `is_held_out`, of states [R, n] that stand on the way of problems.
+
+    Those of three numbers stand on the way of too many to be held out.
+    """
+    if states.shape[1] <= _FREE_NUMBERS:
+        return np.zeros(len(states), bool)
+    return is_held_out(states, targets)
+
+
 def held_out_goals(states: np.ndarray, highest: int) -> np.ndarray:
     """Of which targets 0 to `highest` nothing may be learned at states [R, n], sorted: [R, T]."""
-    goals = np.arange(highest + 1)
-    held_out = np.broadcast_to(is_held_out_target(goals), (len(states), len(goals))).copy()
-    if states.shape[1] > _FREE_NUMBERS:
-        held_out |= is_held_out_input(states)[:, None]
-        puzzles = is_held_out_puzzle(states, np.full(len(states), 24))
-        held_out |= puzzles[:, None] & (goals == 24)
-    return held_out
+    num_goals = highest + 1
+    rows = np.repeat(states, num_goals, axis=0)
+    goals = np.tile(np.arange(num_goals), len(states))
+    held_out = is_held_out_target(goals) | is_held_out_state(rows, goals)
+    return held_out.reshape(len(states), num_goals)
