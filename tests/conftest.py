@@ -1,11 +1,13 @@
 """What every test runs under: CPU with eight simulated devices, shape checks on, no cache on disk.
 
-The jaxtyping hook checks every function's arguments and results against its annotations. It must
-not check the constructors of `@struct` classes: JAX rebuilds those with whatever a transformation
-puts in place of arrays (ShapeDtypeStructs, axes, None), through the same `__init__`.
+The jaxtyping hook checks arguments and results of every function against its annotations, in the
+modules that name shapes: elsewhere checks cost more than the calls, and pyright sees the same. It
+must not check the constructors of `@struct` classes: JAX rebuilds those with whatever a
+transformation puts in place of arrays (ShapeDtypeStructs, axes, None), through the same `__init__`.
 """
 
 import functools
+import gc
 import importlib.util
 import os
 import pathlib
@@ -17,6 +19,9 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# Compiled programs are many objects that stay: looking through them all the time takes longer than
+# what it frees is worth.
+gc.set_threshold(100_000, 50, 1000)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)
 
@@ -35,10 +40,13 @@ def _dataclass_without_init_checks(cls=None, **options):
 
 
 flax.struct.dataclass = _dataclass_without_init_checks
+SHAPED = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "rlm_jax").rglob("*.py"))
+    if "from rlm_jax.core.types import" in path.read_text(encoding="utf-8")
+]
 # `is_pep484_tower`: an int is a fine float, as it is to Python's type checkers.
-install_import_hook(
-    "rlm_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+install_import_hook(SHAPED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture(scope="session")

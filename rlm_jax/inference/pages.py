@@ -23,7 +23,7 @@ from rlm_jax.inference.attention import Context
 from rlm_jax.models.config import ModelConfig
 
 NO_PAGE = -1
-_LEAST_BUCKET = 64
+_LEAST_BUCKET = 128
 _LANES = 128
 
 

@@ -98,23 +98,22 @@ def _decode(cfg, num_siblings):
 
 
 _write_steps = jax.jit(write_steps)
+_gather_contexts = jax.jit(lambda pages, nodes: (gather_prompts(pages), gather_paths(pages, nodes)))
 
 
 def _grow(tiny, rules, pages, hidden, paths, logprobs, parent, slots, limits, level):
     params, cfg = tiny
     num = len(slots)
-    lanes = jnp.full((2, 1), parent)
-    contexts = (gather_prompts(pages), gather_paths(pages, lanes))
+    contexts = _gather_contexts(pages, np.full((2, 1), parent))
     starts = np.repeat([len(paths[b, parent]) for b in range(2)], num).astype(np.int32)
-    zeros = jnp.zeros(2 * num, jnp.int32)
     steps = _decode(cfg, num)(
         params,
         jax.random.split(jax.random.key(level), 2 * num),
-        jnp.repeat(jnp.asarray(hidden[:, parent]), num, axis=0),
-        init_answer_state(zeros),
+        np.repeat(hidden[:, parent], num, axis=0),
+        init_answer_state(jnp.zeros(2 * num, jnp.int32)),
         contexts=contexts,
-        starts=jnp.asarray(starts),
-        limits=jnp.asarray(limits * 2, jnp.int32),
+        starts=starts,
+        limits=np.array(limits * 2, np.int32),
         rule=rules[0],
         answer_rule=rules[1],
     )
@@ -122,12 +121,13 @@ def _grow(tiny, rules, pages, hidden, paths, logprobs, parent, slots, limits, le
         pages,
         steps.keys,
         steps.values,
-        parents=jnp.full((2, num), parent),
-        slots=jnp.asarray([slots] * 2),
-        starts=jnp.asarray(starts).reshape(2, num),
+        parents=np.full((2, num), parent),
+        slots=np.array([slots] * 2),
+        starts=starts.reshape(2, num),
         lengths=steps.length.reshape(2, num),
-        keep=jnp.ones((2, num), bool),
+        keep=np.ones((2, num), bool),
     )
+    steps = jax.device_get(steps)
     hidden = hidden.copy()
     for b in range(2):
         for k, slot in enumerate(slots):

@@ -130,15 +130,15 @@ def test_rows_are_batches_and_some_teach(searched):
 def _follow(structure, tokens, row, b):
     """The nodes whose steps a row consists of, read off its tokens."""
     nodes, at = [], int(structure.span_length[b, 0])
-    end = int(np.asarray(row.segments).sum())
+    end = int(row.segments.sum())
     node = 0
     while at < end:
         children = [
             c
-            for c in np.flatnonzero(np.asarray(structure.parent[b]) == node)
+            for c in np.flatnonzero(structure.parent[b] == node)
             if structure.alive[b, c]
             and (
-                np.asarray(row.tokens)[at : at + int(structure.span_length[b, c])]
+                row.tokens[at : at + int(structure.span_length[b, c])]
                 == tokens[b, c, : int(structure.span_length[b, c])]
             ).all()
         ]
@@ -151,22 +151,27 @@ def _follow(structure, tokens, row, b):
 
 def test_labels_are_the_improved_policy_of_the_siblings(parts, searched):
     prompts = parts[-1][1]
-    structure, world, rows, _ = searched
-    tree = value_tree(structure, structure.proven.astype(jnp.float32), rule=CFG.value_rule)
-    improved = improve_policy(structure, tree, num_children=3, min_visits=CFG.min_visits)
-    known = np.asarray(target_weights(structure, tree, min_visits=CFG.min_visits))
-    tokens = np.asarray(world.tokens)
+    structure, world, rows, _ = jax.device_get(searched)
+
+    @jax.jit
+    def aim(structure):
+        tree = value_tree(structure, structure.proven.astype(jnp.float32), rule=CFG.value_rule)
+        improved = improve_policy(structure, tree, num_children=3, min_visits=CFG.min_visits)
+        return tree, improved, target_weights(structure, tree, min_visits=CFG.min_visits)
+
+    tree, improved, known = jax.device_get(aim(structure))
+    tokens = world.tokens
     num_choices = 0
     for number in range(rows.tokens.shape[0]):
         b = number // CFG.num_paths
-        row = jax.tree.map(lambda array, number=number: np.asarray(array[number]), rows)
+        row = jax.tree.map(lambda array, number=number: array[number], rows)
         length = int(structure.span_length[b, 0])
         assert (row.tokens[:length] == np.asarray(prompts[b])[:length]).all()
         at, above = length, 0
         assert row.value_weight[at - 1] == known[b, 0]
         for node in _follow(structure, tokens, row, b):
             children = [int(c) for c in improved.children[b, above] if c >= 0]
-            weights = dict(zip(children, np.asarray(improved.weights[b, above]), strict=False))
+            weights = dict(zip(children, improved.weights[b, above], strict=False))
             size = int(structure.span_length[b, node])
             for place in range(size):
                 expected: dict[int, float] = {}

@@ -101,24 +101,33 @@ def _loss(cfg=CFG):
 def test_loss_is_that_of_each_token_by_itself(networks, batch):
     """Every example forwarded alone, and every sum done in numpy."""
     loss, metrics = jax.jit(_loss())(networks, batch, total_weights(batch))
+    totals = total_weights(batch)
+
+    @jax.jit
+    def judge(tokens):
+        attend = make_dense_attend(MODEL)
+        positions = jnp.arange(tokens.shape[1])[None]
+        hidden, _ = forward(networks.policy, tokens, positions, cfg=MODEL, attend=attend)
+        logits = unembed(networks.policy, hidden, cfg=MODEL)
+        return logits[0], apply_value_head(networks.value_head, hidden)[0]
+
+    batch = jax.device_get(batch)
     policy = value = 0.0
     for row in range(batch.tokens.shape[0]):
         for segment in range(1, int(batch.segments[row].max()) + 1):
-            here = np.flatnonzero(np.asarray(batch.segments[row]) == segment)
-            tokens = batch.tokens[row, here][None]
-            positions = jnp.arange(len(here))[None]
-            hidden, _ = forward(
-                networks.policy, tokens, positions, cfg=MODEL, attend=make_dense_attend(MODEL)
-            )
-            logits = np.asarray(unembed(networks.policy, hidden, cfg=MODEL))[0].astype(np.float64)
+            here = np.flatnonzero(batch.segments[row] == segment)
+            # Nothing looks at the padding behind it.
+            tokens = np.zeros((1, 8), np.int32)
+            tokens[0, : len(here)] = batch.tokens[row, here]
+            logits, estimate = jax.device_get(judge(tokens))
+            logits = logits.astype(np.float64)
             logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            estimate = np.asarray(apply_value_head(networks.value_head, hidden))[0]
             for place, at in enumerate(here):
                 weight = float(batch.loss_weight[row, at])
-                shares = np.asarray(batch.soft_weights[row, at])
+                shares = batch.soft_weights[row, at]
                 if weight and shares.sum() > 0:
                     kept = shares > 0
-                    ids = np.asarray(batch.soft_ids[row, at])[kept]
+                    ids = batch.soft_ids[row, at][kept]
                     gap = np.log(shares[kept]) - logp[place - 1, ids]
                     policy += weight * float((shares[kept] * gap).sum())
                 elif weight:
@@ -126,7 +135,6 @@ def test_loss_is_that_of_each_token_by_itself(networks, batch):
                 if float(batch.value_weight[row, at]):
                     target, found = float(batch.value_target[row, at]), float(estimate[place])
                     value -= np.log(found if target else 1 - found)
-    totals = total_weights(batch)
     expected = policy / float(totals.policy) + 0.5 * value / float(totals.value)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert float(metrics["value_loss"].total) == pytest.approx(value, rel=1e-4)

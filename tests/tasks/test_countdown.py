@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -409,17 +410,18 @@ def _vocabularies() -> dict[str, list[bytes]]:
     return {"bytes": bytewise, "pieces": [*pieces, b"a", b"#", b".", b"00"]}
 
 
-def _encode(pieces: list[bytes], text: str) -> list[int] | None:
+def _make_encode(pieces: list[bytes]) -> Callable[[str], list[int] | None]:
     """Longest match first; None where no piece fits."""
-    by_length = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
-    data, ids = text.encode(), []
-    while data:
-        found = next((i for i in by_length if pieces[i] and data.startswith(pieces[i])), None)
-        if found is None:
-            return None
-        ids.append(found)
-        data = data[len(pieces[found]) :]
-    return ids
+    ids = {piece: i for i, piece in enumerate(pieces) if piece}
+    longest_first = sorted(ids, key=len, reverse=True)
+    matches = re.compile(b"|".join(map(re.escape, longest_first)))
+
+    def encode(text: str) -> list[int] | None:
+        data = text.encode()
+        found = matches.findall(data)
+        return [ids[piece] for piece in found] if b"".join(found) == data else None
+
+    return encode
 
 
 def _hostile_chains(num_chains: int) -> list[tuple[tuple[int, ...], int, list[str]]]:
@@ -473,6 +475,7 @@ def _change(rough: random.Random, line: str) -> str:
 @pytest.mark.parametrize("name", ["bytes", "pieces"])
 def test_the_device_says_what_python_says(name):
     pieces = _vocabularies()[name]
+    encode = _make_encode(pieces)
     task = countdown.TASK.device
     tables = task.make_tables(pieces)
     prompts, lines, lengths, expected = [], [], [], []
@@ -481,8 +484,8 @@ def test_the_device_says_what_python_says(name):
         # A step ends with its first newline behind something, as decoding would end it.
         text = "".join(steps)
         cut = [part for part in text.split("\n") if part.strip(" ")]
-        ids = [_encode(pieces, part + "\n") for part in cut]
-        prompt = _encode(pieces, countdown.write_state(target, np.array(numbers)) + "\n")
+        ids = [encode(part + "\n") for part in cut]
+        prompt = encode(countdown.write_state(target, np.array(numbers)) + "\n")
         if len(cut) > most_steps or any(i is None or len(i) > width for i in ids):
             continue
         ids += [[]] * (most_steps - len(ids))
@@ -504,7 +507,7 @@ def test_the_device_says_what_python_says(name):
         return solved & alive
 
     found = jax.jit(jax.vmap(check))(
-        jnp.array(prompts, jnp.int32), jnp.array(lines, jnp.int32), jnp.array(lengths, jnp.int32)
+        *(np.array(rows, np.int32) for rows in (prompts, lines, lengths))
     )
     wrong = np.flatnonzero(np.asarray(found) != np.array(expected))
     assert not len(wrong), [lines[row] for row in wrong[:5]]
@@ -516,11 +519,11 @@ def test_the_device_says_what_python_says(name):
 def test_lines_that_go_back_begin_with_tokens_of_their_own(name):
     """And no line that makes a move begins with one of them."""
     pieces = _vocabularies()[name]
-    task = countdown.TASK.device
+    encode, task = _make_encode(pieces), countdown.TASK.device
     barred = np.asarray(task.returns(task.make_tables(pieces)))
     assert {pieces[token].strip(b" ") for token in np.flatnonzero(barred)} == {b":"}
-    assert barred[_encode(pieces, ": 4 4 7 10\n")[0]]
-    assert not barred[_encode(pieces, "10 - 4 = 6 ; 4 6 7\n")[0]]
+    assert barred[encode(": 4 4 7 10\n")[0]]
+    assert not barred[encode("10 - 4 = 6 ; 4 6 7\n")[0]]
 
 
 def test_equal_states_have_equal_keys_and_other_prompts_tell_nothing():
@@ -528,16 +531,17 @@ def test_equal_states_have_equal_keys_and_other_prompts_tell_nothing():
     pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     tables = countdown_device.make_tables(pieces)
 
+    read_step, read_prompt = jax.jit(countdown_device.step), jax.jit(countdown_device.begin)
+
     def ids(text):
-        return jnp.array(tokenizer.encode(text), jnp.int32)
+        tokens = tokenizer.encode(text)
+        return np.array(tokens + [0] * (32 - len(tokens)), np.int32), np.int32(len(tokens))
 
     def step(state, text):
-        tokens = ids(text)
-        return countdown_device.step(tables, state, tokens, jnp.int32(len(tokens)), jnp.bool_(0))
+        return read_step(tables, state, *ids(text), np.bool_(0))
 
     def begin(text):
-        tokens = ids(text)
-        return countdown_device.begin(tables, tokens, jnp.int32(len(tokens)))
+        return read_prompt(tables, *ids(text))
 
     start = begin("24 : 4 4 7 10\n")
     first, other = step(start, "10 - 4 = 6 ; 4 6 7\n"), step(start, "10-4=6; 7 6 4\n")
