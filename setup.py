@@ -39,7 +39,7 @@ DEMO = TEXT + GGUF
 AOT = ['libtpu; platform_system == "Linux" and platform_machine == "x86_64"']
 # mctx: what the searches are held against.
 TEST = [*DEMO, *HUB, *AOT, *TRAIN, "beartype>=0.20", "hypothesis>=6", "mctx>=0.0.6", "pytest>=8"]
-TEST += ["pytest-xdist>=3.7"]
+TEST += ["pytest-xdist>=3"]
 DEV = [*TEST, "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.11"]
 
 setup(
