@@ -86,19 +86,23 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
     if goal_coef and not head.num_goals:
         raise ValueError(f"train.loss.goal_coef={goal_coef}: accepted with value_head 'goals'")
     data |= {"tokenizer": tokenizer, "seed": train["seed"], "num_goals": head.num_goals}
+    supervised = None
+    if train["num_steps"]:
+        supervised = _read_supervised("train", train, head.num_goals, mesh)
     return Settings(
         mix=make_named("train.data", CountdownMix, data),
         head=head,
-        supervised=_read_supervised("train", train, mesh) if train["num_steps"] else None,
+        supervised=supervised,
         walking=_read_walking(config, data, mesh) if train["walks"]["num_steps"] else None,
         search=_read_search(config, mesh) if train["search"]["num_steps"] else None,
     )
 
 
-def _read_supervised(where: str, train: Mapping[str, Any], mesh: Mesh | None) -> Supervised:
+def _read_supervised(
+    where: str, train: Mapping[str, Any], num_goals: int, mesh: Mesh | None
+) -> Supervised:
     """where: the place of these settings in the config, for messages."""
-    goals = {"num_goals": _read_head(train, train["loss"]["value_loss"]).num_goals}
-    layout = make_named(f"{where}.layout", Packed, train["layout"], goals)
+    layout = make_named(f"{where}.layout", Packed, train["layout"], {"num_goals": num_goals})
     parts = train["num_microbatches"]
     _check_split(f"{where}.layout.num_rows", layout.num_rows, mesh, parts)
     loss = make_named("train.loss", LossConfig, train["loss"])
@@ -120,7 +124,7 @@ def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh
     changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
     changes["sizes"] = as_sizes(walks["sizes"])
     mix = make_named("train.walks", CountdownMix, data, changes)
-    learning = _read_supervised("train.walks", {**train, **walks}, mesh)
+    learning = _read_supervised("train.walks", {**train, **walks}, data["num_goals"], mesh)
     own = {name: walks[name] for name in ("num_chains", "num_shards")}
     own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
     return Walking(plan, walks["rows"], make_named("train.walks", WalkSettings, own), learning)
