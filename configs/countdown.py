@@ -2,8 +2,8 @@
 
 Command:  python experiments/train.py --config=configs/countdown.py --workdir=DIR
 Hardware: two CPU cores, 3 GB of memory.
-Expected: 4,000 supervised updates in half an hour to an hour, and 3,000 on corrected walks in
-another; accuracies in docs/results.md. Then
+Expected: 9,000 updates of the value network in half an hour; of the policy 4,000 supervised ones in
+half an hour to an hour, 3,000 on corrected walks in another; accuracies in docs/results.md. Then
 python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy \
     --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=DIR/results
 
@@ -27,7 +27,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = "countdown"
     config.use_verifier = True
     config.step = ConfigDict({"kind": "newline", "max_tokens": 16})
-    config.evaluator = "value_head"
+    # What is left says what a state is worth; how it came to that does not.
+    config.evaluator = "state_value"
     config.aggregate = "last"
     config.mixture = "mean"
     config.num_rollouts = 4
@@ -42,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_depth = 6
 
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    sampling |= {"min_ratio": 0.0, "no_repeats": False, "return_bias": 0.0}
+    sampling |= {"min_ratio": 0.0, "no_repeats": False, "return_bias": 0.0, "doubt_weight": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
     chain = {"max_depth": 32, "max_refused": 0}
@@ -53,6 +54,10 @@ def get_config(variant: str = "") -> ConfigDict:
     no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
     config.greedy_no_repeats = ConfigDict(
         {**chain, "sampling": {**no_repeats, "return_bias": -1.0}}
+    )
+    # It also goes back where the value network sees no way on, and hardly anywhere else.
+    config.greedy_guided = ConfigDict(
+        {**chain, "sampling": {**no_repeats, "return_bias": -6.0, "doubt_weight": 1.0}}
     )
     # And where a line does not follow it writes another one.
     config.greedy_legal = ConfigDict(
@@ -102,6 +107,29 @@ def _training() -> dict:
         # A folder of networks, or package:countdown, to go on from instead of new ones.
         "begin_with": placeholder(str),
         "num_steps": 4_000,
+        # Before all else, and by itself: a value network that reads what is left, and no more.
+        "state_value": {
+            "num_steps": 9_000,
+            "network": {"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 320},
+            "data": {
+                "num_states": 192,
+                "sizes": ((2, 0.1), (3, 0.62), (4, 0.24), (5, 0.04)),
+                "small_share": 0.15,
+                "deep_share": 0.2,
+                "whole_share": 0.05,
+            },
+            "optimizer": {
+                "name": "muon",
+                "learning_rate": 1e-2,
+                "adam_learning_rate": 2e-3,
+                "warmup_steps": 50,
+                "decay_share": 0.5,
+                "final_share": 0.02,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+                "beta2": 0.98,
+            },
+        },
         "network": {
             "num_layers": 6,
             "model_dim": 160,
@@ -223,14 +251,16 @@ def _training() -> dict:
 
 def _make_scarce(config: ConfigDict) -> None:
     config.budget_tokens = 1024
-    for name in ("greedy", "greedy_no_repeats", "greedy_legal", "best_of_n"):
+    for name in ("greedy", "greedy_no_repeats", "greedy_guided", "greedy_legal", "best_of_n"):
         config[name].max_depth = 12
     # Its figures in docs/results.md were made with these, and with products in float32.
+    config.evaluator = "value_head"
     config.best_first.update({"prior_weight": 0.0, "num_nodes": 257, "merge_states": False})
     config.best_first.sampling.update({"method": "stochastic_beam", "min_ratio": 0.0})
     train = config.train
     train.loss.matmul_dtype = "float32"
     train.num_steps = 600
+    train.state_value.num_steps = 0
     train.log_steps = 2
     train.network.update({"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 352})
     train.data.update({"num_shards": 1, "shard_examples": 4096, "sizes": ((4, 1.0),)})
@@ -252,7 +282,7 @@ def _shrink(config: ConfigDict) -> None:
     config.batch_size = 4
     config.budget_tokens = 64
     config.max_depth = 3
-    for name in ("greedy", "greedy_no_repeats", "greedy_legal", "best_of_n"):
+    for name in ("greedy", "greedy_no_repeats", "greedy_guided", "greedy_legal", "best_of_n"):
         config[name].max_depth = 3
     config.best_of_n.num_chains = 2
     trees = ("best_first", "best_first_widening", "puct", "uct", "td_mcts", "beam", "gumbel")
@@ -263,6 +293,12 @@ def _shrink(config: ConfigDict) -> None:
     config.gumbel.update({"num_simulations": 4, "num_lanes": 2, "max_considered": 2})
     train = config.train
     train.num_steps = 6
+    train.state_value.num_steps = 4
+    train.state_value.data.num_states = 32
+    train.state_value.network.update(
+        {"num_layers": 1, "model_dim": 32, "num_heads": 2, "ffn_dim": 48}
+    )
+    train.state_value.optimizer.warmup_steps = 2
     train.network.update({"num_layers": 2, "model_dim": 32, "num_heads": 2, "ffn_dim": 48})
     train.data.update({"sizes": ((3, 0.5), (4, 0.5)), "shard_examples": 64})
     train.layout.num_rows = 8

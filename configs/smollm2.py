@@ -49,11 +49,14 @@ def get_config(variant: str = "") -> ConfigDict:
         "diversity": 1.0,
         "no_repeats": False,
         "return_bias": 0.0,
+        "doubt_weight": 0.0,
     }
     chain = {"max_refused": 0}
     config.greedy = ConfigDict({**chain, "sampling": {**sampling, "method": "greedy"}})
     no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
     config.greedy_no_repeats = ConfigDict({**chain, "sampling": no_repeats})
+    # The same, where no step goes back.
+    config.greedy_guided = ConfigDict({**chain, "sampling": no_repeats})
     config.greedy_legal = ConfigDict({"max_refused": 8, "sampling": no_repeats})
     config.best_of_n = ConfigDict(
         {**chain, "num_chains": 8, "rule": "majority", "sampling": sampling}

@@ -33,7 +33,10 @@ from rlm_jax.models.params import Params
 
 PARTS = ("sft", "step")
 # Scopes of the library's code; what is in none of them is counted as the search.
-SCOPES = {"networks": ("transformer", "unembed", "value_head"), "optimizer": ("optimizer",)}
+SCOPES = {
+    "networks": ("transformer", "unembed", "value_head", "state_value"),
+    "optimizer": ("optimizer",),
+}
 _PEAK_SIZE = 2048
 _UPDATES = 5
 _CONTAINERS = ("while", "conditional", "call")
@@ -65,7 +68,7 @@ def run_train(
     with tempfile.TemporaryDirectory() as folder:
         run = phases.Run(
             config, train, settings, pathlib.Path(folder), policy.tokenizer, policy.cfg, {}, None,
-            TENSOR_PARALLEL,
+            TENSOR_PARALLEL, policy.state_value,
         )  # fmt: skip
         for name, measure in (("sft", measure_updates), ("step", measure_search_step)):
             if name in parts:

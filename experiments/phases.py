@@ -20,19 +20,22 @@ from walks import open_walks, sample_chains
 
 from rlm_jax.core.sharding import TENSOR_PARALLEL, Rules
 from rlm_jax.data.countdown import draw_problems, is_held_out_question, make_shards
+from rlm_jax.data.countdown_states import make_states
 from rlm_jax.data.examples import TokenExample, TokenTable
-from rlm_jax.data.generated import NUM_SHARDS, GeneratedSource, mix_shards
+from rlm_jax.data.generated import NUM_SHARDS, GeneratedSource, make_ahead, mix_shards
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.evaluation import build, solver
 from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
 from rlm_jax.learning.expert_iteration import read_examples
 from rlm_jax.learning.networks import Adapted, Networks, assemble, init_adapted, token_loss
 from rlm_jax.learning.search_step import init_search_state, make_collect, make_search_step
+from rlm_jax.learning.state_values import count_goals, state_value_loss
 from rlm_jax.learning.update import init_state, make_optimizer, spread_state, update_state
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import init_value_head
 from rlm_jax.models.lora import LoraConfig, lora_axes
 from rlm_jax.models.params import Params, param_axes
+from rlm_jax.models.state_value import StateValue, init_state_value
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
 from rlm_jax.tasks.base import Problem
 from rlm_jax.text.tokenizer import Tokenizer
@@ -42,7 +45,8 @@ class Run(NamedTuple):
     """What all phases need. config: the whole file; train: its part for training.
 
     solvers: of the evaluations, compiled once. mesh: what it runs on, None for one device. rules:
-    how parameters are split over it.
+    how parameters are split over it. state_value: the network of its own that judges states, once
+    there is one; no other phase changes it.
     """
 
     config: dict[str, Any]
@@ -54,6 +58,7 @@ class Run(NamedTuple):
     solvers: dict[str, solver.Solver]
     mesh: Mesh | None
     rules: Rules
+    state_value: StateValue | None = None
 
 
 # Yields (state, metrics, tokens, position_fn) of one update after another.
@@ -65,14 +70,15 @@ class Phase(NamedTuple):
 
     name: of its checkpoints' folder and its metrics. position: where its data stands, in JSON; None
     at the beginning, and told by `position_fn()` until the next update.
-    networks: those that the state has learned.
+    networks: those that the state has learned. evaluates: they can be searched with.
     """
 
     name: str
     num_steps: int
     state: Any
     steps: Callable[[Any, Any], Steps]
-    networks: Callable[[Any], Networks]
+    networks: Callable[[Any], Any]
+    evaluates: bool = True
 
 
 def make_model(network: Mapping[str, int], tokenizer: Tokenizer) -> ModelConfig:
@@ -119,7 +125,12 @@ def take_networks(run: Run, start: build.Policy) -> Networks:
 def as_policy(run: Run, networks: Networks) -> build.Policy:
     """The networks as solvers take them."""
     return build.Policy(
-        networks.policy, run.model, run.tokenizer, networks.value_head, str(run.workdir)
+        networks.policy,
+        run.model,
+        run.tokenizer,
+        networks.value_head,
+        str(run.workdir),
+        run.state_value,
     )
 
 
@@ -145,6 +156,40 @@ def place_networks(run: Run, networks: Networks, rules: Rules) -> Networks:
         return networks
     axes = param_axes(run.model, run.mesh.shape["model"])
     return place_params(run.mesh, networks, rules, policy=axes)
+
+
+def make_state_value(run: Run) -> Phase:
+    """A value network of its own, on states whose every goal the exact solver has looked at."""
+    settings = run.settings.state_value
+    assert settings is not None
+    if run.state_value is None:
+        network = init_state_value(jax.random.key(run.train["seed"]), settings.network)
+    else:
+        # A copy: what is learned is donated to the first update.
+        network = jax.tree.map(jnp.copy, run.state_value)
+    optimizer = make_optimizer(settings.optimizer, network)
+    state = _spread(run, init_state(network, optimizer))
+    update = jax.jit(
+        functools.partial(
+            update_state, loss=state_value_loss, optimizer=optimizer, totals_fn=count_goals
+        ),
+        donate_argnums=0,
+        out_shardings=None if run.mesh is None else (_shardings(state), None),
+    )
+
+    def steps(state: Any, position: Any) -> Steps:
+        number = 0 if position is None else position
+        make_batch = functools.partial(make_states, settings.mix)
+        with make_ahead(make_batch, number) as batches:
+            for batch in batches:
+                state, metrics = update(state, _split(run, batch))
+                number += 1
+                yield state, metrics, int((batch.items >= 0).sum()), functools.partial(int, number)
+
+    num_steps = settings.optimizer.num_steps
+    return Phase(
+        "state_value", num_steps, state, steps, lambda state: state.params, evaluates=False
+    )
 
 
 def make_supervised(run: Run, networks: Networks) -> Phase:

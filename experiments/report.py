@@ -30,8 +30,11 @@ Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean p
 - A search, and `best_of_n` without a number, stops at the first answer that its task proves right.
   `greedy` is one chain; `greedy_no_repeats` is one too, decoded so that from one state it writes no
   step twice: nothing but its own text tells it what it tried, no verdict and no other chain.
-  `greedy_legal` is that chain where the task referees: a step that does not follow is refused,
-  costs its tokens, and another one is written in its place; of legal steps the task says nothing.
+  `greedy_guided` is that chain with a value network beside the policy: where it gives the numbers
+  that are left no chance, the chain goes back. No verdict here either.
+  `greedy_legal` is a chain without repeats where the task referees: a step that does not follow is
+  refused, costs its tokens, and another one is written in its place; of legal steps the task says
+  nothing.
   Expansions and tokens "at most" are the limits that were set, the other columns what was spent.
 - `best of N` is N chains drawn independently, each to its own end: nothing stops early. Where the
   task verifies itself (Countdown, Game of 24) a problem counts as solved when any of the N is
@@ -42,6 +45,7 @@ Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean p
   in parentheses over the row's own tokens; drawn together, then in turn. Between the measured N it
   is interpolated, linear in the logarithm of tokens; `<` and `>` are bounds by the smallest and the
   largest N measured.
+- Value networks write nothing: what they read is not among the tokens, nor is a prompt.
 - `blind` is the same strategy over random legal moves, without a network, at the same expansions.
 """
 CALIBRATION_HEAD = """## Value calibration

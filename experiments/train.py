@@ -34,6 +34,7 @@ from training_settings import Settings, read_settings
 from rlm_jax.core.files import write_whole
 from rlm_jax.core.sharding import FSDP, TENSOR_PARALLEL
 from rlm_jax.data.countdown import make_shard, problem_key
+from rlm_jax.data.countdown_states import list_problems, make_states
 from rlm_jax.data.examples import TokenExample
 from rlm_jax.data.overlap import require_disjoint
 from rlm_jax.data.records import list_changes
@@ -53,6 +54,7 @@ from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
 from rlm_jax.models.load import find_model
 from rlm_jax.models.number_embedding import init_number_embeddings
+from rlm_jax.reasoning.language_values import parse_evaluator
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
 from rlm_jax.viz.training import TrainingDisplay, draw_trees, watch_training
@@ -98,22 +100,22 @@ def main() -> None:
     run = _prepare(config, settings, start, workdir, mesh)
     launching.use_compilation_cache()
     _require_disjoint(run)
+    _check_state_value(run)
     networks = _draw_networks(run) if start is None else phases.take_networks(run, start)
     with catch_stop() as is_stopped:
-        for num_steps, make_phase in (
-            (run.train["num_steps"], phases.make_supervised),
-            (run.train["walks"]["num_steps"], phases.make_walking),
-            (run.train["search"]["num_steps"], phases.make_search),
+        if run.settings.state_value is not None:
+            found = _run_phase(run, phases.make_state_value(run), is_stopped)
+            if found is None:
+                return
+            run = run._replace(state_value=found)
+        for settings, make_phase in (
+            (run.settings.supervised, phases.make_supervised),
+            (run.settings.walking, phases.make_walking),
+            (run.settings.search, phases.make_search),
         ):
-            if not num_steps:
-                continue
-            try:
+            if settings is not None:
                 networks = _run_phase(run, make_phase(run, networks), is_stopped)
-            except FloatingPointError as error:
-                print(f"train.py: {error}", file=sys.stderr, flush=True)
-                raise SystemExit(NOT_FINITE) from None
             if networks is None:
-                print("stopped; the same command goes on from the last checkpoint")
                 return
     _export(run, networks)
 
@@ -146,7 +148,24 @@ def _prepare(
     tokenizer = load_tokenizer(path)
     model = phases.make_model(train["network"], tokenizer) if start is None else start.cfg
     rules = FSDP if _FSDP.value else TENSOR_PARALLEL
-    return Run(config, train, settings, workdir, tokenizer, model, {}, mesh, rules)
+    state_value = None if start is None else start.state_value
+    return Run(config, train, settings, workdir, tokenizer, model, {}, mesh, rules, state_value)
+
+
+def _check_state_value(run: Run) -> None:
+    """Raises ValueError where a network for states is needed that is not there, or does not fit."""
+    settings, begun = run.settings.state_value, run.state_value
+    if settings is not None and begun is not None and begun.cfg != settings.network:
+        raise ValueError(
+            f"train.begin_with={run.train['begin_with']}: its network for states is {begun.cfg}, "
+            f"train.state_value.network asks for {settings.network}"
+        )
+    wanted = "state_value" in parse_evaluator(run.config["evaluator"])
+    if wanted and settings is None and begun is None:
+        raise ValueError(
+            f"evaluator {run.config['evaluator']!r}: accepted with train.state_value.num_steps "
+            "above 0, or with a train.begin_with that has a network for states"
+        )
 
 
 def _draw_networks(run: Run) -> Networks:
@@ -168,6 +187,9 @@ def _require_disjoint(run: Run) -> None:
     The generator leaves out all that is held out; this looks whether it does.
     """
     prompts = [_read_prompt(run.tokenizer, example) for example in make_shard(run.settings.mix, 0)]
+    learned = [problem_key(prompt) for prompt in prompts]
+    if run.settings.state_value is not None:
+        learned += list_problems(make_states(run.settings.state_value.mix, 0))
     test = [
         problem_key(notation(problem))
         for split in map(load_split, SPLITS[:1] + SPLITS[-1:])
@@ -175,7 +197,7 @@ def _require_disjoint(run: Run) -> None:
         for problem, _ in split.examples
     ]
     require_disjoint(
-        map(problem_key, prompts),
+        learned,
         test,
         exact_key=lambda key: key,
         permuted_key=lambda key: key,
@@ -189,14 +211,27 @@ def _read_prompt(tokenizer: Tokenizer, example: TokenExample) -> str:
     return tokenizer.decode(prompt, skip_special=True)
 
 
-def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Networks | None:
-    """The networks at the end of a phase, None when it was stopped before.
+def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any:
+    """What a phase has learned at its end, None when it was stopped before.
 
     Raises:
-      FloatingPointError: an update was refused; the state before it is a checkpoint.
+      SystemExit: an update was refused; the state before it is a checkpoint.
     """
+    try:
+        learned = _finish_phase(run, phase, is_stopped)
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(NOT_FINITE) from None
+    if learned is None:
+        print("stopped; the same command goes on from the last checkpoint")
+    return learned
+
+
+def _finish_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any:
+    """As `_run_phase`, but for a refused update it raises FloatingPointError."""
     train, state, position = run.train, phase.state, None
-    folder, keep_best = run.workdir / "checkpoints" / phase.name, train["keep_best"]
+    folder = run.workdir / "checkpoints" / phase.name
+    keep_best = train["keep_best"] if phase.evaluates else 0
     with open_checkpoints(
         folder, keep_last=2, keep_best=keep_best, metric=train["best_metric"]
     ) as checkpoints:
@@ -240,6 +275,7 @@ def _take_steps(
         logs, looks, saves = (
             ends or step % train[f"{name}_steps"] == 0 for name in ("log", "eval", "checkpoint")
         )
+        looks &= phase.evaluates
         # Nothing is saved, or looked at, that has refused an update.
         if logs or looks or saves or stopped:
             means = _read(pending)
@@ -302,7 +338,7 @@ def _read(pending: list[Any]) -> dict[str, float]:
 
 
 def _shown(means: dict[str, float]) -> dict[str, float]:
-    names = ("loss", "choice_accuracy", "kl", "search_solved")
+    names = ("loss", "choice_accuracy", "goal_accuracy", "kl", "search_solved")
     return {name: means[name] for name in names if name in means}
 
 
@@ -345,6 +381,7 @@ def _export(run: Run, networks: Networks) -> None:
         run.model,
         run.workdir / TOKENIZER,
         value_head=networks.value_head,
+        state_value=run.state_value,
         metadata={"command": sys.argv, "train": json.loads(json.dumps(run.train))},
         overwrite=True,
     )

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from walks import WalkSettings
 
 from rlm_jax.data.countdown import CountdownMix
+from rlm_jax.data.countdown_states import StateMix
 from rlm_jax.data.packing import Packed
 from rlm_jax.evaluation import build
 from rlm_jax.learning.collect import CollectConfig
@@ -15,8 +16,17 @@ from rlm_jax.learning.search_step import SearchStepConfig
 from rlm_jax.learning.update import OptimizerConfig
 from rlm_jax.models.heads import HeadConfig
 from rlm_jax.models.lora import LoraConfig
+from rlm_jax.models.state_value import StateValueConfig
 from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.tasks.countdown import NUM_GOALS
+
+
+class StateValued(NamedTuple):
+    """Settings of the phase in which a state value network learns."""
+
+    network: StateValueConfig
+    mix: StateMix
+    optimizer: OptimizerConfig
 
 
 class Supervised(NamedTuple):
@@ -52,6 +62,7 @@ class Settings(NamedTuple):
 
     mix: CountdownMix
     head: HeadConfig
+    state_value: StateValued | None
     supervised: Supervised | None
     walking: Walking | None
     search: Search | None
@@ -92,9 +103,23 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
     return Settings(
         mix=make_named("train.data", CountdownMix, data),
         head=head,
+        state_value=_read_state_value(train, mesh) if train["state_value"]["num_steps"] else None,
         supervised=supervised,
         walking=_read_walking(config, data, mesh) if train["walks"]["num_steps"] else None,
         search=_read_search(config, mesh) if train["search"]["num_steps"] else None,
+    )
+
+
+def _read_state_value(train: Mapping[str, Any], mesh: Mesh | None) -> StateValued:
+    where, own = "train.state_value", train["state_value"]
+    steps = {"num_steps": own["num_steps"]}
+    mix = {**own["data"], "seed": train["seed"], "sizes": as_sizes(own["data"]["sizes"])}
+    _check_split(f"{where}.data.num_states", mix["num_states"], mesh)
+    goals = {"num_goals": NUM_GOALS}
+    return StateValued(
+        network=make_named(f"{where}.network", StateValueConfig, goals, own["network"]),
+        mix=make_named(f"{where}.data", StateMix, mix),
+        optimizer=make_named(f"{where}.optimizer", OptimizerConfig, steps, own["optimizer"]),
     )
 
 
@@ -118,7 +143,8 @@ def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh
     sampling = {"temperature": walks["temperature"], "method": "sample"}
     chain = {**config["greedy"], "max_depth": walks["max_depth"]}
     chain["sampling"] = {**chain["sampling"], **sampling}
-    one_chain = {"config": {**config, "greedy": chain}, "name": "greedy"}
+    # Nobody asks what the states of these chains are worth.
+    one_chain = {"config": {**config, "greedy": chain, "evaluator": "none"}, "name": "greedy"}
     plan = make_named("train.walks", build.plan_strategy, one_chain)
     _check_split("train.walks.rows", walks["rows"], mesh)
     changes = {name: walks[name] for name in ("shard_examples", "return_weight")}

@@ -5,10 +5,14 @@ like a stored one, stands still nowhere on disk, and a resumed run meets the sam
 next shard is made in a process of its own while the present one is trained on.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import functools
+import itertools
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +22,7 @@ from rlm_jax.data.examples import TokenExample, TokenTable
 NUM_SHARDS = 1 << 20
 
 MakeShard = Callable[[int], Iterable[TokenExample]]
+T = TypeVar("T")
 
 
 def mix_shards(
@@ -71,9 +76,7 @@ class GeneratedSource:
         self._coming: dict[int, concurrent.futures.Future[TokenTable]] = {}
         self._pool: concurrent.futures.Executor | None = None
         if prefetch:
-            # Not forked: the parent runs the threads of a compiled program.
-            context = multiprocessing.get_context("spawn")
-            self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+            self._pool = _start_process()
 
     def __len__(self) -> int:
         return self._num_shards * self._shard_examples
@@ -108,3 +111,35 @@ class GeneratedSource:
 def make_table(make_shard: MakeShard, shard: int) -> TokenTable:
     """One shard's examples as a table, cheap to send between processes."""
     return TokenTable(make_shard(shard))
+
+
+@contextlib.contextmanager
+def make_ahead(
+    make_fn: Callable[[int], T], start: int, num_ahead: int = 8
+) -> Iterator[Iterator[T]]:
+    """`make_fn(start)`, `make_fn(start + 1)` and so on without end, made in another process.
+
+    Args:
+      make_fn: a function of a module, or a `functools.partial` of one.
+      num_ahead: how many are made, or being made, before they are asked for.
+    """
+
+    def results() -> Iterator[T]:
+        for number in itertools.count(start + num_ahead):
+            result = coming.popleft().result()
+            coming.append(pool.submit(make_fn, number))
+            yield result
+
+    pool = _start_process()
+    try:
+        numbers = range(start, start + num_ahead)
+        coming = collections.deque(pool.submit(make_fn, number) for number in numbers)
+        yield results()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_process() -> concurrent.futures.Executor:
+    # Not forked: the parent runs the threads of a compiled program.
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=context)

@@ -22,6 +22,7 @@ from rlm_jax.models.load import load_model
 from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.presets import preset
 from rlm_jax.models.quantize import check_quantization, quantize_params
+from rlm_jax.models.state_value import StateValue
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel
 from rlm_jax.reasoning.language_values import parse_evaluator, write_evaluator
 from rlm_jax.reasoning.protocol import Strategy
@@ -86,6 +87,7 @@ class Policy(NamedTuple):
     tokenizer: Tokenizer
     value_head: Any
     version: str
+    state_value: StateValue | None = None
 
 
 class Plan(NamedTuple):
@@ -131,7 +133,7 @@ def _load_floats(spec: str, weights: Any) -> Policy:
         return Policy(params, cfg, tokenizer, None, spec)
     model = load_model(spec, weights)
     tokenizer = load_tokenizer(model.tokenizer_source)
-    return Policy(model.params, model.cfg, tokenizer, model.value_head, spec)
+    return Policy(model.params, model.cfg, tokenizer, model.value_head, spec, model.state_value)
 
 
 def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
@@ -163,6 +165,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     strategy, num_nodes = _make_strategy(name, own, max_depth)
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
     _check_going_back(config, name, sampling)
+    _check_states(config)
     if own.get("widen") and not sampling.no_repeats:
         raise ValueError(
             f"{name}.widen=True: accepted is sampling.no_repeats=True with it, or a node writes "
@@ -218,6 +221,13 @@ def build_solver(
         if policy.value_head is None:
             raise ValueError(f"evaluator 'value_head': {policy.version} comes without a value head")
         value_head = policy.value_head
+    state_value = None
+    if "state_value" in parse_evaluator(language.evaluator):
+        if policy.state_value is None:
+            raise ValueError(
+                f"evaluator 'state_value': {policy.version} comes without a network for states"
+            )
+        state_value = policy.state_value
     task = TASKS[config["task"]]
     checker = task.device if config["use_verifier"] and task.self_verifying else None
     language = dataclasses.replace(language, model=policy.cfg, task=checker)
@@ -229,6 +239,7 @@ def build_solver(
         value_head=value_head,
         judge=make_judge(policy.tokenizer) if asks else None,
         task_tables=None if checker is None else _make_task_tables(checker, policy),
+        state_value=state_value,
     )
     return Solver(
         task=task,
@@ -248,8 +259,9 @@ def build_solver(
 
 
 def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingConfig) -> None:
-    """Raises ValueError where `return_bias` would do nothing."""
-    if not sampling.return_bias:
+    """Raises ValueError where `return_bias` or `doubt_weight` would do nothing."""
+    settings = [key for key in ("return_bias", "doubt_weight") if getattr(sampling, key)]
+    if not settings:
         return
     device = TASKS[config["task"]].device
     reason = None
@@ -259,9 +271,24 @@ def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingCo
         reason = f"task {config['task']!r} has no steps that go back"
     elif not config["use_verifier"]:
         reason = "without use_verifier nothing says which steps go back"
+    elif sampling.doubt_weight and "none" in parse_evaluator(config["evaluator"]):
+        settings, reason = ["doubt_weight"], "evaluator 'none' doubts nothing"
     if reason is not None:
-        value = sampling.return_bias
-        raise ValueError(f"{name}.sampling.return_bias={value}: accepted is 0, as {reason}")
+        value = getattr(sampling, settings[0])
+        raise ValueError(f"{name}.sampling.{settings[0]}={value}: accepted is 0, as {reason}")
+
+
+def _check_states(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where evaluator "state_value" would be shown nothing."""
+    if "state_value" not in parse_evaluator(config["evaluator"]):
+        return
+    device, reason = TASKS[config["task"]].device, None
+    if device is None or device.observe is None:
+        reason = f"task {config['task']!r} does not say what its states are"
+    elif not config["use_verifier"]:
+        reason = "without use_verifier nothing says what the states are"
+    if reason is not None:
+        raise ValueError(f"evaluator {config['evaluator']!r}: {reason}")
 
 
 def _make_language(

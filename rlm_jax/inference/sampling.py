@@ -41,7 +41,9 @@ class SamplingConfig:
     tokens top-p and min-p may choose among when no top_k bounds them. no_repeats: a chain
     writes no step twice from one state, a tree none from one node (`tried.py`); not for beams.
     return_bias: added to the logit of the token that a step of a chain begins with which takes
-    earlier ones back (`DeviceTask.returns`): below 0 a chain goes back less readily.
+    earlier ones back (`DeviceTask.returns`): below 0 a chain goes back less readily. doubt_weight
+    w: and w times the log-odds that its evaluator gives to the state being lost, behind every step
+    but where the problem begins. 0: a chain goes by what the policy sees alone.
     """
 
     method: str = "sample"
@@ -54,6 +56,7 @@ class SamplingConfig:
     max_candidates: int = 64
     no_repeats: bool = False
     return_bias: float = 0.0
+    doubt_weight: float = 0.0
 
     def __post_init__(self):
         accepted = {
@@ -73,6 +76,7 @@ class SamplingConfig:
                 "false, or method 'sample' or 'greedy'",
             ),
             "return_bias": (math.isfinite(self.return_bias), "finite"),
+            "doubt_weight": (0 <= self.doubt_weight < math.inf, "a number >= 0"),
         }
         for name, (holds, what) in accepted.items():
             if not holds:

@@ -20,6 +20,7 @@ from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import ValueHead, save_value_head
 from rlm_jax.models.hf import CONFIG, new_model_folder, write_hf, write_json
 from rlm_jax.models.params import Params, name_leaves
+from rlm_jax.models.state_value import StateValue, save_state_value
 from rlm_jax.text.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 
 ABOUT = "rlm_jax"
@@ -32,6 +33,7 @@ def export_policy(
     tokenizer: str | os.PathLike[str],
     *,
     value_head: ValueHead | None = None,
+    state_value: StateValue | None = None,
     metadata: Mapping[str, Any] | None = None,
     dtype: Any = None,
     overwrite: bool = False,
@@ -42,8 +44,9 @@ def export_policy(
       params: on whatever devices they are; adapters must be merged before.
       tokenizer: a folder with the tokenizer's files, a tokenizer.json or a SentencePiece .model.
       value_head: judges the policy's hidden states; always float32.
+      state_value: judges the task's states by itself.
       metadata: JSON about the training.
-      dtype: float32, bfloat16 or float16 for the policy; its own by default.
+      dtype: float32, bfloat16 or float16 for policy and `state_value`; the policy's by default.
       overwrite: replace a model that lies in `folder`; never replaces any other folder.
 
     Returns:
@@ -65,6 +68,8 @@ def export_policy(
         _copy_tokenizer(Path(tokenizer), scratch)
         if value_head is not None:
             save_value_head(scratch, value_head)
+        if state_value is not None:
+            save_state_value(scratch, state_value, dtype)
     return Path(folder)
 
 

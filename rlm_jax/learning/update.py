@@ -156,11 +156,13 @@ def update_state(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     num_microbatches: int = 1,
+    totals_fn: Callable[[Any], PyTree] = total_weights,
 ) -> tuple[TrainState, dict[str, MaskedSum]]:
     """One update, unless its loss, its gradient or the update itself is not finite.
 
     Args:
-      batch: a `TokenBatch`; its rows are a multiple of `num_microbatches`.
+      batch: a `TokenBatch`, or what else `totals_fn` and the loss know; its rows are a multiple of
+        `num_microbatches`.
       loss: (params, part of the batch, totals of the batch) -> loss, metrics.
 
     Returns:
@@ -169,7 +171,7 @@ def update_state(
     Raises:
       ValueError: the rows cannot be cut into that many microbatches.
     """
-    totals = total_weights(batch)
+    totals = totals_fn(batch)
     grad_fn = jax.value_and_grad(loss, has_aux=True)
     if num_microbatches == 1:
         (value, metrics), grads = grad_fn(state.params, batch, totals)

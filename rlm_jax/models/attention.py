@@ -1,4 +1,4 @@
-"""Dense causal attention with grouped queries: the reference that every cache must equal.
+"""Dense attention with grouped queries, causal: the reference that every cache must equal.
 
 Keys and values are never repeated: H query heads are viewed as G groups of H/G, and one einsum
 serves each group. Scores and softmax are float32. Queries are taken in blocks, and a block looks at
@@ -79,5 +79,17 @@ def make_dense_attend(
             scores = jnp.where(allowed[:, None, None], scores, MASKED_SCORE)
             mixed.append(attention_mix(jax.nn.softmax(scores, axis=-1), v[:, keys]))
         return jnp.concatenate(mixed, axis=1), state
+
+    return attend
+
+
+def make_set_attend(cfg: ModelConfig, present: Bool[Array, "R T"]) -> Attend:
+    """Attention over a set: every token sees all that are present, those behind it too."""
+
+    def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        del layer
+        scores = attention_scores(q, k, cfg)
+        scores = jnp.where(present[:, None, None, None], scores, MASKED_SCORE)
+        return attention_mix(jax.nn.softmax(scores, axis=-1), v), state
 
     return attend

@@ -114,11 +114,12 @@ def describe_value_head(model_dim: int, cfg: HeadConfig, dtype: Any = jnp.float3
         weight: Any = ParamSpec((rows, columns), dtype, (None, axis), normal_init(columns**-0.5))
         bias: Any = ParamSpec((rows,), dtype, (None,), zeros_init)
         layers.append(Dense(weight, bias))
-    goals = _describe_goals(model_dim, cfg, dtype) if cfg.num_goals else None
+    goals = describe_goals(model_dim, cfg, dtype) if cfg.num_goals else None
     return ValueHead(tuple(layers), cfg.squash, cfg.histogram, goals)
 
 
-def _describe_goals(model_dim: int, cfg: HeadConfig, dtype: Any) -> GoalFactors:
+def describe_goals(model_dim: int, cfg: HeadConfig, dtype: Any = jnp.float32) -> GoalFactors:
+    """The description of the factors: `GoalFactors` whose leaves are `ParamSpec`."""
     rank = cfg.goal_rank
 
     def dense(columns: int, axis: str | None, gain: float = 1.0) -> Dense:

@@ -40,6 +40,7 @@ HUB_FILES = (
     "model*.safetensors",
     INDEX,
     "value_head.safetensors",
+    "state_value.safetensors",
     "tokenizer*",
     "special_tokens_map.json",
     "chat_template*",

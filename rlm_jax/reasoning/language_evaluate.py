@@ -124,6 +124,8 @@ def _judge(lm, cfg, paths, structure, contexts, tokens_left) -> Judged:
                 evaluator=name,
                 aggregate=cfg.aggregate,
                 value_fn=cfg.value_fn,
+                state_value=lm.state_value,
+                task=cfg.task,
             )
             tokens = tokens.reshape(batch, -1).sum(-1)
             scored += tokens

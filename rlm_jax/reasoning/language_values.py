@@ -11,15 +11,17 @@ All values are in [0, 1] but for a value head or a `dead_value` of another range
               terminal reward, arXiv 2408.06195); an unfinished path is worth 0 until one finishes
   p_yes       the policy's own P(yes) when asked whether the reasoning so far is right
   value_head  a value head on the state after the step (spec B3)
+  state_value a network of its own, on what the task says the state is (`models/state_value.py`)
   rollout     what comes of the path when the policy finishes it (`language_rollout.py`)
   none        0
-A score of p_yes or value_head judges one step; `aggregate` makes the path's value of them. Several
-evaluators are mixed by weights: "value_head=0.5,rollout=0.5".
+A score of p_yes, value_head or state_value judges one step; `aggregate` makes the path's value of
+them. Several evaluators are mixed by weights: "value_head=0.5,rollout=0.5".
 """
 
 import math
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
@@ -29,16 +31,18 @@ from rlm_jax.inference.extend import extend, last_hidden, yes_probability
 from rlm_jax.inference.sampling import Uncertainty
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
+from rlm_jax.models.state_value import StateValue, apply_state_value
 from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency
 from rlm_jax.reasoning.structure import Structure
+from rlm_jax.tasks.device import DeviceTask
 from rlm_jax.text.answers import AnswerState
 
 EVALUATORS = (
     "confidence", "likelihood", "entropy", "varentropy", "consistency", "p_yes", "value_head",
-    "rollout", "none",
+    "state_value", "rollout", "none",
 )  # fmt: skip
 UNCERTAINTIES = ("entropy", "varentropy")
-STEP_SCORES = ("p_yes", "value_head")
+STEP_SCORES = ("p_yes", "value_head", "state_value")
 ValueFn = Callable[[PyTree, Array], Array]
 
 
@@ -139,11 +143,14 @@ def evaluate_paths(
     evaluator: str,
     aggregate: str,
     value_fn: ValueFn | None,
+    state_value: StateValue | None = None,
+    task: DeviceTask | None = None,
 ) -> tuple[Float32[Array, "R"], Int32[Array, "R"]]:
     """Values of the paths by any evaluator but "rollout", and the tokens forwarded for each.
 
     Args:
       contexts: keys and values of all that stands before position `ends`.
+      state_value, task: for evaluator "state_value", a network and what it is shown.
     """
     scored = jnp.zeros_like(paths.num_tokens)
     num_tokens = jnp.maximum(paths.num_tokens, 1).astype(jnp.float32)
@@ -159,6 +166,8 @@ def evaluate_paths(
         return jnp.zeros_like(paths.logprob), scored
     if evaluator == "p_yes":
         score, scored = _ask_judge(policy, judge, paths, contexts, model)
+    elif evaluator == "state_value":
+        score, scored = _judge_states(state_value, task, paths)
     else:
         assert value_fn is not None
         score = value_fn(value_head, paths.hidden).astype(jnp.float32)
@@ -174,6 +183,19 @@ def _agreement(structure: Structure, paths: Paths) -> Float32[Array, "R"]:
     voters = jnp.concatenate([structure.terminal & structure.alive, finished], 1)
     share = self_consistency(stated, votes, voters)
     return jnp.where(finished, share, 0.0).reshape(-1)
+
+
+def _judge_states(
+    network: StateValue | None, task: DeviceTask | None, paths: Paths
+) -> tuple[Array, Array]:
+    """What a network says of the task's states, and the items it read of each."""
+    assert network is not None
+    assert task is not None
+    assert task.observe is not None
+    seen = jax.vmap(task.observe)(paths.task_state)
+    value = apply_state_value(network, seen.items, seen.goal)
+    num_items = 1 + (seen.items >= 0).sum(axis=1, dtype=jnp.int32)
+    return value, jnp.where(paths.fresh, num_items, 0)
 
 
 def _ask_judge(policy, judge, paths, contexts, model) -> tuple[Array, Array]:

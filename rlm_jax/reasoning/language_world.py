@@ -25,6 +25,7 @@ from rlm_jax.inference.pages import (
 from rlm_jax.inference.sampling import SamplingConfig, Uncertainty
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
+from rlm_jax.models.state_value import StateValue
 from rlm_jax.reasoning.language_task import begin_keys, begin_states, empty_states
 from rlm_jax.reasoning.language_values import (
     STEP_SCORES,
@@ -107,7 +108,8 @@ class LanguageConfig:
 class LanguageModel:
     """Everything the expander computes with: the `params` of both drivers.
 
-    task_tables: what `LanguageConfig.task` made of the vocabulary.
+    task_tables: what `LanguageConfig.task` made of the vocabulary. state_value: for evaluator
+    "state_value", which needs a task that says what its states are.
     """
 
     policy: Params
@@ -116,6 +118,7 @@ class LanguageModel:
     value_head: PyTree = None
     judge: Judge | None = None
     task_tables: PyTree = None
+    state_value: StateValue | None = None
 
 
 @struct

@@ -19,7 +19,7 @@ import numpy as np
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Int32, UInt32
-from rlm_jax.tasks.device import DeviceTask, StepCheck
+from rlm_jax.tasks.device import DeviceTask, Observation, StepCheck
 
 MAX_NUMBERS = 8
 MAX_DIGITS = 9
@@ -274,4 +274,11 @@ def find_returns(tables: Tables) -> Bool[Array, "V"]:
     return (tables.kind == _SIGN) & (tables.value == _SIGNS.index(":"))
 
 
-DEVICE_TASK = DeviceTask(make_tables, begin, step, state_key, find_returns)
+def observe(state: State) -> Observation:
+    """The numbers that are left, and the target."""
+    numbers = state.path[jnp.maximum(state.count - 1, 0)]
+    known = state.count > 0
+    return Observation(jnp.where(known, numbers, _NONE), jnp.where(known, state.target, _NONE))
+
+
+DEVICE_TASK = DeviceTask(make_tables, begin, step, state_key, find_returns, observe)

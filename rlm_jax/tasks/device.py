@@ -38,6 +38,18 @@ class StepCheck(NamedTuple):
     chain_only: Any = np.False_
 
 
+class Observation(NamedTuple):
+    """What a network that judges states is shown of one (`models.state_value`).
+
+    Attributes:
+      items: the numbers that make up the state, in any order, negative where there are fewer.
+      goal: what is to be reached from it; negative where the task could not read the problem.
+    """
+
+    items: Int32[Array, "M"]
+    goal: Int32[Array, ""]
+
+
 class DeviceTask(NamedTuple):
     """A task's checker on token ids.
 
@@ -49,6 +61,7 @@ class DeviceTask(NamedTuple):
       key: state -> its hash, as `StepCheck.key` has it; None for a task that names no states.
       returns: tables -> the tokens [V] that only a step begins with which takes earlier ones back
         (`StepCheck.chain_only`); None for a task that has no such steps.
+      observe: state -> what it is, in numbers; None for a task that does not say.
     """
 
     make_tables: Callable[[Sequence[bytes]], PyTree]
@@ -58,3 +71,4 @@ class DeviceTask(NamedTuple):
     ]
     key: Callable[[PyTree], UInt32[Array, ""]] | None = None
     returns: Callable[[PyTree], Bool[Array, "V"]] | None = None
+    observe: Callable[[PyTree], Observation] | None = None

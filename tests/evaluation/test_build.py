@@ -111,6 +111,19 @@ def test_use_verifier_is_yes_or_no():
             {"sampling.return_bias": -1.0, "task": "countdown", "use_verifier": False},
             "without use_verifier nothing says",
         ),
+        ("greedy", {"sampling.doubt_weight": 1.0}, "doubt_weight=1.0: .* no steps that go back"),
+        ("greedy", {"sampling.doubt_weight": -1.0}, "doubt_weight=-1.0: accepted is a number >= 0"),
+        (
+            "greedy",
+            {"sampling.doubt_weight": 1.0, "task": "countdown", "evaluator": "none"},
+            "doubt_weight=1.0: accepted is 0, as evaluator 'none' doubts nothing",
+        ),
+        ("puct", {"evaluator": "state_value"}, "'state_value': task 'free' does not say what its"),
+        (
+            "puct",
+            {"evaluator": "state_value=1,likelihood=1", "task": "game24", "use_verifier": False},
+            "without use_verifier nothing says what the states are",
+        ),
         ("greedy_legal", {"use_verifier": False}, "max_refused=8: accepted is 0 without"),
         ("greedy_legal", {"drop_illegal": False}, "max_refused=8: accepted is 0 without"),
         (
@@ -132,6 +145,7 @@ def test_settings_that_need_others_say_so(name, changes, message):
 MAKERS = {
     "greedy": greedy.make_greedy,
     "greedy_no_repeats": greedy.make_greedy,
+    "greedy_guided": greedy.make_greedy,
     "greedy_legal": greedy.make_greedy,
     "best_of_n": best_of_n.make_best_of_n,
     **build.TREE_SEARCHES,

@@ -310,7 +310,7 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
         ([*SMOKE, "--problems=y", "--answer=2"], "--answer belongs to --question"),
         (
             [*SMOKE, "--question=x", "--strategy=mcts"],
-            "'mcts': accepted are greedy, greedy_no_repeats, greedy_legal, b",
+            "'mcts': accepted are greedy, greedy_no_repeats, greedy_guided, greedy",
         ),
         ([*SMOKE, "--question=x", "--strategy=,"], "--strategy is empty: accepted are greedy"),
         ([*SMOKE, "--question=x", "--budget_tokens=0"], "budget_tokens must be >= 1, got 0"),

@@ -21,6 +21,7 @@ from rlm_jax.learning.checkpoints import open_checkpoints, restore_checkpoint
 from rlm_jax.learning.metrics_writer import read_metrics
 from rlm_jax.models.heads import load_value_head, save_value_head
 from rlm_jax.models.load import load_model
+from rlm_jax.models.state_value import load_state_value
 from rlm_jax.tasks.countdown import NUM_GOALS
 
 pytest.importorskip("orbax.checkpoint")
@@ -28,6 +29,7 @@ pytest.importorskip("grain")
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "--config=configs/countdown.py:smoke"
+PHASES = ("state_value.", "", "walks.", "search.")
 
 
 def _command(program: str, *flags: str) -> list[str]:
@@ -56,7 +58,8 @@ def _start(workdir: pathlib.Path) -> subprocess.Popen[str]:
 
 def _weights(workdir: pathlib.Path) -> list[bytes]:
     folder = workdir / "policy"
-    return [(folder / n).read_bytes() for n in ("model.safetensors", "value_head.safetensors")]
+    names = ("model", "value_head", "state_value")
+    return [(folder / f"{name}.safetensors").read_bytes() for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,9 @@ def trained(tmp_path_factory):
 
 
 def test_a_run_learns_by_demonstration_and_by_search(trained):
+    judged = read_metrics(trained / "state_value" / "metrics.jsonl")
+    assert [p["step"] for p in judged] == [2, 4]
+    assert all(p["goal_loss"] > 0 and 0 < p["goal_accuracy"] <= 1 for p in judged)
     points = read_metrics(trained / "supervised" / "metrics.jsonl")
     assert [p["step"] for p in points if "loss" in p] == [2, 4, 6]
     assert all(p["goal_loss"] > 0 for p in points if "loss" in p)
@@ -97,18 +103,32 @@ def test_a_finished_run_is_left_alone_and_another_config_is_refused(trained):
 
 
 def test_a_run_begins_with_networks_that_were_trained(trained, tmp_path):
-    phases = [f"--config.train.{name}num_steps=0" for name in ("", "walks.", "search.")]
-    done = _train(tmp_path, f"--config.train.begin_with={trained / 'policy'}", *phases)
+    phases = [f"--config.train.{name}num_steps=0" for name in PHASES]
+    begin = f"--config.train.begin_with={trained / 'policy'}"
+    done = _train(tmp_path, begin, *phases)
     assert done.status == 0, done.err[-2000:]
     assert _weights(tmp_path) == _weights(trained)
     assert (tmp_path / "tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes()
+    # The network for states goes on too, where it has the shape that is asked for.
+    done = _train(tmp_path / "longer", begin, *phases[1:])
+    assert done.status == 0, done.err[-2000:]
+    ours, theirs = (
+        load_state_value(folder / "policy") for folder in (tmp_path / "longer", trained)
+    )
+    step = np.abs(np.asarray(ours.trunk.embed) - np.asarray(theirs.trunk.embed)).max()
+    assert 0 < step < 0.1
+    done = _train(
+        tmp_path / "wider", begin, *phases[1:], "--config.train.state_value.network.ffn_dim=16"
+    )
+    assert done.status == 2
+    assert "its network for states is StateValueConfig(" in done.err
 
 
 def test_a_head_for_one_goal_goes_on_as_one_for_many(trained, tmp_path):
     folder, many = tmp_path / "policy", load_value_head(trained / "policy", 32)
     shutil.copytree(trained / "policy", folder)
     save_value_head(folder, dataclasses.replace(many, goals=None))
-    phases = [f"--config.train.{name}num_steps=0" for name in ("", "walks.", "search.")]
+    phases = [f"--config.train.{name}num_steps=0" for name in PHASES]
     done = _train(tmp_path / "run", f"--config.train.begin_with={folder}", *phases)
     assert done.status == 0, done.err[-2000:]
     head = load_value_head(tmp_path / "run" / "policy", 32)
@@ -264,6 +284,9 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("value_head=hl_gauss", "'bce' does not train value_head 'hl_gauss'"),
                 ("value_head=sigmoid", "goal_coef=3.0: accepted with value_head 'goals'"),
                 ("loss.value_loss=huber", "value_loss 'huber'"),
+                ("state_value.data.num_states=0", "train.state_value.data.num_states=0"),
+                ("state_value.data.sizes=((7, 1.0),)", "a state of 7 numbers: accepted are 2 to 5"),
+                ("state_value.network.num_heads=3", "model_dim=32: accepted are multiples of 6"),
                 ("num_microbatches=3", "train.layout.num_rows=8: accepted are multiples of 3"),
                 ("log_steps=0", "train.log_steps must be >= 1, got 0"),
                 ("keep_best=-1", "train.keep_best must be >= 0, got -1"),

@@ -14,13 +14,14 @@ from test_language import LIMIT, PROMPTS, encode, keys_of, language
 
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.heads import apply_value_head
+from rlm_jax.models.state_value import StateValueConfig, apply_state_value, init_state_value
 from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import begin, keep_world, make_expand
 from rlm_jax.reasoning.operators.structure import keep_subtree
 from rlm_jax.reasoning.operators.traversal import select_answer
 from rlm_jax.reasoning.strategies import best_of_n, puct
 from rlm_jax.reasoning.structure import check, has_child
-from rlm_jax.tasks.device import DeviceTask, StepCheck
+from rlm_jax.tasks.device import DeviceTask, Observation, StepCheck
 
 MODULUS = 4
 GO_ON = Limits(proven=False)
@@ -260,6 +261,48 @@ def test_on_visit_too_the_task_decides(model):
     assert min(visited.values()) > 0, visited
 
 
+def observe(state):
+    """The sum, and behind the second step the steps, for a goal of 2."""
+    steps = jnp.where(state["steps"] > 1, state["steps"], -1)
+    return Observation(jnp.stack([state["sum"], steps]), jnp.int32(2))
+
+
+@pytest.fixture(scope="module")
+def judging(model):
+    """The model with a network that judges the task's states."""
+    cfg = StateValueConfig(num_goals=3, num_layers=1, model_dim=8, num_heads=1, ffn_dim=8)
+    network = init_state_value(jax.random.key(5), cfg)
+    return dataclasses.replace(model[0], state_value=network), *model[1:]
+
+
+def test_a_network_of_its_own_judges_the_states(judging):
+    """It is shown the task's state and nothing else, and what is decided it does not judge."""
+    network = judging[0].state_value
+    structure, world, config = search(
+        judging, evaluator="state_value", task=TASK._replace(observe=observe)
+    )
+    states = jax.device_get(world.task_state)
+    judged = 0
+    for row, oracle in enumerate(oracles(judging, structure, world, config)):
+        alive = [node for node in oracle.made if oracle.alive[node]]
+        asked = [node for node in alive if oracle.goes_on(node)]
+        steps = [int(states["steps"][row, node]) for node in asked]
+        items = np.array(
+            [[states["sum"][row, n], s if s > 1 else -1] for n, s in zip(asked, steps, strict=True)]
+        )
+        expected = apply_state_value(
+            network, jnp.asarray(items, jnp.int32), jnp.full(len(items), 2, jnp.int32)
+        )
+        children = [[i for i in oracle.made if oracle.s.parent[i] == node] for node in asked]
+        dead_end = [bool(below) and all(map(oracle.illegal.get, below)) for below in children]
+        expected = np.where(dead_end, config.dead_value, expected)
+        np.testing.assert_allclose(oracle.s.model_value[asked], expected, atol=1e-6)
+        assert oracle.s.budget.scored_tokens == sum(2 + (step > 1) for step in steps)
+        judged += len(asked)
+        assert len(asked) < len(oracle.made)
+    assert judged > 10
+
+
 def test_states_move_with_a_kept_subtree(model):
     structure, world, _ = search(model)
     inner = structure.alive & (structure.parent == 0) & ~structure.terminal & has_child(structure)
@@ -298,3 +341,24 @@ def test_steps_of_trees_do_not_begin_with_what_goes_back(model):
     assert unbiased.intersection(barred)
     biased = dataclasses.replace(greedy, return_bias=-50.0)
     assert not first_tokens(task=task, sampling=biased, **chain).intersection(barred)
+
+
+def test_chains_go_back_where_their_evaluator_sees_no_way_on(judging):
+    task = TASK._replace(returns=lambda tables: tables % 2 == 0, observe=observe)
+    structure, world, config = search(
+        judging,
+        best_of_n.make_best_of_n(3, 4),
+        task=task,
+        evaluator="state_value",
+        may_return=True,
+        sampling=SamplingConfig("sample", doubt_weight=1e4),
+    )
+    counts = {True: 0, False: 0}
+    for oracle in oracles(judging, structure, world, config):
+        for node in oracle.made:
+            parent = int(oracle.s.parent[node])
+            if parent:
+                goes_back = oracle.step(node)[0] % 2 == 0
+                assert goes_back == (oracle.s.model_value[parent] < 0.5)
+                counts[goes_back] += 1
+    assert min(counts.values()) > 0, counts

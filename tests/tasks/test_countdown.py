@@ -551,7 +551,15 @@ def test_equal_states_have_equal_keys_and_other_prompts_tell_nothing():
     assert int(step(start, "7 - 4 = 3 ; 3 4 10\n").key) != int(first.key)
     assert int(step(begin("25 : 4 4 7 10\n"), "10 - 4 = 6 ; 4 6 7\n").key) != int(first.key)
     assert not bool(step(start, "10 - 4 = 6 ; 4 6").legal), "a line cut short"
+    # What a network that judges states is shown: the numbers that are left, and the target.
+    for state, numbers in ((start, [10, 7, 4, 4]), (first.state, [7, 6, 4])):
+        seen = countdown_device.observe(state)
+        assert [number for number in seen.items.tolist() if number >= 0] == numbers
+        assert int(seen.goal) == 24
     for prompt in ("Make 24 out of 4 4 7 10.\n", "24 : 4\n", "24 : 4 4 7 10", "24 : 4 4 : 7\n"):
+        seen = countdown_device.observe(begin(prompt))
+        assert int(seen.goal) < 0
+        assert (np.asarray(seen.items) < 0).all()
         unknown = step(begin(prompt), "10 - 4 = 6 ; 4 6 7\n")
         assert not bool(unknown.known)
         assert bool(unknown.legal)

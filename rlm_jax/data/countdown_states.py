@@ -1,0 +1,130 @@
+"""Countdown states and all targets that each can be made, as batches by number.
+
+What `models.state_value` learns from: states as searches meet them, which is behind one move or
+more of a problem, right ones and wrong ones. The exact solver says of each which targets it makes.
+Nothing is told of what is held out (`tasks.countdown_split`): targets that end in 3, and states
+that are problems of a test set.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlm_jax.core.types import Int8, Int32
+from rlm_jax.tasks.countdown import MAX_NUMBER, NUM_GOALS
+from rlm_jax.tasks.countdown_solvable import find_reachable
+from rlm_jax.tasks.countdown_solver import list_moves
+from rlm_jax.tasks.countdown_split import held_out_goals
+
+PUZZLE_24_NUMBER = 13
+MAX_STATE = 5
+
+
+class StateBatch(NamedTuple):
+    """R states of at most M numbers.
+
+    items: -1 where there are fewer. goals: 1 where the goal can be reached from the state, -1 where
+    not, 0 where it is not to be learned.
+    """
+
+    items: Int32[Any, "R M"]
+    goals: Int8[Any, "R G"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StateMix:
+    """What a batch is made of.
+
+    Attributes:
+      seed: of everything.
+      num_states: R.
+      sizes: numbers of a state and their shares, which sum to 1.
+      small_share: states of problems with numbers up to 13, as in Game of 24.
+      deep_share: states behind two moves, of the others: one is the rule.
+      whole_share: states that are problems themselves.
+    """
+
+    seed: int
+    num_states: int = 256
+    sizes: tuple[tuple[int, float], ...] = ((2, 0.1), (3, 0.62), (4, 0.24), (5, 0.04))
+    small_share: float = 0.15
+    deep_share: float = 0.2
+    whole_share: float = 0.05
+
+    def __post_init__(self):
+        if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
+            raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
+        for size, _ in self.sizes:
+            if not 2 <= size <= MAX_STATE:
+                raise ValueError(f"a state of {size} numbers: accepted are 2 to {MAX_STATE}")
+        if self.num_states < 1:
+            raise ValueError(f"num_states must be >= 1, got {self.num_states}")
+        for name in ("small_share", "deep_share", "whole_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.deep_share + self.whole_share > 1:
+            raise ValueError(
+                f"deep_share={self.deep_share} and whole_share={self.whole_share}: their sum is "
+                "at most 1"
+            )
+
+
+def make_states(mix: StateMix, number: int) -> StateBatch:
+    """One batch; a pure function of its arguments."""
+    rng = np.random.default_rng([mix.seed, 6, number])
+    counts = rng.multinomial(mix.num_states, [share for _, share in mix.sizes])
+    parts = [
+        _draw_states(mix, rng, size, int(count))
+        for (size, _), count in zip(mix.sizes, counts, strict=True)
+    ]
+    width = max(size for size, _ in mix.sizes)
+    items = [
+        np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts
+    ]
+    goals = [label_states(part) for part in parts]
+    order = rng.permutation(mix.num_states)
+    return StateBatch(np.concatenate(items)[order].astype(np.int32), np.concatenate(goals)[order])
+
+
+def label_states(states: np.ndarray) -> np.ndarray:
+    """`StateBatch.goals` of states [R, n], sorted rows."""
+    if not len(states):
+        return np.zeros((0, NUM_GOALS), np.int8)
+    signs = np.where(find_reachable(states, NUM_GOALS - 1), 1, -1).astype(np.int8)
+    signs[held_out_goals(states, NUM_GOALS - 1)] = 0
+    return signs
+
+
+def list_problems(batch: StateBatch) -> list[tuple[int, ...]]:
+    """All that a batch teaches of, each a target and sorted numbers (`countdown.problem_key`)."""
+    return [
+        (int(goal), *sorted(number for number in items if number >= 0))
+        for items, goals in zip(batch.items.tolist(), batch.goals, strict=True)
+        for goal in np.flatnonzero(goals)
+    ]
+
+
+def _draw_states(mix: StateMix, rng: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """States [count, size], sorted rows, behind as many moves as the mix says."""
+    small = rng.random(count) < mix.small_share
+    highest = np.where(small, PUZZLE_24_NUMBER, MAX_NUMBER)
+    depth = 1 - (rng.random(count) < mix.whole_share).astype(int)
+    depth += (depth == 1) & (rng.random(count) < mix.deep_share)
+    states = np.zeros((count, size), np.int64)
+    for moves in np.unique(depth):
+        rows = np.flatnonzero(depth == moves)
+        part = rng.integers(1, highest[rows, None] + 1, (len(rows), size + moves))
+        part.sort(axis=1)
+        for _ in range(moves):
+            part = _make_a_move(rng, part)
+        states[rows] = part
+    return states
+
+
+def _make_a_move(rng: np.random.Generator, states: np.ndarray) -> np.ndarray:
+    """The states behind a move each, smaller results the likelier."""
+    moves = list_moves(states)
+    weight = np.cumsum(moves.legal / (1 + moves.result / 100), axis=1)
+    drawn = rng.random((len(states), 1)) * weight[:, -1:]
+    return moves.states[np.arange(len(states)), (weight <= drawn).sum(axis=1)]

@@ -1,0 +1,113 @@
+"""States and all that they make, as batches by number."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rlm_jax.data.countdown_states import (
+    StateBatch,
+    StateMix,
+    label_states,
+    list_problems,
+    make_states,
+)
+from rlm_jax.data.generated import make_ahead
+from rlm_jax.tasks.countdown import NUM_GOALS
+from rlm_jax.tasks.countdown_split import HARD_24, is_held_out_input, is_held_out_target
+
+MIX = StateMix(seed=3, num_states=400)
+
+
+def _make(numbers: list[int]) -> set[int]:
+    """All that numbers make, by trying everything."""
+    if len(numbers) == 1:
+        return set(numbers)
+    made: set[int] = set()
+    for i, j in itertools.combinations(range(len(numbers)), 2):
+        low, high = sorted((numbers[i], numbers[j]))
+        rest = [numbers[k] for k in range(len(numbers)) if k not in (i, j)]
+        results = [low + high, high - low, low * high]
+        if low and high % low == 0:
+            results.append(high // low)
+        for result in results:
+            made |= _make([*rest, result])
+    return made
+
+
+def test_labels_are_what_trying_everything_finds():
+    batch = make_states(MIX, 0)
+    assert batch.items.shape == (400, 5)
+    assert batch.goals.shape == (400, NUM_GOALS)
+    told = np.arange(NUM_GOALS) % 10 != 3
+    sizes = set()
+    for items, goals in list(zip(batch.items.tolist(), batch.goals, strict=True))[:120]:
+        numbers = [number for number in items if number >= 0]
+        sizes.add(len(numbers))
+        made = _make(numbers)
+        expected = np.array([1 if goal in made else -1 for goal in range(NUM_GOALS)])
+        known = told & (goals != 0)
+        np.testing.assert_array_equal(goals[known], expected[known])
+        assert not goals[~told].any()
+        # But for the hard puzzles with target 24, states of a test set teach nothing at all.
+        held_out = len(numbers) > 3 and is_held_out_input(np.array([numbers]))[0]
+        unknown = 0 if held_out else known.sum()
+        assert unknown in (told.sum(), told.sum() - 1, 0)
+        assert bool(known.any()) != held_out
+    assert sizes == {2, 3, 4, 5}
+
+
+def test_what_is_held_out_teaches_nothing():
+    rng = np.random.default_rng(0)
+    states = np.sort(rng.integers(1, 100, (4000, 4)), axis=1)
+    held_out = states[is_held_out_input(states)][:5]
+    assert len(held_out) == 5
+    assert not label_states(held_out).any()
+    puzzles = np.array(sorted(HARD_24))
+    hard = label_states(puzzles[~is_held_out_input(puzzles)])
+    assert len(hard) > 90
+    assert not hard[:, 24].any()
+    assert hard[:, 25].all()
+    targets = np.arange(NUM_GOALS)
+    taught = list_problems(StateBatch(np.array([[-1, 9, 2, -1]]), label_states(np.array([[2, 9]]))))
+    assert (11, 2, 9) in taught
+    assert (12, 2, 9) in taught
+    assert len(taught) == NUM_GOALS - is_held_out_target(targets).sum()
+    assert not label_states(np.array([[3, 4, 5]]))[0, is_held_out_target(targets)].any()
+
+
+def test_a_batch_is_a_function_of_its_number():
+    first, again, other = make_states(MIX, 7), make_states(MIX, 7), make_states(MIX, 8)
+    for here, there in zip(first, again, strict=True):
+        np.testing.assert_array_equal(here, there)
+    assert (first.items != other.items).any()
+    assert first.items.dtype == np.int32
+    assert first.goals.dtype == np.int8
+    counts = (first.items >= 0).sum(axis=1)
+    assert abs((counts == 3).mean() - 0.62) < 0.08
+    assert (first.items.max(axis=1) > 99).any()
+
+
+def test_another_process_makes_the_same_batches():
+    with make_ahead(_number_states, 2, num_ahead=2) as batches:
+        for number, batch in zip(range(2, 5), batches, strict=False):
+            np.testing.assert_array_equal(batch.items, _number_states(number).items)
+
+
+def _number_states(number):
+    return make_states(StateMix(seed=1, num_states=6), number)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sizes": ((3, 0.5),)}, "do not sum to 1"),
+        ({"sizes": ((6, 1.0),)}, "a state of 6 numbers: accepted are 2 to 5"),
+        ({"num_states": 0}, "num_states must be >= 1, got 0"),
+        ({"small_share": 1.5}, r"small_share must lie in \[0, 1\], got 1.5"),
+        ({"deep_share": 0.7, "whole_share": 0.6}, "their sum is at most 1"),
+    ],
+)
+def test_mixes_that_are_none(fields, message):
+    with pytest.raises(ValueError, match=message):
+        StateMix(seed=0, **fields)
