@@ -27,10 +27,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = "countdown"
     config.use_verifier = True
     config.step = ConfigDict({"kind": "newline", "max_tokens": 16})
-    # What is left says what a state is worth; how it came to that does not.
-    config.evaluator = "state_value"
+    # A network of its own that reads what is left, and the policy's: the one judges three numbers and
+    # more far better, the other knows best what two of them make of a target that no training saw.
+    config.evaluator = "state_value=0.5,value_head=0.5"
     config.aggregate = "last"
-    config.mixture = "mean"
+    config.mixture = "geometric"
     config.num_rollouts = 4
     config.rollout_tokens = 64
     config.rollout_discount = 1.0

@@ -18,6 +18,7 @@ from rlm_jax.models.heads import HeadConfig, apply_value_head, init_value_head
 from rlm_jax.models.load import load_model
 from rlm_jax.models.params import init_params, param_axes
 from rlm_jax.models.presets import preset
+from rlm_jax.models.state_value import StateValueConfig, init_state_value
 from rlm_jax.models.transformer import forward, unembed
 from rlm_jax.text.tokenizer import load_tokenizer
 
@@ -61,10 +62,19 @@ def judge(params, head, tokens):
 
 def test_a_policy_comes_back_as_it_was(policy, tokenizer_file, tmp_path):
     params, head = policy
+    cfg = StateValueConfig(num_goals=4, num_layers=1, model_dim=8, num_heads=1, ffn_dim=8)
+    network = init_state_value(jax.random.key(2), cfg)
     folder = export_policy(
-        tmp_path / "policy", params, CFG, tokenizer_file, value_head=head, metadata=METADATA
+        tmp_path / "policy",
+        params,
+        CFG,
+        tokenizer_file,
+        value_head=head,
+        state_value=network,
+        metadata=METADATA,
     )
     loaded = load_model(folder)
+    jax.tree.map(np.testing.assert_array_equal, loaded.state_value, network)
     assert loaded.cfg == CFG
     assert loaded.metadata["rlm_jax"] == METADATA
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
@@ -80,6 +90,7 @@ def test_a_policy_comes_back_as_it_was(policy, tokenizer_file, tmp_path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "state_value.safetensors",
         "tokenizer.model",
         "value_head.safetensors",
     ]
@@ -97,6 +108,7 @@ def test_sharded_and_narrow_weights_go_out(policy, tokenizer_file, tmp_path):
         loaded = load_model(folder, dtype)
         jax.tree.map(np.testing.assert_array_equal, loaded.params, narrow)
         assert loaded.value_head is None
+        assert loaded.state_value is None
     sizes = [
         (tmp_path / name / "model.safetensors").stat().st_size for name in ("float32", "bfloat16")
     ]

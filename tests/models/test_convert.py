@@ -11,6 +11,13 @@ from gguf_writing import write_gguf
 from rlm_jax.models.config_hf import config_from_hf
 from rlm_jax.models.gguf import load_gguf, read_gguf_metadata
 from rlm_jax.models.hf import load_hf
+from rlm_jax.models.state_value import (
+    STATE_VALUE,
+    StateValueConfig,
+    init_state_value,
+    load_state_value,
+    save_state_value,
+)
 from rlm_jax.text.tokenizer import load_tokenizer
 
 
@@ -41,8 +48,15 @@ def test_gguf_to_shards_and_on_to_bfloat16(convert, recipes, recipe_weights, tmp
     assert (ours.eos_ids, ours.bos_id) == (theirs.eos_ids, theirs.bos_id) == ((2,), 1)
     assert ours.chat_template == theirs.chat_template == "{{ messages[0]['content'] }}"
 
+    shape = StateValueConfig(num_goals=4, num_layers=1, model_dim=8, num_heads=1, ffn_dim=8)
+    save_state_value(out, init_state_value(jax.random.key(0), shape))
     done = convert(f"--model={out}", f"--out={again}", "--dtype=bfloat16")
     assert done.returncode == 0, done.stderr
+    # The network for states goes along, as narrow as the rest.
+    wide, narrow = (load_state_value(folder, "bfloat16") for folder in (out, again))
+    np.testing.assert_array_equal(wide.trunk.embed, narrow.trunk.embed)
+    sizes = [(folder / STATE_VALUE).stat().st_size for folder in (out, again)]
+    assert sizes[1] < 0.6 * sizes[0]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
     jax.tree.map(
