@@ -27,8 +27,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = "countdown"
     config.use_verifier = True
     config.step = ConfigDict({"kind": "newline", "max_tokens": 16})
-    # A network of its own that reads what is left, and the policy's head: the one judges three numbers
-    # and more far better, the other two numbers with a target that no training saw.
+    # A network of its own that reads what is left, and the policy's head: the one judges three
+    # numbers and more far better, the other two numbers with a target that no training saw.
     config.evaluator = "state_value=0.5,value_head=0.5"
     config.aggregate = "last"
     config.mixture = "geometric"
