@@ -6,8 +6,10 @@ state as a set of whole numbers (no positions, every item sees every other), and
 it for all goals that a problem may have at once, as a product of a factor of the state and one of
 the goal (`heads.GoalFactors`; universal value functions, Schaul et al. 2015). The goal itself is
 not shown to the trunk: what is asked about one goal was in the way of what is learned of all of
-them (docs/log.md, 2026-11-28). It is the separate value network of Blueprint, arXiv 2501.11223,
-section 4.4, beside the shared trunk that a value head has.
+them (docs/log.md, 2026-11-28).
+
+It is the value model V(s) of Blueprint, arXiv 2501.11223, appendix A.1.1, with its own parameters
+as there. Deviation: there s is the whole chain so far, here it is what the task says is left of it.
 """
 
 import dataclasses
