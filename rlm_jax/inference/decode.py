@@ -104,7 +104,7 @@ def decode_steps(
     num_slots: int,
     with_uncertainty: bool = False,
     tried: Tried | None = None,
-    first_bias: Float32[Array, "#R V"] | None = None,
+    first_bias: Float32[Array, "V"] | Float32[Array, "#R V"] | None = None,
 ) -> DecodedSteps:
     """Samples one step for every row.
 
@@ -119,8 +119,8 @@ def decode_steps(
       num_slots: S of the step caches, at least the rule's max_tokens; a whole number of pages.
       with_uncertainty: also sum up how unsure the model was, for two passes over the logits.
       tried: steps that the rows are not to write; not for beam methods.
-      first_bias: added to the logits of each step's first token (MASKED_SCORE: no step begins with
-        it). All log-probabilities are of the policy so changed.
+      first_bias: added to the logits of each step's first token, of all rows or of each
+        (MASKED_SCORE: no step begins with it). All log-probabilities are of the policy so changed.
 
     Raises:
       ValueError: the rows are no whole number of groups, or beams are given steps to avoid.

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Float, Float32, Key
 from rlm_jax.models.histogram import Histogram, read_out
@@ -192,12 +193,8 @@ def save_value_head(folder: str | os.PathLike[str], head: ValueHead) -> Path:
         metadata["histogram"] = json.dumps(dataclasses.asdict(head.histogram))
     shapes = [(name, array.shape) for name, array in arrays.items()]
     path = Path(folder) / VALUE_HEAD
-    scratch = path.with_name(f".{VALUE_HEAD}.{os.getpid()}.part")
-    try:
-        write_tensors(scratch, shapes, arrays.__getitem__, "float32", metadata)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with write_whole(path) as beside:
+        write_tensors(beside, shapes, arrays.__getitem__, "float32", metadata)
     return path
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Float32, Int32, Key
 from rlm_jax.models.attention import make_set_attend
@@ -142,12 +143,8 @@ def save_state_value(
     shapes = [(name, array.shape) for name, array in arrays.items()]
     metadata = {_CONFIG: json.dumps(dataclasses.asdict(network.cfg))}
     path = Path(folder) / STATE_VALUE
-    scratch = path.with_name(f".{STATE_VALUE}.{os.getpid()}.part")
-    try:
-        write_tensors(scratch, shapes, arrays.__getitem__, dtype, metadata)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with write_whole(path) as beside:
+        write_tensors(beside, shapes, arrays.__getitem__, dtype, metadata)
     return path
 
 
