@@ -15,6 +15,8 @@ experiments/improve.py: what is left to learn it has to find by search.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+_CHAINS = ("greedy", "greedy_no_repeats", "greedy_guided", "greedy_legal", "best_of_n")
+
 
 def get_config(variant: str = "") -> ConfigDict:
     """The settings of train.py (`train`), and of solve.py and evaluate.py (all others)."""
@@ -102,6 +104,12 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
+def _muon(**settings: float) -> dict:
+    """An optimizer's settings, but for those that are alike in every phase."""
+    alike = {"name": "muon", "final_share": 0.02, "weight_decay": 0.0, "clip_norm": 1.0}
+    return {**alike, "beta2": 0.98, **settings}
+
+
 def _training() -> dict:
     return {
         "seed": 0,
@@ -119,17 +127,9 @@ def _training() -> dict:
                 "deep_share": 0.2,
                 "whole_share": 0.05,
             },
-            "optimizer": {
-                "name": "muon",
-                "learning_rate": 1e-2,
-                "adam_learning_rate": 2e-3,
-                "warmup_steps": 50,
-                "decay_share": 0.5,
-                "final_share": 0.02,
-                "weight_decay": 0.0,
-                "clip_norm": 1.0,
-                "beta2": 0.98,
-            },
+            "optimizer": _muon(
+                learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=50, decay_share=0.5
+            ),
         },
         "network": {
             "num_layers": 6,
@@ -168,17 +168,9 @@ def _training() -> dict:
             "temperature": 0.5,
             "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
             "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
-            "optimizer": {
-                "name": "muon",
-                "learning_rate": 3e-3,
-                "adam_learning_rate": 6e-4,
-                "warmup_steps": 100,
-                "decay_share": 0.6,
-                "final_share": 0.02,
-                "weight_decay": 0.0,
-                "clip_norm": 1.0,
-                "beta2": 0.98,
-            },
+            "optimizer": _muon(
+                learning_rate=3e-3, adam_learning_rate=6e-4, warmup_steps=100, decay_share=0.6
+            ),
         },
         # Or sigmoid, without other goals than the problem's own to learn; or hl_gauss, a histogram,
         # with value_loss hl_gauss.
@@ -190,17 +182,9 @@ def _training() -> dict:
             "z_coef": 0.0,
             "matmul_dtype": "bfloat16",  # Of the products; the networks stay float32.
         },
-        "optimizer": {
-            "name": "muon",
-            "learning_rate": 1e-2,
-            "adam_learning_rate": 2e-3,
-            "warmup_steps": 200,
-            "decay_share": 0.4,
-            "final_share": 0.02,
-            "weight_decay": 0.0,
-            "clip_norm": 1.0,
-            "beta2": 0.98,
-        },
+        "optimizer": _muon(
+            learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=200, decay_share=0.4
+        ),
         "num_microbatches": 1,
         "log_steps": 100,
         "checkpoint_steps": 500,
@@ -235,24 +219,20 @@ def _training() -> dict:
                 "advantage_scale": 1.0,
                 "policy_nodes": "all",  # Or finished, or proven: those above such ends.
             },
-            "optimizer": {
-                "name": "muon",
-                "learning_rate": 2e-3,
-                "adam_learning_rate": 3e-4,
-                "warmup_steps": 10,
-                "decay_share": 0.2,
-                "final_share": 0.1,
-                "weight_decay": 0.0,
-                "clip_norm": 1.0,
-                "beta2": 0.98,
-            },
+            "optimizer": _muon(
+                learning_rate=2e-3,
+                adam_learning_rate=3e-4,
+                warmup_steps=10,
+                decay_share=0.2,
+                final_share=0.1,
+            ),
         },
     }
 
 
 def _make_scarce(config: ConfigDict) -> None:
     config.budget_tokens = 1024
-    for name in ("greedy", "greedy_no_repeats", "greedy_guided", "greedy_legal", "best_of_n"):
+    for name in _CHAINS:
         config[name].max_depth = 12
     # Its figures in docs/results.md were made with these, and with products in float32.
     config.evaluator = "value_head"
@@ -283,7 +263,7 @@ def _shrink(config: ConfigDict) -> None:
     config.batch_size = 4
     config.budget_tokens = 64
     config.max_depth = 3
-    for name in ("greedy", "greedy_no_repeats", "greedy_guided", "greedy_legal", "best_of_n"):
+    for name in _CHAINS:
         config[name].max_depth = 3
     config.best_of_n.num_chains = 2
     trees = ("best_first", "best_first_widening", "puct", "uct", "td_mcts", "beam", "gumbel")

@@ -30,7 +30,13 @@ from rlm_jax.learning.expert_iteration import read_examples
 from rlm_jax.learning.networks import Adapted, Networks, assemble, init_adapted, token_loss
 from rlm_jax.learning.search_step import init_search_state, make_collect, make_search_step
 from rlm_jax.learning.state_values import count_goals, state_value_loss
-from rlm_jax.learning.update import init_state, make_optimizer, spread_state, update_state
+from rlm_jax.learning.update import (
+    TrainState,
+    init_state,
+    make_optimizer,
+    spread_state,
+    update_state,
+)
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import init_value_head
 from rlm_jax.models.lora import LoraConfig, lora_axes
@@ -169,12 +175,8 @@ def make_state_value(run: Run) -> Phase:
         network = jax.tree.map(jnp.copy, run.state_value)
     optimizer = make_optimizer(settings.optimizer, network)
     state = _spread(run, init_state(network, optimizer))
-    update = jax.jit(
-        functools.partial(
-            update_state, loss=state_value_loss, optimizer=optimizer, totals_fn=count_goals
-        ),
-        donate_argnums=0,
-        out_shardings=None if run.mesh is None else (_shardings(state), None),
+    update = _compile_update(
+        run, state, loss=state_value_loss, optimizer=optimizer, totals_fn=count_goals
     )
 
     def steps(state: Any, position: Any) -> Steps:
@@ -233,15 +235,12 @@ def _learn_tokens(
     networks = place_networks(run, networks, run.rules)
     optimizer = make_optimizer(settings.optimizer, networks)
     state = _spread(run, init_state(networks, optimizer))
-    update = jax.jit(
-        functools.partial(
-            update_state,
-            loss=functools.partial(token_loss, model=run.model, cfg=settings.loss),
-            optimizer=optimizer,
-            num_microbatches=run.train["num_microbatches"],
-        ),
-        donate_argnums=0,
-        out_shardings=None if run.mesh is None else (_shardings(state), None),
+    update = _compile_update(
+        run,
+        state,
+        loss=functools.partial(token_loss, model=run.model, cfg=settings.loss),
+        optimizer=optimizer,
+        num_microbatches=run.train["num_microbatches"],
     )
 
     def steps(state: Any, position: Any) -> Steps:
@@ -258,6 +257,15 @@ def _learn_tokens(
                 yield state, metrics, batches.counts.tokens - before, batches.get_state
 
     return Phase(name, settings.optimizer.num_steps, state, steps, lambda state: state.params)
+
+
+def _compile_update(run: Run, state: TrainState, **options: Any) -> Callable[..., Any]:
+    """`update_state` with these options; its state is donated, and stays where it lies."""
+    return jax.jit(
+        functools.partial(update_state, **options),
+        donate_argnums=0,
+        out_shardings=None if run.mesh is None else (_shardings(state), None),
+    )
 
 
 def _mix_in_records(run: Run) -> Callable[[int], list[TokenExample]]:

@@ -97,10 +97,10 @@ def main() -> None:
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
     settings = read_settings(config, str(workdir / TOKENIZER), mesh)
     start = _load_start(config["train"]["begin_with"])
+    _check_state_value(config, settings, start)
     run = _prepare(config, settings, start, workdir, mesh)
     launching.use_compilation_cache()
     _require_disjoint(run)
-    _check_state_value(run)
     networks = _draw_networks(run) if start is None else phases.take_networks(run, start)
     with catch_stop() as is_stopped:
         if run.settings.state_value is not None:
@@ -152,18 +152,21 @@ def _prepare(
     return Run(config, train, settings, workdir, tokenizer, model, {}, mesh, rules, state_value)
 
 
-def _check_state_value(run: Run) -> None:
+def _check_state_value(
+    config: dict[str, Any], settings: Settings, start: build.Policy | None
+) -> None:
     """Raises ValueError where a network for states is needed that is not there, or does not fit."""
-    settings, begun = run.settings.state_value, run.state_value
-    if settings is not None and begun is not None and begun.cfg != settings.network:
+    asked = settings.state_value
+    begun = None if start is None else start.state_value
+    if asked is not None and begun is not None and begun.cfg != asked.network:
         raise ValueError(
-            f"train.begin_with={run.train['begin_with']}: its network for states is {begun.cfg}, "
-            f"train.state_value.network asks for {settings.network}"
+            f"train.begin_with={config['train']['begin_with']}: its network for states is "
+            f"{begun.cfg}, train.state_value.network asks for {asked.network}"
         )
-    wanted = "state_value" in parse_evaluator(run.config["evaluator"])
-    if wanted and settings is None and begun is None:
+    wanted = "state_value" in parse_evaluator(config["evaluator"])
+    if wanted and asked is None and begun is None:
         raise ValueError(
-            f"evaluator {run.config['evaluator']!r}: accepted with train.state_value.num_steps "
+            f"evaluator {config['evaluator']!r}: accepted with train.state_value.num_steps "
             "above 0, or with a train.begin_with that has a network for states"
         )
 

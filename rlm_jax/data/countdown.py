@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,14 +55,19 @@ class CountdownMix:
     num_goals: int = 0
 
     def __post_init__(self):
-        if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
-            raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
         shares = ("state_share", "opening_share", "small_share", "wrong_share", "stray_share")
-        for name in (*shares, "return_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        check_shares(self, (*shares, "return_weight"))
         if self.shard_examples < 1:
             raise ValueError(f"shard_examples must be >= 1, got {self.shard_examples}")
+
+
+def check_shares(mix: Any, names: Sequence[str]) -> None:
+    """Raises ValueError unless `mix.sizes` sum to 1 and each field in `names` lies in [0, 1]."""
+    if abs(sum(share for _, share in mix.sizes) - 1) > 1e-6:
+        raise ValueError(f"the shares of sizes {mix.sizes} do not sum to 1")
+    for name in names:
+        if not 0 <= getattr(mix, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {getattr(mix, name)}")
 
 
 def make_shard(mix: CountdownMix, shard: int) -> list[TokenExample]:

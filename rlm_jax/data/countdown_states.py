@@ -12,13 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlm_jax.core.types import Int8, Int32
+from rlm_jax.data.countdown import PUZZLE_24_NUMBER, check_shares
 from rlm_jax.tasks.countdown import MAX_NUMBER, NUM_GOALS
-from rlm_jax.tasks.countdown_solvable import find_reachable
-from rlm_jax.tasks.countdown_solver import list_moves
-from rlm_jax.tasks.countdown_split import held_out_goals
-
-PUZZLE_24_NUMBER = 13
-MAX_STATE = 5
+from rlm_jax.tasks.countdown_demos import MAX_LISTED, draw_moves, label_goals
 
 
 class StateBatch(NamedTuple):
@@ -53,16 +49,12 @@ class StateMix:
     whole_share: float = 0.05
 
     def __post_init__(self):
-        if abs(sum(share for _, share in self.sizes) - 1) > 1e-6:
-            raise ValueError(f"the shares of sizes {self.sizes} do not sum to 1")
+        check_shares(self, ("small_share", "deep_share", "whole_share"))
         for size, _ in self.sizes:
-            if not 2 <= size <= MAX_STATE:
-                raise ValueError(f"a state of {size} numbers: accepted are 2 to {MAX_STATE}")
+            if not 2 <= size <= MAX_LISTED:
+                raise ValueError(f"a state of {size} numbers: accepted are 2 to {MAX_LISTED}")
         if self.num_states < 1:
             raise ValueError(f"num_states must be >= 1, got {self.num_states}")
-        for name in ("small_share", "deep_share", "whole_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.deep_share + self.whole_share > 1:
             raise ValueError(
                 f"deep_share={self.deep_share} and whole_share={self.whole_share}: their sum is "
@@ -82,18 +74,9 @@ def make_states(mix: StateMix, number: int) -> StateBatch:
     items = [
         np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts
     ]
-    goals = [label_states(part) for part in parts]
+    goals = [label_goals(part, NUM_GOALS) for part in parts]
     order = rng.permutation(mix.num_states)
     return StateBatch(np.concatenate(items)[order].astype(np.int32), np.concatenate(goals)[order])
-
-
-def label_states(states: np.ndarray) -> np.ndarray:
-    """`StateBatch.goals` of states [R, n], sorted rows."""
-    if not len(states):
-        return np.zeros((0, NUM_GOALS), np.int8)
-    signs = np.where(find_reachable(states, NUM_GOALS - 1), 1, -1).astype(np.int8)
-    signs[held_out_goals(states, NUM_GOALS - 1)] = 0
-    return signs
 
 
 def list_problems(batch: StateBatch) -> list[tuple[int, ...]]:
@@ -117,14 +100,6 @@ def _draw_states(mix: StateMix, rng: np.random.Generator, size: int, count: int)
         part = rng.integers(1, highest[rows, None] + 1, (len(rows), size + moves))
         part.sort(axis=1)
         for _ in range(moves):
-            part = _make_a_move(rng, part)
+            part = draw_moves(rng, part)
         states[rows] = part
     return states
-
-
-def _make_a_move(rng: np.random.Generator, states: np.ndarray) -> np.ndarray:
-    """The states behind a move each, smaller results the likelier."""
-    moves = list_moves(states)
-    weight = np.cumsum(moves.legal / (1 + moves.result / 100), axis=1)
-    drawn = rng.random((len(states), 1)) * weight[:, -1:]
-    return moves.states[np.arange(len(states)), (weight <= drawn).sum(axis=1)]

@@ -104,7 +104,7 @@ def decode_steps(
     num_slots: int,
     with_uncertainty: bool = False,
     tried: Tried | None = None,
-    first_bias: Float32[Array, "V"] | Float32[Array, "#R V"] | None = None,
+    first_bias: Float32[Array, "V"] | Float32[Array, "R V"] | None = None,
 ) -> DecodedSteps:
     """Samples one step for every row.
 

@@ -17,15 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlm_jax.core.files import write_whole
 from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Float, Float32, Key
 from rlm_jax.models.histogram import Histogram, read_out
 from rlm_jax.models.number_embedding import NUM_WAVES, number_waves
 from rlm_jax.models.params import ParamSpec, init_specs, name_leaves, normal_init, zeros_init
-from rlm_jax.models.tensor_file import TensorFile, write_tensors
+from rlm_jax.models.tensor_file import TensorFile, write_tree
 from rlm_jax.models.transformer import linear
 
 SQUASHES = ("none", "tanh", "sigmoid", "signed_sigmoid")
@@ -48,7 +46,8 @@ class GoalFactors:
 
     Goals are the numbers 0 to G - 1, and a goal's factor is made of what the number is, so that
     goals which no training saw have one too. A solver knows all that can be made of a state, and
-    one forward learns G values instead of one. For training: a search reads the head's layers.
+    one forward learns G values instead of one. Beside a value head it is for training, as a search
+    reads the head's layers; a network for states (`state_value.py`) is read through it.
     """
 
     state: Dense
@@ -185,16 +184,13 @@ def squash_value(x: Array, squash: str) -> Array:
 
 def save_value_head(folder: str | os.PathLike[str], head: ValueHead) -> Path:
     """Writes value_head.safetensors into an existing folder, in float32."""
-    arrays = {name: np.asarray(array) for name, array in name_leaves(head).items()}
     metadata = {"squash": head.squash}
     if head.goals is not None:
         metadata["num_goals"] = str(head.goals.num_goals)
     if head.histogram is not None:
         metadata["histogram"] = json.dumps(dataclasses.asdict(head.histogram))
-    shapes = [(name, array.shape) for name, array in arrays.items()]
     path = Path(folder) / VALUE_HEAD
-    with write_whole(path) as beside:
-        write_tensors(beside, shapes, arrays.__getitem__, "float32", metadata)
+    write_tree(path, head, "float32", metadata)
     return path
 
 

@@ -20,9 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlm_jax.core.files import write_whole
 from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Float32, Int32, Key
 from rlm_jax.models.attention import make_set_attend
@@ -31,7 +29,7 @@ from rlm_jax.models.config import ModelConfig, check_count
 from rlm_jax.models.heads import GoalFactors, HeadConfig, describe_goals, goal_logits
 from rlm_jax.models.number_embedding import init_number_embeddings
 from rlm_jax.models.params import Params, describe, init_specs, name_leaves
-from rlm_jax.models.tensor_file import TensorFile, write_tensors
+from rlm_jax.models.tensor_file import TensorFile, write_tree
 from rlm_jax.models.transformer import forward
 
 STATE_VALUE = "state_value.safetensors"
@@ -91,7 +89,7 @@ class StateValue:
 def describe_state_value(cfg: StateValueConfig, dtype: Any = jnp.float32) -> StateValue:
     """The network's description: a `StateValue` whose leaves are `ParamSpec`."""
     head = HeadConfig(num_goals=cfg.num_goals, goal_rank=cfg.goal_rank)
-    goals = describe_goals(cfg.model_dim, head, jnp.float32)
+    goals = describe_goals(cfg.model_dim, head)
     return StateValue(describe(cfg.trunk, dtype), goals, cfg)
 
 
@@ -139,12 +137,8 @@ def save_state_value(
     folder: str | os.PathLike[str], network: StateValue, dtype: Any = jnp.float32
 ) -> Path:
     """Writes state_value.safetensors into an existing folder."""
-    arrays = {name: np.asarray(array) for name, array in name_leaves(network).items()}
-    shapes = [(name, array.shape) for name, array in arrays.items()]
-    metadata = {_CONFIG: json.dumps(dataclasses.asdict(network.cfg))}
     path = Path(folder) / STATE_VALUE
-    with write_whole(path) as beside:
-        write_tensors(beside, shapes, arrays.__getitem__, dtype, metadata)
+    write_tree(path, network, dtype, {_CONFIG: json.dumps(dataclasses.asdict(network.cfg))})
     return path
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.models.checkpoint import cast, float_dtype
+from rlm_jax.models.params import name_leaves
 
 _DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 READABLE_CODES = ("F64", "F32", "F16", "BF16")
@@ -53,6 +55,14 @@ class TensorFile:
             return self._file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{self.path}: cannot read {name[:80]!r}: {error}") from None
+
+
+def write_tree(path: Path, tree: Any, dtype: Any, metadata: Mapping[str, str]) -> None:
+    """Writes the leaves of a tree under their `param_path`s; the file appears whole."""
+    arrays = {name: np.asarray(array) for name, array in name_leaves(tree).items()}
+    shapes = [(name, array.shape) for name, array in arrays.items()]
+    with write_whole(path) as beside:
+        write_tensors(beside, shapes, arrays.__getitem__, dtype, metadata)
 
 
 def write_tensors(

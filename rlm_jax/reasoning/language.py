@@ -39,6 +39,7 @@ from rlm_jax.reasoning.language_world import (
     make_world,
     step_slots,
 )
+from rlm_jax.reasoning.operators.evaluate import log_odds
 from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
 from rlm_jax.reasoning.protocol import Expand, Outcome, Request
 from rlm_jax.reasoning.structure import NO_NODE, Structure, paths_up, tokens_left
@@ -58,8 +59,6 @@ __all__ = [
 
 # Steps of a node of a tree that its next one is kept from repeating.
 _MOST_TRIED = 64
-# What is certain has odds all the same.
-_LEAST_CHANCE = 1e-6
 
 
 def make_expand(cfg: LanguageConfig) -> Expand:
@@ -172,22 +171,22 @@ def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> Decoded
 
 def find_first_bias(
     lm: LanguageModel, cfg: LanguageConfig, structure: Structure, rows: Rows
-) -> Float32[Array, "#R V"] | None:
+) -> Float32[Array, "V"] | Float32[Array, "R V"] | None:
     """What a step's first token is biased by: in a tree none goes back, in a chain few may, or
     those that stand where their evaluator sees no way on."""
     if cfg.task is None or cfg.task.returns is None:
         return None
-    sampling = cfg.sampling
-    bias = jnp.full((1, 1), sampling.return_bias if cfg.may_return else MASKED_SCORE)
-    if cfg.may_return and sampling.doubt_weight:
-        value = jnp.clip(rows.of_parent(structure.model_value), _LEAST_CHANCE, 1 - _LEAST_CHANCE)
-        start = structure.state_key[rows.structure, 0]
-        moved = rows.of_parent(structure.state_key) != start
-        doubt = sampling.doubt_weight * jax.scipy.special.logit(value)
-        bias = bias - jnp.where(moved, doubt, 0.0)[:, None]
-    elif cfg.may_return and not sampling.return_bias:
+    returns = cfg.task.returns(lm.task_tables)
+    if not cfg.may_return:
+        return jnp.where(returns, MASKED_SCORE, 0.0)
+    bias: Array | float = cfg.sampling.return_bias
+    if cfg.sampling.doubt_weight:
+        moved = rows.of_parent(structure.state_key) != structure.state_key[rows.structure, 0]
+        odds = jnp.where(moved, log_odds(rows.of_parent(structure.model_value)), 0.0)
+        bias -= cfg.sampling.doubt_weight * odds[:, None]
+    elif not bias:
         return None
-    return jnp.where(cfg.task.returns(lm.task_tables), bias, 0.0)
+    return jnp.where(returns, bias, 0.0)
 
 
 def find_tried(cfg, world, structure, rows) -> Tried:

@@ -21,7 +21,7 @@ from rlm_jax.tasks.countdown_split import held_out_goals, is_held_out, is_held_o
 from rlm_jax.tasks.demonstrations import Demonstration, Step
 
 # States of more numbers make too much to list.
-_MAX_LISTED = 5
+MAX_LISTED = 5
 
 
 @dataclasses.dataclass(eq=False)
@@ -192,10 +192,7 @@ def demonstrate_states(
     Args:
       numbers, targets: problems of three numbers or more, as in `demonstrate`.
     """
-    moves = list_moves(numbers)
-    weight = moves.legal / (1 + moves.result / 100)
-    drawn = np.array([_draw(rng, row) for row in weight], int)
-    states = moves.states[np.arange(len(numbers)), drawn]
+    states = draw_moves(rng, numbers)
     clean = ~(is_held_out(numbers, targets) | is_held_out(states, targets))
     states, targets = states[clean], targets[clean]
     values = is_solvable(states, targets)
@@ -204,6 +201,25 @@ def demonstrate_states(
         Demonstration(write_state(target, state) + "\n", (), False, float(value), signs)
         for target, state, value, signs in zip(targets.tolist(), states, values, goals, strict=True)
     ]
+
+
+def draw_moves(rng: np.random.Generator, states: np.ndarray) -> np.ndarray:
+    """The states behind a legal move from each, right or wrong, smaller results the likelier.
+
+    Args:
+      states: [R, n], sorted rows of two numbers or more; -> [R, n - 1].
+    """
+    moves = list_moves(states)
+    weight = np.cumsum(moves.legal / (1 + moves.result / 100), axis=1)
+    drawn = rng.random((len(states), 1)) * weight[:, -1:]
+    return moves.states[np.arange(len(states)), (weight <= drawn).sum(axis=1)]
+
+
+def label_goals(states: np.ndarray, num_goals: int) -> np.ndarray:
+    """`Step.goals` of states [R, n], sorted rows -> [R, G]; 0 of what is held out."""
+    signs = np.where(find_reachable(states, num_goals - 1), 1, -1).astype(np.int8)
+    signs[held_out_goals(states, num_goals - 1)] = 0
+    return signs
 
 
 def weigh_moves(below: np.ndarray, sharpness: float) -> np.ndarray:
@@ -246,13 +262,10 @@ def _list_goals(states: Sequence[np.ndarray | None], num_goals: int) -> list[np.
         return [None] * len(states)
     keys = [None if state is None else tuple(state.tolist()) for state in states]
     known: dict[tuple[int, ...], np.ndarray] = {}
-    for size in range(1, _MAX_LISTED + 1):
+    for size in range(1, MAX_LISTED + 1):
         distinct = sorted({key for key in keys if key is not None and len(key) == size})
         if distinct:
-            listed = np.array(distinct)
-            signs = np.where(find_reachable(listed, num_goals - 1), 1, -1).astype(np.int8)
-            signs[held_out_goals(listed, num_goals - 1)] = 0
-            known |= zip(distinct, signs, strict=True)
+            known |= zip(distinct, label_goals(np.array(distinct), num_goals), strict=True)
     return [None if key is None else known.get(key) for key in keys]
 
 

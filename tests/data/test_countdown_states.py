@@ -8,12 +8,12 @@ import pytest
 from rlm_jax.data.countdown_states import (
     StateBatch,
     StateMix,
-    label_states,
     list_problems,
     make_states,
 )
 from rlm_jax.data.generated import make_ahead
 from rlm_jax.tasks.countdown import NUM_GOALS
+from rlm_jax.tasks.countdown_demos import label_goals
 from rlm_jax.tasks.countdown_split import HARD_24, is_held_out_input, is_held_out_target
 
 MIX = StateMix(seed=3, num_states=400)
@@ -62,18 +62,20 @@ def test_what_is_held_out_teaches_nothing():
     states = np.sort(rng.integers(1, 100, (4000, 4)), axis=1)
     held_out = states[is_held_out_input(states)][:5]
     assert len(held_out) == 5
-    assert not label_states(held_out).any()
+    assert not label_goals(held_out, NUM_GOALS).any()
     puzzles = np.array(sorted(HARD_24))
-    hard = label_states(puzzles[~is_held_out_input(puzzles)])
+    hard = label_goals(puzzles[~is_held_out_input(puzzles)], NUM_GOALS)
     assert len(hard) > 90
     assert not hard[:, 24].any()
     assert hard[:, 25].all()
     targets = np.arange(NUM_GOALS)
-    taught = list_problems(StateBatch(np.array([[-1, 9, 2, -1]]), label_states(np.array([[2, 9]]))))
+    taught = list_problems(
+        StateBatch(np.array([[-1, 9, 2, -1]]), label_goals(np.array([[2, 9]]), NUM_GOALS))
+    )
     assert (11, 2, 9) in taught
     assert (12, 2, 9) in taught
     assert len(taught) == NUM_GOALS - is_held_out_target(targets).sum()
-    assert not label_states(np.array([[3, 4, 5]]))[0, is_held_out_target(targets)].any()
+    assert not label_goals(np.array([[3, 4, 5]]), NUM_GOALS)[0, is_held_out_target(targets)].any()
 
 
 def test_a_batch_is_a_function_of_its_number():

@@ -284,6 +284,7 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("value_head=hl_gauss", "'bce' does not train value_head 'hl_gauss'"),
                 ("value_head=sigmoid", "goal_coef=3.0: accepted with value_head 'goals'"),
                 ("loss.value_loss=huber", "value_loss 'huber'"),
+                ("state_value.num_steps=0", "accepted with train.state_value.num_steps above 0"),
                 ("state_value.data.num_states=0", "train.state_value.data.num_states=0"),
                 ("state_value.data.sizes=((7, 1.0),)", "a state of 7 numbers: accepted are 2 to 5"),
                 ("state_value.network.num_heads=3", "model_dim=32: accepted are multiples of 6"),

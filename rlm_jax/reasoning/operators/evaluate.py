@@ -21,6 +21,15 @@ AGGREGATIONS = ("min", "prod", "last", "mean", "max")
 MIXTURES = ("mean", "geometric")
 
 
+# What is certain has odds all the same.
+LEAST_CHANCE = 1e-6
+
+
+def log_odds(chances: Float32[jax.Array, "*R"]) -> Float32[jax.Array, "*R"]:
+    """The logarithm of the odds of each chance, which counts as within 1e-6 of neither 0 nor 1."""
+    return jax.scipy.special.logit(jnp.clip(chances, LEAST_CHANCE, 1 - LEAST_CHANCE))
+
+
 def step_prior(
     logprob: Float32[jax.Array, "*R K"],
     length: Int32[jax.Array, "*R K"],

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32
-from rlm_jax.reasoning.operators.evaluate import sibling_prior
+from rlm_jax.reasoning.operators.evaluate import LEAST_CHANCE, log_odds, sibling_prior
 from rlm_jax.reasoning.operators.structure import (
     generate,
     merge_children,
@@ -44,8 +44,6 @@ from rlm_jax.reasoning.operators.traversal import (
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
 
-# What is certain has odds all the same.
-_LEAST_CHANCE = 1e-6
 # Of nodes that are widened: the share of steps that are right where a node can be solved, and the
 # probability of its likeliest step, before anything is known; and a rest not worth another step.
 _RIGHT_SHARE = 0.3
@@ -185,8 +183,7 @@ def ask(
     del keys
     score = structure.value
     if prior_weight:
-        odds = jax.scipy.special.logit(jnp.clip(score, _LEAST_CHANCE, 1 - _LEAST_CHANCE))
-        score = odds + prior_weight * structure.logprob
+        score = log_odds(score) + prior_weight * structure.logprob
     if state.unwritten is not None:
         score = _score_next(state.unwritten, score, prior_weight)
     score += depth_bonus * structure.depth
@@ -248,8 +245,8 @@ def _score_next(unwritten: Unwritten, odds: Float32[Array, "B N"], prior_weight:
     Args:
       odds: the logarithm of the odds that a node can be solved, before it wrote anything.
     """
-    rest = jnp.maximum(unwritten.rest, _LEAST_CHANCE)
+    rest = jnp.maximum(unwritten.rest, LEAST_CHANCE)
     # The problem itself can be solved, whatever its steps have come to.
     solvable = jax.nn.sigmoid(odds + jnp.log(rest)).at[:, 0].set(1.0)
-    right = jax.scipy.special.logit(jnp.maximum(_RIGHT_SHARE * solvable, _LEAST_CHANCE))
+    right = jax.scipy.special.logit(jnp.maximum(_RIGHT_SHARE * solvable, LEAST_CHANCE))
     return right + prior_weight * jnp.log(jnp.minimum(unwritten.last, rest))
