@@ -234,7 +234,7 @@ def _make_scarce(config: ConfigDict) -> None:
     config.budget_tokens = 1024
     for name in _CHAINS:
         config[name].max_depth = 12
-    # Its figures in docs/results.md were made with these, and with products in float32.
+    # Its figures in docs/log.md were made with these, and with products in float32.
     config.evaluator = "value_head"
     config.best_first.update({"prior_weight": 0.0, "num_nodes": 257, "merge_states": False})
     config.best_first.sampling.update({"method": "stochastic_beam", "min_ratio": 0.0})
