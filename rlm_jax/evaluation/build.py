@@ -22,7 +22,7 @@ from rlm_jax.models.load import load_model
 from rlm_jax.models.params import Params, init_params
 from rlm_jax.models.presets import preset
 from rlm_jax.models.quantize import check_quantization, quantize_params
-from rlm_jax.models.state_value import StateValue
+from rlm_jax.models.state_value import STATE_VALUE, StateValue
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel
 from rlm_jax.reasoning.language_values import parse_evaluator, write_evaluator
 from rlm_jax.reasoning.protocol import Strategy
@@ -225,7 +225,8 @@ def build_solver(
     if "state_value" in parse_evaluator(language.evaluator):
         if policy.state_value is None:
             raise ValueError(
-                f"evaluator 'state_value': {policy.version} comes without a network for states"
+                f"evaluator 'state_value': {policy.version} comes without a network for states "
+                f"({STATE_VALUE}); accepted is another evaluator, such as value_head"
             )
         state_value = policy.state_value
     task = TASKS[config["task"]]

@@ -142,6 +142,11 @@ def test_settings_that_need_others_say_so(name, changes, message):
         build.plan_strategy(config, name)
 
 
+def test_a_model_without_a_network_for_states_is_named(policy):
+    with pytest.raises(ValueError, match="random:tiny-llama comes without a network for states"):
+        make_solver(policy, task="game24", evaluator="state_value=1,likelihood=1")
+
+
 MAKERS = {
     "greedy": greedy.make_greedy,
     "greedy_no_repeats": greedy.make_greedy,
