@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import launching
-import numpy as np
 import phases
 from absl import flags
 from jax.sharding import Mesh
@@ -209,9 +208,7 @@ def _require_disjoint(run: Run) -> None:
 
 
 def _read_prompt(tokenizer: Tokenizer, example: TokenExample) -> str:
-    learned = np.flatnonzero(example.loss_weight > 0)
-    prompt = example.tokens[: learned[0] if len(learned) else None].tolist()
-    return tokenizer.decode(prompt, skip_special=True)
+    return tokenizer.decode(example.tokens.tolist(), skip_special=True).split("\n")[0]
 
 
 def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any:

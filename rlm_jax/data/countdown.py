@@ -14,6 +14,7 @@ from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable, make_pro
 from rlm_jax.tasks.countdown_demos import (
     correct_walks,
     demonstrate,
+    demonstrate_lines,
     demonstrate_openings,
     demonstrate_states,
 )
@@ -35,7 +36,8 @@ class CountdownMix:
       sizes: numbers of a problem and their shares, which sum to 1.
       state_share: examples that are a state alone, behind one move of a problem of four numbers or
         more, and what it is worth: short, so that many of them are few tokens.
-      opening_share: of the others, demonstrations that stop at the choice of the first move.
+      line_share: of the others, examples that teach what follows from random moves and no more.
+      opening_share: of what is left, demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
       wrong_share, stray_share, max_wrong, return_weight, sharpness, num_goals: see `demonstrate`.
     """
@@ -45,6 +47,7 @@ class CountdownMix:
     shard_examples: int = 4096
     sizes: tuple[tuple[int, float], ...] = ((3, 0.05), (4, 0.85), (5, 0.1))
     state_share: float = 0.0
+    line_share: float = 0.0
     opening_share: float = 0.4
     small_share: float = 0.1
     wrong_share: float = 0.2
@@ -55,8 +58,8 @@ class CountdownMix:
     num_goals: int = 0
 
     def __post_init__(self):
-        shares = ("state_share", "opening_share", "small_share", "wrong_share", "stray_share")
-        check_shares(self, (*shares, "return_weight"))
+        shares = ("state", "line", "opening", "small", "wrong", "stray")
+        check_shares(self, (*(f"{name}_share" for name in shares), "return_weight"))
         if self.shard_examples < 1:
             raise ValueError(f"shard_examples must be >= 1, got {self.shard_examples}")
 
@@ -170,17 +173,21 @@ def _demonstrate(
         return_weight=mix.return_weight,
     )
     num_states = rng.binomial(count, mix.state_share) if size > 3 and mix.state_share else 0
-    num_openings = rng.binomial(count - num_states, mix.opening_share) if size > 3 else 0
-    opening = functools.partial(demonstrate_openings, sharpness=mix.sharpness)
+    num_lines = rng.binomial(count - num_states, mix.line_share) if mix.line_share else 0
+    num_left = count - num_states - num_lines
+    num_openings = rng.binomial(num_left, mix.opening_share) if size > 3 else 0
+    goals = {"num_goals": mix.num_goals}
+    opening = functools.partial(demonstrate_openings, sharpness=mix.sharpness, **goals)
     for make, wanted in (
-        (walk, count - num_states - num_openings),
+        (functools.partial(walk, **goals), num_left - num_openings),
         (opening, num_openings),
-        (demonstrate_states, num_states),
+        (functools.partial(demonstrate_states, **goals), num_states),
+        (demonstrate_lines, num_lines),
     ):
         made = 0
         while made < wanted:
             draw = draw_solvable(rng, wanted - made, size, targets, highest=highest)
-            demonstrations = make(rng, *draw, num_goals=mix.num_goals)
+            demonstrations = make(rng, *draw)
             yield from demonstrations
             made += len(demonstrations)
 

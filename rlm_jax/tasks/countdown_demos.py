@@ -22,6 +22,8 @@ from rlm_jax.tasks.demonstrations import Demonstration, Step
 
 # States of more numbers make too much to list.
 MAX_LISTED = 5
+# Lines that are taught for what follows from them make no more than this.
+MAX_RESULT = 9_999
 
 
 @dataclasses.dataclass(eq=False)
@@ -203,6 +205,39 @@ def demonstrate_states(
     ]
 
 
+def demonstrate_lines(
+    rng: np.random.Generator, numbers: np.ndarray, targets: np.ndarray
+) -> list[Demonstration]:
+    """No more than what follows from moves, whatever they are good for, down to one number.
+
+    Walks hardly make large numbers, since solutions hardly do; here a move is the likelier the
+    larger its result, up to `MAX_RESULT`. A search that tries such a move has to get its line right
+    for it to count. No move is taught to be chosen, and no state is judged.
+
+    Args:
+      numbers, targets: problems of two numbers or more, as in `demonstrate`.
+    """
+    clean = ~is_held_out(numbers, targets)
+    lines: list[list[Step]] = [[] for _ in numbers]
+    states = numbers
+    while states.shape[1] > 1:
+        moves = list_moves(states)
+        weight = moves.legal * (moves.result <= MAX_RESULT) * (1 + moves.result)
+        weight = weight / (101 + moves.result)
+        drawn = np.array([_draw(rng, row) for row in weight], int)
+        for row, move in enumerate(drawn.tolist()):
+            # A line that makes the target would end the chain: it is none of these.
+            if states.shape[1] > 2 or moves.result[row, move] != targets[row]:
+                lines[row] += _write_consequence(moves, row, move)
+        states = moves.states[np.arange(len(states)), drawn]
+        clean &= ~is_held_out_state(states, targets)
+    return [
+        Demonstration(write_state(target, row) + "\n", tuple(steps), False, None)
+        for target, row, steps, kept in zip(targets.tolist(), numbers, lines, clean, strict=True)
+        if kept
+    ]
+
+
 def draw_moves(rng: np.random.Generator, states: np.ndarray) -> np.ndarray:
     """The states behind a legal move from each, right or wrong, smaller results the likelier.
 
@@ -322,13 +357,11 @@ def _take_right(walk: _Walk, move: int) -> np.ndarray | None:
 def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     """Makes a move that is not right; the state that it leads to."""
     here = walk.path[-1]
-    # Not what to choose, but what follows from the choice is to be learned.
-    opening = _write_opening(here.moves, here.row, move)
-    rest = _write_rest(here.moves, here.row, move).removesuffix("\n") + "\n"
+    opening, rest = _write_consequence(here.moves, here.row, move)
     choices, weight = _what_is_right(walk)
     state = here.moves.states[here.row, move]
-    walk.add(Step(opening, choices, None, weight), None)
-    walk.add(Step(rest, ((rest, 1.0),), 0.0), state)
+    walk.add(opening._replace(choices=choices, weight=weight), None)
+    walk.add(rest._replace(value=0.0), state)
     return state
 
 
@@ -421,6 +454,13 @@ def _write_rest(moves: Moves, row: int, move: int) -> str:
     state = moves.states[row, move]
     line = f"= {moves.result[row, move]}"
     return line if len(state) == 1 else f"{line} ; {' '.join(map(str, state.tolist()))}\n"
+
+
+def _write_consequence(moves: Moves, row: int, move: int) -> tuple[Step, Step]:
+    """A line of which not the choice, but what follows from it is to be learned."""
+    opening = _write_opening(moves, row, move)
+    rest = _write_rest(moves, row, move).removesuffix("\n") + "\n"
+    return Step(opening, (), None), Step(rest, ((rest, 1.0),), None)
 
 
 def _draw(rng: np.random.Generator, weights: np.ndarray) -> int:

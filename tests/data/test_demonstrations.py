@@ -100,6 +100,17 @@ def test_states_alone_are_short_and_carry_goals(mix):
         assert np.flatnonzero(example.goals.any(-1)).tolist() == [5]
 
 
+def test_lines_take_their_share(mix):
+    shard = make_shard(dataclasses.replace(mix, line_share=0.5, num_goals=101), 0)
+    assert len(shard) == 48
+    # Of lines alone nothing is known but how they end.
+    alone = [example for example in shard if not example.goals.any()]
+    assert 12 <= len(alone) <= 36
+    for example in alone:
+        assert example.loss_weight.any()
+        assert not example.value_weight.any()
+
+
 def test_stored_examples_take_their_share_of_every_shard(mix):
     stored = TokenTable([make_example([1, 2, 3]), make_example([4, 5])])
     mixed = mix_shards(make_shards(mix), stored, share=0.25, seed=3)
@@ -166,6 +177,7 @@ def test_a_shard_of_another_size_is_refused():
         ({"wrong_share": 1.5}, "wrong_share"),
         ({"shard_examples": 0}, "shard_examples"),
         ({"state_share": -0.5}, "state_share"),
+        ({"line_share": 2.0}, "line_share"),
     ],
 )
 def test_wrong_mixes_are_named(fields, message):

@@ -17,6 +17,7 @@ from rlm_jax.tasks.base import Gold
 from rlm_jax.tasks.countdown_demos import (
     correct_walks,
     demonstrate,
+    demonstrate_lines,
     demonstrate_openings,
     demonstrate_states,
 )
@@ -300,6 +301,33 @@ def test_states_alone_are_judged_right_or_wrong():
         row = np.array([sorted(map(int, left.split()))])
         assert not countdown_split.is_held_out(row, np.array([int(target)]))[0]
         assert one.goals is None
+
+
+def test_lines_teach_what_follows_from_moves_and_no_choice():
+    rng = np.random.default_rng(9)
+    numbers, wanted = countdown.draw_solvable(rng, 200, 4, np.array([24, 33, 51]))
+    lines = demonstrate_lines(rng, numbers, wanted)
+    clean = (~countdown_split.is_held_out(numbers, wanted)).sum()
+    assert 0.8 * clean < len(lines) <= clean
+    results = []
+    for one in lines:
+        target, state = one.prompt.split(":")
+        path = [list(map(int, state.split()))]
+        openings, rests = one.steps[::2], one.steps[1::2]
+        assert len(openings) == len(rests)
+        for opening, rest in zip(openings, rests, strict=True):
+            assert opening.choices == ()
+            assert rest.choices == ((rest.text, 1.0),)
+            assert opening.value is rest.value is None
+            path = countdown.follow(path, countdown.read_line(f"{opening.text} {rest.text}"[:-1]))
+            results.append(countdown.read_line(f"{opening.text} {rest.text}"[:-1]).result)
+        # A line that makes the target would have ended the chain.
+        assert len(path[-1]) == 1 or len(path) == 3
+        assert path[-1] != [int(target)]
+        assert not one.finished
+    # Random moves by a solution's weights pass 1,000 in one case of twenty.
+    assert np.mean(np.array(results) > 1000) > 0.2
+    assert max(results) <= 9999
 
 
 def test_nothing_is_said_of_goals_that_are_held_out():
