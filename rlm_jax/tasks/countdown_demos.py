@@ -22,8 +22,6 @@ from rlm_jax.tasks.demonstrations import Demonstration, Step
 
 # States of more numbers make too much to list.
 MAX_LISTED = 5
-# Lines that are taught for what follows from them make no more than this.
-MAX_RESULT = 9_999
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,7 +29,8 @@ class _Visit:
     """A state on a walk: row `row` of `moves`.
 
     right: shares of the moves [A] that keep the problem solvable; all 0 in a lost state.
-    wrong: weights of the others that were not tried yet. choices: the right lines.
+    wrong: weights of the others that were not tried yet. choices: the right lines, and a little of
+    all legal ones.
     """
 
     moves: Moves
@@ -43,7 +42,7 @@ class _Visit:
 
     @property
     def lost(self) -> bool:
-        return not self.choices
+        return not self.right.any()
 
 
 @dataclasses.dataclass
@@ -76,6 +75,7 @@ def demonstrate(
     stray_share: float = 0.0,
     max_wrong: int = 4,
     return_weight: float = 1.0,
+    slack: float = 0.0,
     num_goals: int = 0,
 ) -> list[Demonstration]:
     """One demonstration of each solvable problem: numbers [R, n], sorted, and targets [R].
@@ -96,6 +96,8 @@ def demonstrate(
       return_weight: what the choice to go back counts for. The solver goes back from every lost
         state at once; who cannot tell lost from solvable has to try a move or two before, and at
         weight 1 learns not to, wherever a state is likelier lost than not.
+      slack: of each choice, the share that all legal moves have, each the same. A search or a chain
+        that has used up what is likely goes on with what is not: that should be legal at least.
       num_goals: every state of at most five numbers says which targets below this one it makes.
     """
     walks = [_Walk([], [], return_weight) for _ in numbers]
@@ -103,7 +105,7 @@ def demonstrate(
     # Where each unfinished walk has arrived: states that no solver has looked at yet.
     arrived = dict(enumerate(numbers)) if numbers.shape[1] > 1 else {}
     while arrived:
-        visits = _visit(arrived, targets, sharpness)
+        visits = _visit(arrived, targets, sharpness, slack)
         arrived = {}
         for index, visit in visits.items():
             walks[index].path.append(visit)
@@ -124,6 +126,7 @@ def correct_walks(
     *,
     sharpness: float,
     return_weight: float = 1.0,
+    slack: float = 0.0,
     num_goals: int = 0,
 ) -> list[Demonstration]:
     """What the solver says to chains that a network wrote (DAgger, Ross et al., arXiv 1011.0686).
@@ -139,7 +142,7 @@ def correct_walks(
     walks = [_Walk([], [], return_weight) for _ in numbers]
     taken = [_follow_chain(row.tolist(), chain) for row, chain in zip(numbers, chains, strict=True)]
     clean = ~is_held_out(numbers, targets)
-    visits = _visit_chains(numbers, targets, taken, sharpness)
+    visits = _visit_chains(numbers, targets, taken, sharpness, slack)
     for index, (walk, lines) in enumerate(zip(walks, taken, strict=True)):
         known = visits[index]
         walk.path.append(known[tuple(numbers[index].tolist())])
@@ -148,9 +151,9 @@ def correct_walks(
             _take_line(walk, line, known.get(tuple(state)), missed)
             missed = len(state) == 1
         if walk.path[-1].lost or (missed and not walk.solved):
-            _take_back(walk)
+            _take_back(walk, missed)
         elif not walk.solved:
-            _take_right(walk, _draw(rng, walk.path[-1].right))
+            _take_right(walk, draw_move(rng, walk.path[-1].right))
         target = targets[index : index + 1]
         clean[index] &= not any(is_held_out_state(np.array([s]), target)[0] for s in known)
     return _tell(walks, numbers, targets, clean, num_goals)
@@ -162,6 +165,7 @@ def demonstrate_openings(
     targets: np.ndarray,
     *,
     sharpness: float,
+    slack: float = 0.0,
     num_goals: int = 0,
 ) -> list[Demonstration]:
     """As `demonstrate`, but no more than which two numbers the first line combines, and how.
@@ -171,7 +175,8 @@ def demonstrate_openings(
     clean = ~is_held_out(numbers, targets)
     numbers, targets = numbers[clean], targets[clean]
     moves, below = count_below(numbers, targets)
-    weight = weigh_moves(below, sharpness)
+    right = weigh_moves(below, sharpness)
+    weight = _loosen(right, moves.legal, slack)
     demonstrations = []
     goals = _list_goals(list(numbers), num_goals)
     for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
@@ -179,7 +184,7 @@ def demonstrate_openings(
             (_write_opening(moves, row, move), float(weight[row, move]))
             for move in np.flatnonzero(weight[row]).tolist()
         )
-        step = Step(_write_opening(moves, row, _draw(rng, weight[row])), choices, None)
+        step = Step(_write_opening(moves, row, draw_move(rng, right[row])), choices, None)
         demonstrations.append(
             Demonstration(write_state(target, state) + "\n", (step,), False, None, goals[row])
         )
@@ -202,39 +207,6 @@ def demonstrate_states(
     return [
         Demonstration(write_state(target, state) + "\n", (), False, float(value), signs)
         for target, state, value, signs in zip(targets.tolist(), states, values, goals, strict=True)
-    ]
-
-
-def demonstrate_lines(
-    rng: np.random.Generator, numbers: np.ndarray, targets: np.ndarray
-) -> list[Demonstration]:
-    """No more than what follows from moves, whatever they are good for, down to one number.
-
-    Walks hardly make large numbers, since solutions hardly do; here a move is the likelier the
-    larger its result, up to `MAX_RESULT`. A search that tries such a move has to get its line right
-    for it to count. No move is taught to be chosen, and no state is judged.
-
-    Args:
-      numbers, targets: problems of two numbers or more, as in `demonstrate`.
-    """
-    clean = ~is_held_out(numbers, targets)
-    lines: list[list[Step]] = [[] for _ in numbers]
-    states = numbers
-    while states.shape[1] > 1:
-        moves = list_moves(states)
-        weight = moves.legal * (moves.result <= MAX_RESULT) * (1 + moves.result)
-        weight = weight / (101 + moves.result)
-        drawn = np.array([_draw(rng, row) for row in weight], int)
-        for row, move in enumerate(drawn.tolist()):
-            # A line that makes the target would end the chain: it is none of these.
-            if states.shape[1] > 2 or moves.result[row, move] != targets[row]:
-                lines[row] += _write_consequence(moves, row, move)
-        states = moves.states[np.arange(len(states)), drawn]
-        clean &= ~is_held_out_state(states, targets)
-    return [
-        Demonstration(write_state(target, row) + "\n", tuple(steps), False, None)
-        for target, row, steps, kept in zip(targets.tolist(), numbers, lines, clean, strict=True)
-        if kept
     ]
 
 
@@ -266,6 +238,25 @@ def weigh_moves(below: np.ndarray, sharpness: float) -> np.ndarray:
 def write_move(moves: Moves, row: int, move: int) -> str:
     """`10 - 4 = 6 ; 4 6 7` and a newline; the last move of a chain ends on its result."""
     return f"{_write_opening(moves, row, move)} {_write_rest(moves, row, move)}"
+
+
+def write_consequence(moves: Moves, row: int, move: int) -> tuple[Step, Step]:
+    """A line of which not the choice, but what follows from it is to be learned."""
+    opening = _write_opening(moves, row, move)
+    rest = _write_rest(moves, row, move).removesuffix("\n") + "\n"
+    return Step(opening, (), None), Step(rest, ((rest, 1.0),), None)
+
+
+def draw_move(rng: np.random.Generator, weights: np.ndarray) -> int:
+    """An index of `weights` [A], in proportion to them."""
+    total = np.cumsum(weights)
+    return int((total <= rng.random() * total[-1]).sum())
+
+
+def _loosen(right: np.ndarray, legal: np.ndarray, slack: float) -> np.ndarray:
+    """Shares of the right moves and, by `slack`, of all legal ones, [R, A]; rows of lost states sum
+    to `slack`."""
+    return (1 - slack) * right + slack * legal / legal.sum(-1, keepdims=True)
 
 
 def _tell(
@@ -305,7 +296,7 @@ def _list_goals(states: Sequence[np.ndarray | None], num_goals: int) -> list[np.
 
 
 def _visit(
-    arrived: dict[int, np.ndarray], targets: np.ndarray, sharpness: float
+    arrived: dict[int, np.ndarray], targets: np.ndarray, sharpness: float, slack: float
 ) -> dict[int, _Visit]:
     """Asks the solver about states of several sizes, those of a size together."""
     visits = {}
@@ -315,10 +306,11 @@ def _visit(
         moves, below = count_below(states, targets[indices])
         right = weigh_moves(below, sharpness)
         wrong = (moves.legal & (below == 0)) / (1 + moves.result / 100)
+        share = _loosen(right, moves.legal, slack)
         for row, index in enumerate(indices):
             choices = tuple(
-                (write_move(moves, row, move), float(right[row, move]))
-                for move in np.flatnonzero(right[row]).tolist()
+                (write_move(moves, row, move), float(share[row, move]))
+                for move in np.flatnonzero(share[row]).tolist()
             )
             visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], choices)
     return visits
@@ -328,19 +320,22 @@ def _go_on(
     rng: np.random.Generator, walk: _Walk, wrong_share: float, stray_share: float, max_wrong: int
 ) -> np.ndarray | None:
     """Walks until it comes to a state to ask about, or ends."""
+    missed = False
     while True:
         here = walk.path[-1]
         share = stray_share if here.lost or len(here.state) == 2 else wrong_share
         if here.wrong.any() and rng.random() < share:
-            move = _draw(rng, here.wrong)
+            move = draw_move(rng, here.wrong)
             here.wrong[move] = 0.0
             walk.num_wrong += 1
             state = _take_wrong(walk, move)
             if len(state) > 1:
                 return state
+            missed = True
         elif not here.lost:
-            return _take_right(walk, _draw(rng, here.right))
-        _take_back(walk)
+            return _take_right(walk, draw_move(rng, here.right))
+        _take_back(walk, missed)
+        missed = False
         if walk.num_wrong >= max_wrong:
             return None
 
@@ -357,7 +352,7 @@ def _take_right(walk: _Walk, move: int) -> np.ndarray | None:
 def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     """Makes a move that is not right; the state that it leads to."""
     here = walk.path[-1]
-    opening, rest = _write_consequence(here.moves, here.row, move)
+    opening, rest = write_consequence(here.moves, here.row, move)
     choices, weight = _what_is_right(walk)
     state = here.moves.states[here.row, move]
     walk.add(opening._replace(choices=choices, weight=weight), None)
@@ -365,13 +360,13 @@ def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     return state
 
 
-def _take_back(walk: _Walk) -> None:
-    """Goes back to the last state that can be solved."""
+def _take_back(walk: _Walk, missed: bool) -> None:
+    """Goes back to the last state that can be solved. missed: see `_what_is_right`."""
+    choices, weight = _what_is_right(walk, missed)
     while walk.path[-1].lost:
         walk.path.pop()
     state = walk.path[-1].state
-    back = write_return(state)
-    walk.add(Step(back, ((back, 1.0),), 1.0, walk.return_weight), state)
+    walk.add(Step(write_return(state), choices, 1.0, weight), state)
 
 
 def _what_is_right(
@@ -384,7 +379,10 @@ def _what_is_right(
     if not (missed or walk.path[-1].lost):
         return walk.path[-1].choices, 1.0
     alive = next(visit for visit in reversed(walk.path) if not visit.lost)
-    return ((write_return(alive.state), 1.0),), walk.return_weight
+    # Behind a line that missed there is no other way.
+    others = () if missed else walk.path[-1].choices
+    share = 1.0 - sum(weight for _, weight in others)
+    return ((write_return(alive.state), share), *others), walk.return_weight
 
 
 def _follow_chain(state: list[int], chain: str) -> list[tuple[Line, list[int]]]:
@@ -404,6 +402,7 @@ def _visit_chains(
     targets: np.ndarray,
     taken: Sequence[Sequence[tuple[Line, list[int]]]],
     sharpness: float,
+    slack: float,
 ) -> list[dict[tuple[int, ...], _Visit]]:
     """Of each chain, what the solver says of its states of two numbers or more."""
     keys = [
@@ -413,7 +412,8 @@ def _visit_chains(
         if len(state) > 1
     ]
     wanted = targets[[index for index, _ in keys]]
-    visits = _visit({at: np.array(state) for at, (_, state) in enumerate(keys)}, wanted, sharpness)
+    states = {at: np.array(state) for at, (_, state) in enumerate(keys)}
+    visits = _visit(states, wanted, sharpness, slack)
     found: list[dict[tuple[int, ...], _Visit]] = [{} for _ in numbers]
     for at, (index, state) in enumerate(keys):
         found[index][state] = visits[at]
@@ -454,16 +454,3 @@ def _write_rest(moves: Moves, row: int, move: int) -> str:
     state = moves.states[row, move]
     line = f"= {moves.result[row, move]}"
     return line if len(state) == 1 else f"{line} ; {' '.join(map(str, state.tolist()))}\n"
-
-
-def _write_consequence(moves: Moves, row: int, move: int) -> tuple[Step, Step]:
-    """A line of which not the choice, but what follows from it is to be learned."""
-    opening = _write_opening(moves, row, move)
-    rest = _write_rest(moves, row, move).removesuffix("\n") + "\n"
-    return Step(opening, (), None), Step(rest, ((rest, 1.0),), None)
-
-
-def _draw(rng: np.random.Generator, weights: np.ndarray) -> int:
-    """An index of `weights` [A], in proportion to them."""
-    total = np.cumsum(weights)
-    return int((total <= rng.random() * total[-1]).sum())

@@ -17,11 +17,11 @@ from rlm_jax.tasks.base import Gold
 from rlm_jax.tasks.countdown_demos import (
     correct_walks,
     demonstrate,
-    demonstrate_lines,
     demonstrate_openings,
     demonstrate_states,
 )
-from rlm_jax.tasks.countdown_solver import count_below, count_solutions
+from rlm_jax.tasks.countdown_lines import demonstrate_lines
+from rlm_jax.tasks.countdown_solver import count_below, count_solutions, list_moves
 from rlm_jax.tasks.expressions import parse
 from rlm_jax.text.tokenizer import ByteTokenizer
 
@@ -303,31 +303,85 @@ def test_states_alone_are_judged_right_or_wrong():
         assert one.goals is None
 
 
-def test_lines_teach_what_follows_from_moves_and_no_choice():
+def test_lines_teach_how_they_end_and_no_choice():
     rng = np.random.default_rng(9)
     numbers, wanted = countdown.draw_solvable(rng, 200, 4, np.array([24, 33, 51]))
     lines = demonstrate_lines(rng, numbers, wanted)
     clean = (~countdown_split.is_held_out(numbers, wanted)).sum()
     assert 0.8 * clean < len(lines) <= clean
-    results = []
+    results, returns = [], []
     for one in lines:
         target, state = one.prompt.split(":")
         path = [list(map(int, state.split()))]
-        openings, rests = one.steps[::2], one.steps[1::2]
-        assert len(openings) == len(rests)
-        for opening, rest in zip(openings, rests, strict=True):
-            assert opening.choices == ()
-            assert rest.choices == ((rest.text, 1.0),)
-            assert opening.value is rest.value is None
-            path = countdown.follow(path, countdown.read_line(f"{opening.text} {rest.text}"[:-1]))
-            results.append(countdown.read_line(f"{opening.text} {rest.text}"[:-1]).result)
-        # A line that makes the target would have ended the chain.
-        assert len(path[-1]) == 1 or len(path) == 3
-        assert path[-1] != [int(target)]
+        begun, written = "", 0
+        for step in one.steps:
+            assert step.value is None
+            if not step.text.endswith("\n"):
+                assert step.choices == ()
+                begun = f"{step.text} "
+                continue
+            assert step.choices in ((), ((step.text, 1.0),))
+            line = countdown.read_line(begun + step.text[:-1])
+            left = {tuple(state) for state in path[:-1]}
+            path = countdown.follow(path, line)
+            assert isinstance(path, list)
+            assert path[-1] != [int(target)]
+            written += 1
+            if line.sign:
+                results.append(line.result)
+            else:
+                # What is taught of the line is the only way to go on from what was begun.
+                going = tuple(map(int, begun[1:].split()))
+                same = [other for other in left if other[: len(going)] == going]
+                assert begun == "" or len(same) == 1
+                returns.append(bool(step.choices))
+            begun = ""
+        assert begun == ""
+        assert written <= 6
         assert not one.finished
-    # Random moves by a solution's weights pass 1,000 in one case of twenty.
     assert np.mean(np.array(results) > 1000) > 0.2
     assert max(results) <= 9999
+    assert len(returns) > 0.2 * len(results)
+    assert np.mean(returns) > 0.8
+
+
+def test_slack_gives_every_legal_move_a_share_and_no_other():
+    rng = np.random.default_rng(11)
+    numbers, wanted = countdown.draw_solvable(rng, 60, 4, np.array([24, 51]))
+    make = functools.partial(demonstrate, wrong_share=0.5, sharpness=0.5, stray_share=0.5)
+    strict, loose = (
+        make(np.random.default_rng(1), numbers, wanted, slack=slack) for slack in (0.0, 0.1)
+    )
+    lost = 0
+    for walk, same in zip(loose, strict, strict=True):
+        assert [step.text for step in walk.steps] == [step.text for step in same.steps]
+        _, state = walk.prompt.split(":")
+        path, begun, missed = [list(map(int, state.split()))], "", False
+        for step, other in zip(walk.steps, same.steps, strict=True):
+            if not begun:
+                shares, right = dict(step.choices), dict(other.choices)
+                assert sum(shares.values()) == pytest.approx(1.0)
+                moves = {text: share for text, share in shares.items() if text[0] != ":"}
+                if missed:
+                    assert shares == right
+                else:
+                    # As many as there are legal moves, each of which follows.
+                    listed = list_moves(np.array([path[-1]]))
+                    assert len(moves) == listed.legal.sum()
+                    for text in moves:
+                        line = countdown.read_line(text.rstrip("\n"))
+                        assert isinstance(countdown.follow(path, line), list)
+                    rest = {t: s - 0.9 * right.get(t, 0.0) for t, s in moves.items()}
+                    assert list(rest.values()) == pytest.approx([0.1 / len(moves)] * len(moves))
+                    lost += len(shares) > len(moves)
+            begun += step.text
+            if begun.endswith("\n") or (walk.finished and step is walk.steps[-1]):
+                path = countdown.follow(path, countdown.read_line(begun.rstrip("\n")))
+                missed = len(path[-1]) == 1
+                begun = ""
+            else:
+                begun += " "
+    assert lost > 20
 
 
 def test_nothing_is_said_of_goals_that_are_held_out():
