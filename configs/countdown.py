@@ -46,25 +46,25 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_depth = 6
 
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    sampling |= {"min_ratio": 0.0, "no_repeats": False, "return_bias": 0.0, "doubt_weight": 0.0}
+    sampling |= {"min_ratio": 0.0, "no_repeats": False, "copy_returns": False}
+    sampling |= {"return_bias": 0.0, "doubt_weight": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
     chain = {"max_depth": 32, "max_refused": 0}
     config.greedy = ConfigDict({**chain, "sampling": {**sampling, "method": "greedy"}})
-    # The same chain, decoded so that from one state it writes no line twice. It goes back less
-    # readily: taught by a solver that does so from every lost state at once, it would leave states
-    # that it cannot judge.
+    # The same chain, decoded so that from one state it writes no line twice, and goes back to
+    # states that it has left. It does so less readily: taught by a solver that goes back from every
+    # lost state at once, it would leave states that it cannot judge.
     no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
-    config.greedy_no_repeats = ConfigDict(
-        {**chain, "sampling": {**no_repeats, "return_bias": -1.0}}
-    )
+    careful = {**no_repeats, "copy_returns": True}
+    config.greedy_no_repeats = ConfigDict({**chain, "sampling": {**careful, "return_bias": -1.0}})
     # It also goes back where the value network sees no way on, and hardly anywhere else.
     config.greedy_guided = ConfigDict(
-        {**chain, "sampling": {**no_repeats, "return_bias": -6.0, "doubt_weight": 1.0}}
+        {**chain, "sampling": {**careful, "return_bias": -6.0, "doubt_weight": 1.0}}
     )
     # And where a line does not follow it writes another one.
     config.greedy_legal = ConfigDict(
-        {**chain, "max_refused": 16, "sampling": {**no_repeats, "return_bias": -1.5}}
+        {**chain, "max_refused": 16, "sampling": {**careful, "return_bias": -1.5}}
     )
     config.best_of_n = ConfigDict(
         {**chain, "num_chains": 16, "rule": "majority", "sampling": sampling}

@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "min_ratio": 0.0,
         "diversity": 1.0,
         "no_repeats": False,
+        "copy_returns": False,
         "return_bias": 0.0,
         "doubt_weight": 0.0,
     }

@@ -260,8 +260,9 @@ def build_solver(
 
 
 def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingConfig) -> None:
-    """Raises ValueError where `return_bias` or `doubt_weight` would do nothing."""
-    settings = [key for key in ("return_bias", "doubt_weight") if getattr(sampling, key)]
+    """Raises ValueError where a setting for steps that go back would do nothing."""
+    names = ("return_bias", "doubt_weight", "copy_returns")
+    settings = [key for key in names if getattr(sampling, key)]
     if not settings:
         return
     device = TASKS[config["task"]].device
@@ -274,9 +275,13 @@ def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingCo
         reason = "without use_verifier nothing says which steps go back"
     elif sampling.doubt_weight and "none" in parse_evaluator(config["evaluator"]):
         settings, reason = ["doubt_weight"], "evaluator 'none' doubts nothing"
+    elif sampling.copy_returns and None in (device.marks, device.left):
+        settings, reason = ["copy_returns"], "the task does not say what its steps leave"
     if reason is not None:
         value = getattr(sampling, settings[0])
-        raise ValueError(f"{name}.sampling.{settings[0]}={value}: accepted is 0, as {reason}")
+        accepted = False if value is True else 0
+        where = f"{name}.sampling.{settings[0]}"
+        raise ValueError(f"{where}={value}: accepted is {accepted}, as {reason}")
 
 
 def _check_states(config: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key
 from rlm_jax.inference.attention import Context, make_decode_attend
 from rlm_jax.inference.beam import BEAM_METHODS, Growth, begin_beams, follow, grow_beams
+from rlm_jax.inference.copying import Copies, follow_copies, hold_to_copies
 from rlm_jax.inference.sampling import (
     Choice,
     SamplingConfig,
@@ -78,6 +79,7 @@ class _Loop:
     step: StepState
     out: DecodedSteps
     tried: Tried | None = None
+    copies: Copies | None = None
 
 
 # What moves with a beam, the caches and the score apart.
@@ -104,6 +106,7 @@ def decode_steps(
     num_slots: int,
     with_uncertainty: bool = False,
     tried: Tried | None = None,
+    copies: Copies | None = None,
     first_bias: Float32[Array, "V"] | Float32[Array, "R V"] | None = None,
 ) -> DecodedSteps:
     """Samples one step for every row.
@@ -118,15 +121,16 @@ def decode_steps(
       num_siblings: consecutive rows that grow from one node; beam methods compare them.
       num_slots: S of the step caches, at least the rule's max_tokens; a whole number of pages.
       with_uncertainty: also sum up how unsure the model was, for two passes over the logits.
-      tried: steps that the rows are not to write; not for beam methods.
+      tried: steps that the rows are not to write. copies: what those are held to that go back.
+        Neither is for beam methods.
       first_bias: added to the logits of each step's first token, of all rows or of each
         (MASKED_SCORE: no step begins with it). All log-probabilities are of the policy so changed.
 
     Raises:
       ValueError: the rows are no whole number of groups, or beams are given steps to avoid.
     """
-    if tried is not None and sampling.method in BEAM_METHODS:
-        raise ValueError(f"sampling method {sampling.method!r} cannot avoid steps that were tried")
+    if (tried is not None or copies is not None) and sampling.method in BEAM_METHODS:
+        raise ValueError(f"sampling method {sampling.method!r} takes neither `tried` nor `copies`")
     if limits.shape[0] % num_siblings:
         raise ValueError(f"{limits.shape[0]} rows are no multiple of num_siblings={num_siblings}")
     positions = starts[:, None] + jnp.arange(num_slots, dtype=jnp.int32)
@@ -140,6 +144,8 @@ def decode_steps(
         logits = unembed(params, loop.out.hidden, cfg=cfg)
         if first_bias is not None:
             logits = logits + jnp.where(loop.index == 0, first_bias, 0.0)
+        if loop.copies is not None:
+            logits = hold_to_copies(logits, loop.copies, loop.index)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.index)
         unsure = token_uncertainty(logits) if with_uncertainty else None
         if loop.out.score is None:
@@ -178,9 +184,11 @@ def decode_steps(
         )
         ended = ~active | ended | (out.length >= limits)
         tried = None if loop.tried is None else follow_tried(loop.tried, loop.index, token)
-        return _Loop(loop.index + 1, ended, step, out, tried)
+        copies = None if loop.copies is None else follow_copies(loop.copies, loop.index, token)
+        return _Loop(loop.index + 1, ended, step, out, tried, copies)
 
     loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried)
+    loop = dataclasses.replace(loop, copies=copies)
     return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
 
 

@@ -40,6 +40,8 @@ class SamplingConfig:
     top_k: 0 for all. top_p in (0, 1]. min_p in [0, 1). max_candidates: how many of the likeliest
     tokens top-p and min-p may choose among when no top_k bounds them. no_repeats: a chain
     writes no step twice from one state, a tree none from one node (`tried.py`); not for beams.
+    copy_returns: a step of a chain that takes earlier ones back spells a state that the chain has
+    left, as it stands in its text (`copying.py`); not for beams.
     return_bias: added to the logit of the token that a step of a chain begins with which takes
     earlier ones back (`DeviceTask.returns`): below 0 a chain goes back less readily. doubt_weight
     w: and w times the log-odds that its evaluator gives to the state being lost, behind every step
@@ -55,6 +57,7 @@ class SamplingConfig:
     diversity: float = 1.0
     max_candidates: int = 64
     no_repeats: bool = False
+    copy_returns: bool = False
     return_bias: float = 0.0
     doubt_weight: float = 0.0
 
@@ -73,6 +76,10 @@ class SamplingConfig:
             "max_candidates": (self.max_candidates >= 1, ">= 1"),
             "no_repeats": (
                 not self.no_repeats or self.method in ("sample", "greedy"),
+                "false, or method 'sample' or 'greedy'",
+            ),
+            "copy_returns": (
+                not self.copy_returns or self.method in ("sample", "greedy"),
                 "false, or method 'sample' or 'greedy'",
             ),
             "return_bias": (math.isfinite(self.return_bias), "finite"),

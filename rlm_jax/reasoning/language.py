@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.core.types import Array, Bool, Float32, Key
+from rlm_jax.inference.copying import Copies, make_copies
 from rlm_jax.inference.decode import DecodedSteps, decode_steps
 from rlm_jax.inference.pages import (
     gather_paths,
@@ -165,6 +166,7 @@ def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> Decoded
         num_slots=world.tokens.shape[-1],
         with_uncertainty=world.path_uncertainty is not None,
         tried=find_tried(cfg, world, structure, rows) if cfg.sampling.no_repeats else None,
+        copies=find_copies(lm, cfg, world, structure, rows) if cfg.sampling.copy_returns else None,
         first_bias=find_first_bias(lm, cfg, structure, rows),
     )
 
@@ -202,6 +204,31 @@ def find_tried(cfg, world, structure, rows) -> Tried:
 
     length = jnp.where(tried.reshape(-1, nodes.shape[-1]), of_rows(structure.span_length), 0)
     return make_tried(of_rows(world.tokens), length, of_rows(world.token_logprobs))
+
+
+def find_copies(lm, cfg, world, structure, rows) -> Copies:
+    """What rows of chains are held to that go back: the states that were left, as they stand in the
+    prompt and in the steps up to each row's node."""
+    task, capacity = cfg.task, structure.capacity
+    assert task is not None
+    assert task.returns is not None
+    assert task.marks is not None
+    assert task.left is not None
+    left = jax.vmap(task.left)(jax.tree.map(rows.of_parent, world.task_state))
+    if rows.parents.shape[1] > 1:
+        path = paths_up(structure, rows.parents, cfg.max_depth).reshape(-1, cfg.max_depth)
+    else:
+        # The nodes of one chain, in the order they were written in.
+        path = jnp.broadcast_to(jnp.arange(capacity), (rows.structure.shape[0], capacity))
+        path = jnp.where((path <= rows.parents) & structure.alive, path, NO_NODE)
+    at = rows.structure[:, None], jnp.maximum(path, 0)
+    keys = structure.state_key[at]
+    found = (keys[..., None] == left[:, None]) & (left[:, None] != 0)
+    room = jnp.minimum(world.prompt_length, world.tokens.shape[-1])[rows.structure, None]
+    length = jnp.where(path == 0, room, structure.span_length[at])
+    length = jnp.where((path >= 0) & found.any(-1), length, 0)
+    tables = lm.task_tables
+    return make_copies(task.returns(tables), task.marks(tables), world.tokens[at], length)
 
 
 def _find_children(structure, parents):

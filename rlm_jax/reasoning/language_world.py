@@ -125,7 +125,8 @@ class LanguageModel:
 class World:
     """What the nodes say, under their indices.
 
-    tokens: [B, N, S], 0 behind a step's end. hidden: the state after each node's last token.
+    tokens: [B, N, S], 0 behind a step's end; of the root the end of the prompt where steps are held
+    to it (`sampling.copy_returns`). hidden: the state after each node's last token.
     path_logprob, path_confidence: sums over the generated tokens of the path. answers: what the
     path has stated. prompt_length: tokens of the problem's prompt. task_state: the task's state
     behind each node, leaves [B, N, ...]; None without a task. path_uncertainty: a sum over the path
@@ -285,7 +286,9 @@ def admit(
 
     world = World(
         pages=write_prompts(world.pages, rows, done.keys, done.values, lengths),
-        tokens=world.tokens,
+        tokens=_put_prompt_ends(world.tokens, rows, prompts, lengths)
+        if cfg.sampling.copy_returns
+        else world.tokens,
         hidden=put_root(world.hidden, last),
         path_logprob=put(world.path_logprob, fresh.value),
         path_confidence=put(world.path_confidence, fresh.value),
@@ -296,6 +299,20 @@ def admit(
         token_logprobs=world.token_logprobs,
     )
     return jax.tree.map(put, structure, fresh), world
+
+
+def _put_prompt_ends(
+    tokens: Int32[Array, "B N S"],
+    rows: Int32[Array, "F"],
+    prompts: Int32[Array, "F T"],
+    lengths: Int32[Array, "F"],
+) -> Int32[Array, "B N S"]:
+    """The last S tokens of each prompt, as its root's."""
+    place = jnp.arange(tokens.shape[-1])
+    first = jnp.maximum(lengths - tokens.shape[-1], 0)[:, None]
+    inside = first + place < lengths[:, None]
+    ends = jnp.take_along_axis(prompts, jnp.minimum(first + place, prompts.shape[1] - 1), 1)
+    return tokens.at[rows, 0].set(jnp.where(inside, ends, 0), mode="drop")
 
 
 def _state_nothing(like: Int32[Array, "B N"]) -> AnswerState:

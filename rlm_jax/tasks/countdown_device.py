@@ -137,6 +137,14 @@ def state_key(state: State) -> UInt32[Array, ""]:
     return jnp.where(state.count > 0, key, 0)
 
 
+def find_left(state: State) -> UInt32[Array, "8"]:
+    """`state_key` of what was left on the way here, 0 where there is nothing."""
+    targets = jnp.broadcast_to(state.target, (MAX_NUMBERS, 1))
+    keys = hash_numbers(jnp.concatenate([state.path, targets], 1))
+    behind = jnp.arange(1, MAX_NUMBERS + 1) > state.count
+    return jnp.where(behind & (state.count > 0) & (state.path[:, 0] >= 0), keys, 0)
+
+
 def _move(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, "8"]]:
     """Whether a line is a right move, and what it leaves."""
     left, right, result = line.values[0], line.values[2], line.values[4]
@@ -274,6 +282,12 @@ def find_returns(tables: Tables) -> Bool[Array, "V"]:
     return (tables.kind == _SIGN) & (tables.value == _SIGNS.index(":"))
 
 
+def find_marks(tables: Tables) -> Bool[Array, "V"]:
+    """The tokens behind which stands what is left: `24 : 4 4 7 10`, `10 - 4 = 6 ; 4 6 7`."""
+    marks = (_SIGNS.index(":"), _SIGNS.index(";"))
+    return (tables.kind == _SIGN) & jnp.isin(tables.value, jnp.asarray(marks))
+
+
 def observe(state: State) -> Observation:
     """The numbers that are left, and the target."""
     numbers = state.path[jnp.maximum(state.count - 1, 0)]
@@ -281,4 +295,6 @@ def observe(state: State) -> Observation:
     return Observation(jnp.where(known, numbers, _NONE), jnp.where(known, state.target, _NONE))
 
 
-DEVICE_TASK = DeviceTask(make_tables, begin, step, state_key, find_returns, observe)
+DEVICE_TASK = DeviceTask(
+    make_tables, begin, step, state_key, find_returns, observe, find_marks, find_left
+)

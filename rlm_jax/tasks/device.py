@@ -62,6 +62,9 @@ class DeviceTask(NamedTuple):
       returns: tables -> the tokens [V] that only a step begins with which takes earlier ones back
         (`StepCheck.chain_only`); None for a task that has no such steps.
       observe: state -> what it is, in numbers; None for a task that does not say.
+      marks: tables -> the tokens [V] behind which a prompt, or a step, spells its state to its end;
+        None where steps do not say what they leave.
+      left: state -> `key` of the states [K] that a step may go back to, 0 where there is none.
     """
 
     make_tables: Callable[[Sequence[bytes]], PyTree]
@@ -72,3 +75,5 @@ class DeviceTask(NamedTuple):
     key: Callable[[PyTree], UInt32[Array, ""]] | None = None
     returns: Callable[[PyTree], Bool[Array, "V"]] | None = None
     observe: Callable[[PyTree], Observation] | None = None
+    marks: Callable[[PyTree], Bool[Array, "V"]] | None = None
+    left: Callable[[PyTree], UInt32[Array, "K"]] | None = None

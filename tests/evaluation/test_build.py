@@ -111,6 +111,11 @@ def test_use_verifier_is_yes_or_no():
             {"sampling.return_bias": -1.0, "task": "countdown", "use_verifier": False},
             "without use_verifier nothing says",
         ),
+        (
+            "greedy",
+            {"sampling.copy_returns": True},
+            "greedy.sampling.copy_returns=True: accepted is False, as task 'free' has no steps",
+        ),
         ("greedy", {"sampling.doubt_weight": 1.0}, "doubt_weight=1.0: .* no steps that go back"),
         ("greedy", {"sampling.doubt_weight": -1.0}, "doubt_weight=-1.0: accepted is a number >= 0"),
         (

@@ -201,3 +201,41 @@ def test_with_a_task_steps_are_tried_from_states(model):
             assert sorted(found) == sorted(wanted)
             found_any += len(found)
     assert found_any > 3
+
+
+@pytest.mark.parametrize("num_chains", [1, 2])
+def test_a_step_that_goes_back_spells_what_was_left(model, num_chains):
+    """Against the chain's own text: behind a mark of its prompt or of a step."""
+    states = jnp.arange(1, NUM_STATES + 1).astype(jnp.uint32)
+    task = TASK._replace(
+        returns=lambda tables: tables % 4 == 0,
+        marks=lambda tables: tables % 4 == 1,
+        left=lambda state: jnp.where(states != state_key(state), states, 0),
+    )
+    options = {"task": task, "method": "sample", "temperature": 1.5}
+    counts = {}
+    for copied in (False, True):
+        structure, world, _ = search(model, num_chains, copy_returns=copied, **options)
+        tokens, lengths = map(np.asarray, encode(PROMPTS))
+        prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        right = wrong = 0
+        for number, chain in enumerate(read_chains(structure, world)):
+            prompt = prompts[number // num_chains].tolist()[-world.tokens.shape[-1] :]
+            told = [(chain[0][0], tuple(prompt))]
+            for before, step, behind in chain:
+                texts = [_spelled(text) for state, text in told if state != before]
+                if step[0] % 4 == 0:
+                    # One of the two may have been cut short.
+                    fits = any(t and all(map(int.__eq__, t, step[1:])) for t in texts)
+                    right, wrong = right + fits, wrong + (not fits)
+                told.append((behind, step))
+        counts[copied] = right, wrong
+    assert counts[False][1] > 10
+    assert counts[True][0] > 10
+    assert counts[True][1] == 0
+
+
+def _spelled(text):
+    """What stands behind the last mark of a step."""
+    marked = [place for place, token in enumerate(text) if token % 4 == 1]
+    return text[marked[-1] + 1 :] if marked else ()

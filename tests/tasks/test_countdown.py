@@ -303,6 +303,41 @@ def test_states_alone_are_judged_right_or_wrong():
         assert one.goals is None
 
 
+def test_the_device_knows_what_was_left():
+    """What a line may go back to, and where its text stands, against the chain's own text."""
+    tokenizer = ByteTokenizer()
+    pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    tables = countdown_device.make_tables(pieces)
+    marks = np.flatnonzero(countdown_device.find_marks(tables))
+    assert [tokenizer.decode([int(token)]) for token in marks] == [":", ";"]
+    rng = np.random.default_rng(13)
+    numbers, wanted = countdown.draw_solvable(rng, 20, 4, np.array([24, 51]))
+    pad = functools.partial(np.pad, constant_values=0)
+    step = jax.jit(functools.partial(countdown_device.step, tables))
+    begin = jax.jit(functools.partial(countdown_device.begin, tables))
+    num_left = 0
+    for one in demonstrate_lines(rng, numbers, wanted):
+        prompt = np.array(tokenizer.encode(one.prompt))
+        state = begin(pad(prompt, (0, 48 - len(prompt))), len(prompt))
+        path, begun = [list(map(int, one.prompt.split(":")[1].split()))], ""
+        keys = {tuple(path[0]): int(countdown_device.state_key(state))}
+        for part in one.steps:
+            begun += part.text
+            if not begun.endswith("\n"):
+                begun += " "
+                continue
+            ids = np.array(tokenizer.encode(begun))
+            checked = step(state, pad(ids, (0, 48 - len(ids))), len(ids), False)
+            assert bool(checked.legal)
+            state, path = checked.state, countdown.follow(path, countdown.read_line(begun[:-1]))
+            keys[tuple(path[-1])] = int(checked.key)
+            found = {int(key) for key in countdown_device.find_left(state)} - {0}
+            assert found == {keys[tuple(left)] for left in path[:-1]}
+            num_left += len(found)
+            begun = ""
+    assert num_left > 50
+
+
 def test_lines_teach_how_they_end_and_no_choice():
     rng = np.random.default_rng(9)
     numbers, wanted = countdown.draw_solvable(rng, 200, 4, np.array([24, 33, 51]))
