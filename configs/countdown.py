@@ -141,7 +141,7 @@ def _training() -> dict:
         },
         "data": {
             "sizes": ((3, 0.05), (4, 0.8), (5, 0.15)),
-            "line_share": 0.4,  # What follows from moves that solutions hardly make.
+            "line_share": 0.25,  # What follows from moves that solutions hardly make.
             "opening_share": 0.4,
             "state_share": 0.8,  # Seven tokens each: a third of all.
             "small_share": 0.1,
@@ -150,7 +150,6 @@ def _training() -> dict:
             "max_wrong": 5,
             "return_weight": 1.0,
             "sharpness": 0.5,
-            "slack": 0.05,  # Unlikely moves are legal, at least.
             "shard_examples": 4096,
             "num_shards": placeholder(int),  # These over and over; none: always new ones.
         },
@@ -248,7 +247,7 @@ def _make_scarce(config: ConfigDict) -> None:
     train.network.update({"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 352})
     train.data.update({"num_shards": 1, "shard_examples": 4096, "sizes": ((4, 1.0),)})
     train.data.update({"opening_share": 0.0, "wrong_share": 0.3, "max_wrong": 3})
-    train.data.update({"state_share": 0.0, "line_share": 0.0, "slack": 0.0})
+    train.data.update({"state_share": 0.0, "line_share": 0.0})
     train.value_head = "sigmoid"
     train.loss.update({"value_coef": 0.25, "goal_coef": 0.0})
     train.walks.num_steps = 0

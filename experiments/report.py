@@ -29,7 +29,8 @@ Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean p
 
 - A search, and `best_of_n` without a number, stops at the first answer that its task proves right.
   `greedy` is one chain; `greedy_no_repeats` is one too, decoded so that from one state it writes no
-  step twice: nothing but its own text tells it what it tried, no verdict and no other chain.
+  step twice, and where it goes back spells numbers that it left: nothing but its own text tells it
+  what it tried and what it left, no verdict and no other chain.
   `greedy_guided` is that chain with a value network beside the policy: where it gives the numbers
   that are left no chance, the chain goes back. No verdict here either.
   `greedy_legal` is a chain without repeats where the task referees: a step that does not follow is

@@ -39,8 +39,7 @@ class CountdownMix:
       line_share: of the others, examples that teach what follows from random moves and no more.
       opening_share: of what is left, demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
-      wrong_share, stray_share, max_wrong, return_weight, sharpness, slack, num_goals: see
-        `demonstrate`.
+      wrong_share, stray_share, max_wrong, return_weight, sharpness, num_goals: see `demonstrate`.
     """
 
     tokenizer: str
@@ -56,12 +55,11 @@ class CountdownMix:
     max_wrong: int = 4
     return_weight: float = 1.0
     sharpness: float = 0.5
-    slack: float = 0.0
     num_goals: int = 0
 
     def __post_init__(self):
         shares = ("state", "line", "opening", "small", "wrong", "stray")
-        check_shares(self, (*(f"{name}_share" for name in shares), "return_weight", "slack"))
+        check_shares(self, (*(f"{name}_share" for name in shares), "return_weight"))
         if self.shard_examples < 1:
             raise ValueError(f"shard_examples must be >= 1, got {self.shard_examples}")
 
@@ -108,7 +106,6 @@ def make_walks(
             [chains[i] for i in rows],
             sharpness=mix.sharpness,
             return_weight=mix.return_weight,
-            slack=mix.slack,
             num_goals=mix.num_goals,
         )
         examples += [_tokenize(tokenizer, walk) for walk in walks]
@@ -174,16 +171,13 @@ def _demonstrate(
         stray_share=mix.stray_share,
         max_wrong=mix.max_wrong,
         return_weight=mix.return_weight,
-        slack=mix.slack,
     )
     num_states = rng.binomial(count, mix.state_share) if size > 3 and mix.state_share else 0
     num_lines = rng.binomial(count - num_states, mix.line_share) if mix.line_share else 0
     num_left = count - num_states - num_lines
     num_openings = rng.binomial(num_left, mix.opening_share) if size > 3 else 0
     goals = {"num_goals": mix.num_goals}
-    opening = functools.partial(
-        demonstrate_openings, sharpness=mix.sharpness, slack=mix.slack, **goals
-    )
+    opening = functools.partial(demonstrate_openings, sharpness=mix.sharpness, **goals)
     for make, wanted in (
         (functools.partial(walk, **goals), num_left - num_openings),
         (opening, num_openings),

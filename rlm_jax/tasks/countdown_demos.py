@@ -29,8 +29,7 @@ class _Visit:
     """A state on a walk: row `row` of `moves`.
 
     right: shares of the moves [A] that keep the problem solvable; all 0 in a lost state.
-    wrong: weights of the others that were not tried yet. choices: the right lines, and a little of
-    all legal ones.
+    wrong: weights of the others that were not tried yet. choices: the right lines.
     """
 
     moves: Moves
@@ -42,7 +41,7 @@ class _Visit:
 
     @property
     def lost(self) -> bool:
-        return not self.right.any()
+        return not self.choices
 
 
 @dataclasses.dataclass
@@ -75,7 +74,6 @@ def demonstrate(
     stray_share: float = 0.0,
     max_wrong: int = 4,
     return_weight: float = 1.0,
-    slack: float = 0.0,
     num_goals: int = 0,
 ) -> list[Demonstration]:
     """One demonstration of each solvable problem: numbers [R, n], sorted, and targets [R].
@@ -96,8 +94,6 @@ def demonstrate(
       return_weight: what the choice to go back counts for. The solver goes back from every lost
         state at once; who cannot tell lost from solvable has to try a move or two before, and at
         weight 1 learns not to, wherever a state is likelier lost than not.
-      slack: of each choice, the share that all legal moves have, each the same. A search or a chain
-        that has used up what is likely goes on with what is not: that should be legal at least.
       num_goals: every state of at most five numbers says which targets below this one it makes.
     """
     walks = [_Walk([], [], return_weight) for _ in numbers]
@@ -105,7 +101,7 @@ def demonstrate(
     # Where each unfinished walk has arrived: states that no solver has looked at yet.
     arrived = dict(enumerate(numbers)) if numbers.shape[1] > 1 else {}
     while arrived:
-        visits = _visit(arrived, targets, sharpness, slack)
+        visits = _visit(arrived, targets, sharpness)
         arrived = {}
         for index, visit in visits.items():
             walks[index].path.append(visit)
@@ -126,7 +122,6 @@ def correct_walks(
     *,
     sharpness: float,
     return_weight: float = 1.0,
-    slack: float = 0.0,
     num_goals: int = 0,
 ) -> list[Demonstration]:
     """What the solver says to chains that a network wrote (DAgger, Ross et al., arXiv 1011.0686).
@@ -142,7 +137,7 @@ def correct_walks(
     walks = [_Walk([], [], return_weight) for _ in numbers]
     taken = [_follow_chain(row.tolist(), chain) for row, chain in zip(numbers, chains, strict=True)]
     clean = ~is_held_out(numbers, targets)
-    visits = _visit_chains(numbers, targets, taken, sharpness, slack)
+    visits = _visit_chains(numbers, targets, taken, sharpness)
     for index, (walk, lines) in enumerate(zip(walks, taken, strict=True)):
         known = visits[index]
         walk.path.append(known[tuple(numbers[index].tolist())])
@@ -151,7 +146,7 @@ def correct_walks(
             _take_line(walk, line, known.get(tuple(state)), missed)
             missed = len(state) == 1
         if walk.path[-1].lost or (missed and not walk.solved):
-            _take_back(walk, missed)
+            _take_back(walk)
         elif not walk.solved:
             _take_right(walk, draw_move(rng, walk.path[-1].right))
         target = targets[index : index + 1]
@@ -165,7 +160,6 @@ def demonstrate_openings(
     targets: np.ndarray,
     *,
     sharpness: float,
-    slack: float = 0.0,
     num_goals: int = 0,
 ) -> list[Demonstration]:
     """As `demonstrate`, but no more than which two numbers the first line combines, and how.
@@ -175,8 +169,7 @@ def demonstrate_openings(
     clean = ~is_held_out(numbers, targets)
     numbers, targets = numbers[clean], targets[clean]
     moves, below = count_below(numbers, targets)
-    right = weigh_moves(below, sharpness)
-    weight = _loosen(right, moves.legal, slack)
+    weight = weigh_moves(below, sharpness)
     demonstrations = []
     goals = _list_goals(list(numbers), num_goals)
     for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
@@ -184,7 +177,7 @@ def demonstrate_openings(
             (_write_opening(moves, row, move), float(weight[row, move]))
             for move in np.flatnonzero(weight[row]).tolist()
         )
-        step = Step(_write_opening(moves, row, draw_move(rng, right[row])), choices, None)
+        step = Step(_write_opening(moves, row, draw_move(rng, weight[row])), choices, None)
         demonstrations.append(
             Demonstration(write_state(target, state) + "\n", (step,), False, None, goals[row])
         )
@@ -253,12 +246,6 @@ def draw_move(rng: np.random.Generator, weights: np.ndarray) -> int:
     return int((total <= rng.random() * total[-1]).sum())
 
 
-def _loosen(right: np.ndarray, legal: np.ndarray, slack: float) -> np.ndarray:
-    """Shares of the right moves and, by `slack`, of all legal ones, [R, A]; rows of lost states sum
-    to `slack`."""
-    return (1 - slack) * right + slack * legal / legal.sum(-1, keepdims=True)
-
-
 def _tell(
     walks: Sequence[_Walk],
     numbers: np.ndarray,
@@ -296,7 +283,7 @@ def _list_goals(states: Sequence[np.ndarray | None], num_goals: int) -> list[np.
 
 
 def _visit(
-    arrived: dict[int, np.ndarray], targets: np.ndarray, sharpness: float, slack: float
+    arrived: dict[int, np.ndarray], targets: np.ndarray, sharpness: float
 ) -> dict[int, _Visit]:
     """Asks the solver about states of several sizes, those of a size together."""
     visits = {}
@@ -306,11 +293,10 @@ def _visit(
         moves, below = count_below(states, targets[indices])
         right = weigh_moves(below, sharpness)
         wrong = (moves.legal & (below == 0)) / (1 + moves.result / 100)
-        share = _loosen(right, moves.legal, slack)
         for row, index in enumerate(indices):
             choices = tuple(
-                (write_move(moves, row, move), float(share[row, move]))
-                for move in np.flatnonzero(share[row]).tolist()
+                (write_move(moves, row, move), float(right[row, move]))
+                for move in np.flatnonzero(right[row]).tolist()
             )
             visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], choices)
     return visits
@@ -320,7 +306,6 @@ def _go_on(
     rng: np.random.Generator, walk: _Walk, wrong_share: float, stray_share: float, max_wrong: int
 ) -> np.ndarray | None:
     """Walks until it comes to a state to ask about, or ends."""
-    missed = False
     while True:
         here = walk.path[-1]
         share = stray_share if here.lost or len(here.state) == 2 else wrong_share
@@ -331,11 +316,9 @@ def _go_on(
             state = _take_wrong(walk, move)
             if len(state) > 1:
                 return state
-            missed = True
         elif not here.lost:
             return _take_right(walk, draw_move(rng, here.right))
-        _take_back(walk, missed)
-        missed = False
+        _take_back(walk)
         if walk.num_wrong >= max_wrong:
             return None
 
@@ -360,13 +343,13 @@ def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     return state
 
 
-def _take_back(walk: _Walk, missed: bool) -> None:
-    """Goes back to the last state that can be solved. missed: see `_what_is_right`."""
-    choices, weight = _what_is_right(walk, missed)
+def _take_back(walk: _Walk) -> None:
+    """Goes back to the last state that can be solved."""
     while walk.path[-1].lost:
         walk.path.pop()
     state = walk.path[-1].state
-    walk.add(Step(write_return(state), choices, 1.0, weight), state)
+    back = write_return(state)
+    walk.add(Step(back, ((back, 1.0),), 1.0, walk.return_weight), state)
 
 
 def _what_is_right(
@@ -379,10 +362,7 @@ def _what_is_right(
     if not (missed or walk.path[-1].lost):
         return walk.path[-1].choices, 1.0
     alive = next(visit for visit in reversed(walk.path) if not visit.lost)
-    # Behind a line that missed there is no other way.
-    others = () if missed else walk.path[-1].choices
-    share = 1.0 - sum(weight for _, weight in others)
-    return ((write_return(alive.state), share), *others), walk.return_weight
+    return ((write_return(alive.state), 1.0),), walk.return_weight
 
 
 def _follow_chain(state: list[int], chain: str) -> list[tuple[Line, list[int]]]:
@@ -402,7 +382,6 @@ def _visit_chains(
     targets: np.ndarray,
     taken: Sequence[Sequence[tuple[Line, list[int]]]],
     sharpness: float,
-    slack: float,
 ) -> list[dict[tuple[int, ...], _Visit]]:
     """Of each chain, what the solver says of its states of two numbers or more."""
     keys = [
@@ -412,8 +391,7 @@ def _visit_chains(
         if len(state) > 1
     ]
     wanted = targets[[index for index, _ in keys]]
-    states = {at: np.array(state) for at, (_, state) in enumerate(keys)}
-    visits = _visit(states, wanted, sharpness, slack)
+    visits = _visit({at: np.array(state) for at, (_, state) in enumerate(keys)}, wanted, sharpness)
     found: list[dict[tuple[int, ...], _Visit]] = [{} for _ in numbers]
     for at, (index, state) in enumerate(keys):
         found[index][state] = visits[at]
