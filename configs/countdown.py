@@ -141,7 +141,7 @@ def _training() -> dict:
         },
         "data": {
             "sizes": ((3, 0.05), (4, 0.8), (5, 0.15)),
-            "line_share": 0.25,  # What follows from moves that solutions hardly make.
+            "line_share": 0.25,  # How lines end that solutions hardly have.
             "opening_share": 0.4,
             "state_share": 0.8,  # Seven tokens each: a third of all.
             "small_share": 0.1,

@@ -36,7 +36,7 @@ class CountdownMix:
       sizes: numbers of a problem and their shares, which sum to 1.
       state_share: examples that are a state alone, behind one move of a problem of four numbers or
         more, and what it is worth: short, so that many of them are few tokens.
-      line_share: of the others, examples that teach what follows from random moves and no more.
+      line_share: of the others, examples that teach how lines end that begin at random, no more.
       opening_share: of what is left, demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
       wrong_share, stray_share, max_wrong, return_weight, sharpness, num_goals: see `demonstrate`.
