@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32
+from rlm_jax.inference.tried import token_at
 from rlm_jax.models.attention import MASKED_SCORE
 
 
@@ -21,15 +22,14 @@ class Copies:
     """X texts, one of which each of R rows spells again behind a token that `begins`.
 
     begins: the first tokens that go back. tokens: [R, X, S], token s stands at place s + 1 of the
-    step. length: 0 where there is none. followed: the row has spelled the text so far. bound: the
-    row's step goes back.
+    step. length: 0 where there is none. followed: the row may still spell the text, and behind its
+    first token has begun to.
     """
 
     begins: Bool[Array, "V"]
     tokens: Int32[Array, "R X S"]
     length: Int32[Array, "R X"]
     followed: Bool[Array, "R X"]
-    bound: Bool[Array, "R"]
 
 
 def make_copies(
@@ -50,8 +50,7 @@ def make_copies(
     length = jnp.where(start > 0, length - start, 0)
     shifted = jnp.minimum(start[..., None] + place, tokens.shape[-1] - 1)
     tokens = jnp.take_along_axis(tokens, shifted, -1)
-    none = length[:, 0] < 0
-    return Copies(begins, tokens, length, length > 0, none)
+    return Copies(begins, tokens, length, length > 0)
 
 
 def hold_to_copies(
@@ -61,30 +60,25 @@ def hold_to_copies(
 
     No step begins with a token that goes back where there is nothing to go back to.
     """
-    lost = ~(copies.length > 0).any(-1)
-    begun = jnp.where(lost[:, None] & copies.begins, MASKED_SCORE, logits)
     token, follows = _at(copies, index)
     rows = jnp.arange(logits.shape[0])[:, None]
-    allowed = jnp.zeros(logits.shape, bool)
-    allowed = allowed.at[rows, jnp.where(follows, token, logits.shape[-1])].set(True, mode="drop")
-    # Behind a text that did not end its step a row is free again.
-    bound = copies.bound & follows.any(-1)
-    held = jnp.where(bound[:, None] & ~allowed, MASKED_SCORE, logits)
-    return jnp.where(index == 0, begun, held)
+    spelled = jnp.zeros(logits.shape, bool)
+    spelled = spelled.at[rows, jnp.where(follows, token, logits.shape[-1])].set(True, mode="drop")
+    # A row is free that spells none; so it is behind a text that did not end its step.
+    held = follows.any(-1)[:, None]
+    barred = jnp.where(index == 0, ~held & copies.begins, held & ~spelled)
+    return jnp.where(barred, MASKED_SCORE, logits)
 
 
 def follow_copies(copies: Copies, index: Int32[Array, ""], token: Int32[Array, "R"]) -> Copies:
-    """Once token `index` is chosen: which rows go back, and the texts that they still spell."""
+    """Once token `index` is chosen: the texts that the rows still spell, none where they do not go
+    back."""
     wanted, follows = _at(copies, index)
-    first = index == 0
-    return dataclasses.replace(
-        copies,
-        bound=jnp.where(first, copies.begins[token], copies.bound),
-        followed=jnp.where(first, copies.followed, follows & (wanted == token[:, None])),
-    )
+    goes_on = jnp.where(index == 0, copies.begins[token][:, None], wanted == token[:, None])
+    return dataclasses.replace(copies, followed=follows & goes_on)
 
 
 def _at(copies: Copies, index: Int32[Array, ""]) -> tuple[Array, Array]:
     """What each text says at place `index` of a step, and whether the row has spelled it so far."""
     place = jnp.maximum(index - 1, 0)
-    return copies.tokens[:, :, place], copies.followed & (place < copies.length)
+    return token_at(copies.tokens, copies.length, copies.followed, place)

@@ -187,8 +187,7 @@ def decode_steps(
         copies = None if loop.copies is None else follow_copies(loop.copies, loop.index, token)
         return _Loop(loop.index + 1, ended, step, out, tried, copies)
 
-    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried)
-    loop = dataclasses.replace(loop, copies=copies)
+    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried, copies)
     return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
 
 
@@ -263,7 +262,9 @@ def _keep(active, new: AnswerState, loop: _Loop) -> AnswerState:
     return jax.tree.map(pick, new, loop.out.answers)
 
 
-def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried) -> _Loop:
+def _begin(
+    hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried, copies
+) -> _Loop:
     rows = limits.shape[0]
     number = jnp.zeros_like(limits)
     real = number.astype(jnp.float32)
@@ -287,4 +288,4 @@ def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tri
         token_logprobs=None if tried is None else real[:, None] + jnp.zeros(num_slots),
     )
     idle = limits <= 0 if score is None else score == -jnp.inf
-    return _Loop(number.sum(), idle, init_step_state(number), out, tried)
+    return _Loop(number.sum(), idle, init_step_state(number), out, tried, copies)

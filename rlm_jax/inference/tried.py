@@ -50,7 +50,7 @@ def take_away(
     logits: Float32[Array, "R V"], tried: Tried, index: Int32[Array, ""]
 ) -> Float32[Array, "R V"]:
     """Logits of token `index` of each row, without the probability of the steps it follows."""
-    token, follows = _at(tried, index)
+    token, follows = token_at(tried.tokens, tried.length, tried.followed, index)
     # Steps that go on with the same token take from it together.
     together = follows[:, None, :] & (token[:, None, :] == token[:, :, None])
     gone = jnp.where(together, tried.rest[:, None, :, index], 0.0).sum(-1)
@@ -63,10 +63,15 @@ def take_away(
 
 def follow_tried(tried: Tried, index: Int32[Array, ""], token: Int32[Array, "R"]) -> Tried:
     """Once token `index` is chosen: the steps that the rows still follow."""
-    wanted, follows = _at(tried, index)
+    wanted, follows = token_at(tried.tokens, tried.length, tried.followed, index)
     return dataclasses.replace(tried, followed=follows & (wanted == token[:, None]))
 
 
-def _at(tried: Tried, index: Int32[Array, ""]) -> tuple[Array, Array]:
-    """Token `index` of each step, and whether the row has followed the step to there."""
-    return tried.tokens[:, :, index], tried.followed & (index < tried.length)
+def token_at(
+    tokens: Int32[Array, "R X S"],
+    length: Int32[Array, "R X"],
+    followed: Bool[Array, "R X"],
+    index: Int32[Array, ""],
+) -> tuple[Int32[Array, "R X"], Bool[Array, "R X"]]:
+    """Token `index` of X texts of each row, and whether the row has followed the text to there."""
+    return tokens[:, :, index], followed & (index < length)

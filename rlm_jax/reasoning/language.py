@@ -209,25 +209,20 @@ def find_tried(cfg, world, structure, rows) -> Tried:
 def find_copies(lm, cfg, world, structure, rows) -> Copies:
     """What rows of chains are held to that go back: the states that were left, as they stand in the
     prompt and in the steps up to each row's node."""
-    task, capacity = cfg.task, structure.capacity
+    task, tables = cfg.task, lm.task_tables
     assert task is not None
     assert task.returns is not None
     assert task.marks is not None
     assert task.left is not None
     left = jax.vmap(task.left)(jax.tree.map(rows.of_parent, world.task_state))
-    if rows.parents.shape[1] > 1:
-        path = paths_up(structure, rows.parents, cfg.max_depth).reshape(-1, cfg.max_depth)
-    else:
-        # The nodes of one chain, in the order they were written in.
-        path = jnp.broadcast_to(jnp.arange(capacity), (rows.structure.shape[0], capacity))
-        path = jnp.where((path <= rows.parents) & structure.alive, path, NO_NODE)
+    path = _list_chain(structure, rows.parents, cfg.max_depth)
+    path = path.reshape(-1, path.shape[-1])
     at = rows.structure[:, None], jnp.maximum(path, 0)
-    keys = structure.state_key[at]
-    found = (keys[..., None] == left[:, None]) & (left[:, None] != 0)
+    found = (structure.state_key[at][..., None] == left[:, None]) & (left[:, None] != 0)
+    known = found.any(-1) & (path >= 0) & structure.alive[at]
     room = jnp.minimum(world.prompt_length, world.tokens.shape[-1])[rows.structure, None]
     length = jnp.where(path == 0, room, structure.span_length[at])
-    length = jnp.where((path >= 0) & found.any(-1), length, 0)
-    tables = lm.task_tables
+    length = jnp.where(known, length, 0)
     return make_copies(task.returns(tables), task.marks(tables), world.tokens[at], length)
 
 
@@ -246,15 +241,8 @@ def _find_left(structure, parents, max_depth):
     """Nodes of a chain, [B, rows, X], and which of them went on from the state of each row's node.
 
     A step that went back to a state of the path may be repeated: it is how one gets there again.
-    Where a structure is one chain, steps that were refused are among them.
     """
-    if parents.shape[1] > 1:
-        # [B, rows, D]: a node that can grow has at most D - 1 steps behind it, and the root.
-        path = paths_up(structure, parents, max_depth)
-    else:
-        index = jnp.arange(structure.capacity)
-        refused = ~structure.alive & (index < structure.num_nodes[:, None])
-        path = jnp.where((index <= parents) | refused, index, NO_NODE)[:, None, ::-1]
+    path = _list_chain(structure, parents, max_depth)
     batch, nodes = jnp.arange(path.shape[0])[:, None, None], jnp.maximum(path, 0)
     keys = structure.state_key[batch, nodes]
     here = jnp.take_along_axis(structure.state_key, parents, 1)[..., None]
@@ -263,6 +251,17 @@ def _find_left(structure, parents, max_depth):
     seen = (keys[..., None] == keys[..., None, :]) & nearer_root
     back = seen.any(-1) & (keys != 0)
     return nodes, (path > 0) & (before == here) & ~back
+
+
+def _list_chain(structure, parents, max_depth):
+    """The nodes of the chain up to each row's node, [B, rows, X], the newest first, NO_NODE where
+    there is none. Where a structure is one chain, steps that were refused are among them."""
+    if parents.shape[1] > 1:
+        # A node that can grow has at most max_depth - 1 steps behind it, and the root.
+        return paths_up(structure, parents, max_depth)
+    index = jnp.arange(structure.capacity)
+    refused = ~structure.alive & (index < structure.num_nodes[:, None])
+    return jnp.where((index <= parents) | refused, index, NO_NODE)[:, None, ::-1]
 
 
 def _check(lm, cfg, world, steps, rows) -> Verdicts:

@@ -148,7 +148,7 @@ def correct_walks(
         if walk.path[-1].lost or (missed and not walk.solved):
             _take_back(walk)
         elif not walk.solved:
-            _take_right(walk, draw_move(rng, walk.path[-1].right))
+            _take_right(walk, draw_index(rng, walk.path[-1].right))
         target = targets[index : index + 1]
         clean[index] &= not any(is_held_out_state(np.array([s]), target)[0] for s in known)
     return _tell(walks, numbers, targets, clean, num_goals)
@@ -177,7 +177,7 @@ def demonstrate_openings(
             (_write_opening(moves, row, move), float(weight[row, move]))
             for move in np.flatnonzero(weight[row]).tolist()
         )
-        step = Step(_write_opening(moves, row, draw_move(rng, weight[row])), choices, None)
+        step = Step(_write_opening(moves, row, draw_index(rng, weight[row])), choices, None)
         demonstrations.append(
             Demonstration(write_state(target, state) + "\n", (step,), False, None, goals[row])
         )
@@ -240,7 +240,7 @@ def write_consequence(moves: Moves, row: int, move: int) -> tuple[Step, Step]:
     return Step(opening, (), None), Step(rest, ((rest, 1.0),), None)
 
 
-def draw_move(rng: np.random.Generator, weights: np.ndarray) -> int:
+def draw_index(rng: np.random.Generator, weights: np.ndarray) -> int:
     """An index of `weights` [A], in proportion to them."""
     total = np.cumsum(weights)
     return int((total <= rng.random() * total[-1]).sum())
@@ -310,14 +310,14 @@ def _go_on(
         here = walk.path[-1]
         share = stray_share if here.lost or len(here.state) == 2 else wrong_share
         if here.wrong.any() and rng.random() < share:
-            move = draw_move(rng, here.wrong)
+            move = draw_index(rng, here.wrong)
             here.wrong[move] = 0.0
             walk.num_wrong += 1
             state = _take_wrong(walk, move)
             if len(state) > 1:
                 return state
         elif not here.lost:
-            return _take_right(walk, draw_move(rng, here.right))
+            return _take_right(walk, draw_index(rng, here.right))
         _take_back(walk)
         if walk.num_wrong >= max_wrong:
             return None

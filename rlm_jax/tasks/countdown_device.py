@@ -9,6 +9,7 @@ nothing is known here.
 A number of over nine digits is no number, here as there.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -139,10 +140,10 @@ def state_key(state: State) -> UInt32[Array, ""]:
 
 def find_left(state: State) -> UInt32[Array, "8"]:
     """`state_key` of what was left on the way here, 0 where there is nothing."""
-    targets = jnp.broadcast_to(state.target, (MAX_NUMBERS, 1))
-    keys = hash_numbers(jnp.concatenate([state.path, targets], 1))
-    behind = jnp.arange(1, MAX_NUMBERS + 1) > state.count
-    return jnp.where(behind & (state.count > 0) & (state.path[:, 0] >= 0), keys, 0)
+    counts = jnp.arange(1, MAX_NUMBERS + 1)
+    keys = jax.vmap(lambda count: state_key(dataclasses.replace(state, count=count)))(counts)
+    known = (state.count > 0) & (counts > state.count) & (state.path[:, 0] >= 0)
+    return jnp.where(known, keys, 0)
 
 
 def _move(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, "8"]]:

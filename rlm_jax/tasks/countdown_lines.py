@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlm_jax.tasks.countdown import write_return, write_state
-from rlm_jax.tasks.countdown_demos import draw_move, write_consequence
+from rlm_jax.tasks.countdown_demos import draw_index, write_consequence
 from rlm_jax.tasks.countdown_solver import list_moves
 from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_state
 from rlm_jax.tasks.demonstrations import Demonstration, Step
@@ -46,7 +46,7 @@ def demonstrate_lines(
             else:
                 moves = list_moves(path[-1][None])
                 weight = moves.legal[0] * (moves.result[0] <= MAX_RESULT) * (1 + moves.result[0])
-                move = draw_move(rng, weight / (101 + moves.result[0]))
+                move = draw_index(rng, weight / (101 + moves.result[0]))
                 state = moves.states[0, move]
                 if state.tolist() == [target]:
                     break  # It would end the chain: this line is taught elsewhere.
