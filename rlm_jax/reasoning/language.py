@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.core.types import Array, Bool, Float32, Key
+from rlm_jax.inference.attention import Context
 from rlm_jax.inference.copying import Copies, make_copies
 from rlm_jax.inference.decode import DecodedSteps, decode_steps
 from rlm_jax.inference.pages import (
@@ -29,6 +30,7 @@ from rlm_jax.inference.tried import Tried, make_tried
 from rlm_jax.models.attention import MASKED_SCORE
 from rlm_jax.reasoning.language_evaluate import Judged, NewSteps, evaluate, stated_answers
 from rlm_jax.reasoning.language_task import Verdicts, check_steps
+from rlm_jax.reasoning.language_values import needs_contexts
 from rlm_jax.reasoning.language_world import (
     LanguageConfig,
     LanguageModel,
@@ -79,9 +81,9 @@ def make_expand(cfg: LanguageConfig) -> Expand:
         world = dataclasses.replace(world, pages=pages)
         prompts = gather_prompts(world.pages)
 
-        def grow(num_pages: int) -> tuple[DecodedSteps, Verdicts, Array, Judged]:
-            contexts = (prompts, gather_paths(world.pages, lanes, num_pages))
-            steps = _decode(lm, cfg, keys, world, structure, request, rows, contexts)
+        decode = _plan_steps(lm, cfg, keys, world, structure, request, rows)
+
+        def judge(steps: DecodedSteps, contexts: tuple[Context, ...]) -> tuple[NewSteps, Judged]:
             verdicts = _check(lm, cfg, world, steps, rows)
             duplicate = steps.length < 0
             if request.distinct:
@@ -89,14 +91,23 @@ def make_expand(cfg: LanguageConfig) -> Expand:
             left = tokens_left(structure) - steps.length.reshape(slots.shape[0], -1).sum(-1)
             new = NewSteps(steps, verdicts, duplicate)
             judged = evaluate(lm, cfg, keys, world, structure, request, new, rows, contexts, left)
-            return steps, verdicts, duplicate, judged
+            return new, judged
 
-        # Attention costs what its keys measure: deep paths alone pay for long ones.
+        reads_contexts = needs_contexts(cfg.evaluator)
+
+        def grow(num_pages: int) -> DecodedSteps | tuple[NewSteps, Judged]:
+            contexts = (prompts, gather_paths(world.pages, lanes, num_pages))
+            steps = decode(contexts=contexts)
+            return judge(steps, contexts) if reads_contexts else steps
+
+        # Attention costs what its keys measure: deep paths alone pay for long ones. What reads no
+        # context is compiled once for all lengths.
         buckets = path_buckets(world.pages)
         longest = jnp.take_along_axis(world.pages.table_length, lanes, 1).max()
         branch = (longest > jnp.asarray(buckets[:-1], jnp.int32)).sum()
         grow_fns = [functools.partial(grow, num_pages) for num_pages in buckets]
-        steps, verdicts, duplicate, judged = jax.lax.switch(branch, grow_fns)
+        grown = jax.lax.switch(branch, grow_fns)
+        (steps, verdicts, duplicate), judged = grown if reads_contexts else judge(grown, ())
         duplicate = duplicate.reshape(slots.shape)
         outcome = _outcome(cfg, structure, request, steps, verdicts, judged, duplicate)
         keep = outcome.valid & ~duplicate
@@ -145,18 +156,18 @@ def _find_duplicates(world, structure, request, steps, verdicts) -> Bool[Array, 
     return (found & (length > 0)).reshape(-1)
 
 
-def _decode(lm, cfg, keys, world, structure, request, rows, contexts) -> DecodedSteps:
-    """One step for every row of the request."""
+def _plan_steps(lm, cfg, keys, world, structure, request, rows) -> functools.partial[DecodedSteps]:
+    """`decode_steps` of one step for every row of the request, but for its contexts."""
     numbers = child_numbers(structure, request)
     starts = rows.step_starts(structure)
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
-    return decode_steps(
+    return functools.partial(
+        decode_steps,
         lm.policy,
         fold(keys, numbers.reshape(numbers.shape[0], -1)).reshape(-1),
         rows.of_parent(world.hidden),
         jax.tree.map(rows.of_parent, world.answers),
         cfg=cfg.model,
-        contexts=contexts,
         starts=starts,
         limits=_row_limits(structure, request, starts, lm.step_rule, cfg),
         rule=lm.step_rule,

@@ -124,6 +124,11 @@ def needs_uncertainty(evaluator: str) -> bool:
     return not set(UNCERTAINTIES).isdisjoint(parse_evaluator(evaluator))
 
 
+def needs_contexts(evaluator: str) -> bool:
+    """Whether a setting names an evaluator that the policy forwards tokens for, behind a path."""
+    return not {"p_yes", "rollout"}.isdisjoint(parse_evaluator(evaluator))
+
+
 def write_evaluator(weights: Mapping[str, float]) -> str:
     """The setting that `parse_evaluator` reads."""
     if len(weights) == 1:

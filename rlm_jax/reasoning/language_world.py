@@ -188,9 +188,9 @@ def begin(
     Raises:
       ValueError: T is not a whole number of pages.
     """
-    structure, world = make_world(lm, lengths, prompts.shape[1], cfg=cfg)
+    _, world = make_world(lm, lengths, prompts.shape[1], cfg=cfg)
     rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)
-    return admit(lm, structure, world, rows, prompts, lengths, token_limits, cfg=cfg)
+    return _write_roots(lm, world, rows, prompts, lengths, token_limits, cfg=cfg)
 
 
 def make_world(
@@ -260,45 +260,77 @@ def admit(
       rows: B leaves a prompt out. T: the `width` of `make_world`. token_limits,
         expansion_limits: generated tokens and expansions allowed per structure.
     """
+    fresh, world = _write_roots(
+        lm,
+        world,
+        rows,
+        prompts,
+        lengths,
+        token_limits,
+        expansion_limits,
+        num_parents=structure.more_parents.shape[-1] + 1,
+        cfg=cfg,
+    )
+
+    def put(array: Array, new: Array) -> Array:
+        return array.at[rows].set(new, mode="drop")
+
+    world = dataclasses.replace(
+        world,
+        path_logprob=put(world.path_logprob, fresh.value),
+        path_confidence=put(world.path_confidence, fresh.value),
+        answers=jax.tree.map(put, world.answers, _state_nothing(fresh.depth)),
+        path_uncertainty=jax.tree.map(lambda old: put(old, fresh.value), world.path_uncertainty),
+    )
+    return jax.tree.map(put, structure, fresh), world
+
+
+def _write_roots(
+    lm: LanguageModel,
+    world: World,
+    rows: Int32[Array, "F"],
+    prompts: Int32[Array, "F T"],
+    lengths: Int32[Array, "F"],
+    token_limits: Int32[Array, "F"] | int,
+    expansion_limits: Int32[Array, "F"] | int = UNLIMITED,
+    *,
+    num_parents: int = 1,
+    cfg: LanguageConfig,
+) -> tuple[Structure, World]:
+    """Structures of F prompts, and the world with what it says of their roots.
+
+    What it says of other nodes is left to the caller: in an empty world there is nothing to do.
+    """
     limits = jnp.minimum(token_limits, cfg.max_new_tokens) + lengths * 0
     fresh = make_structure(
         lengths,
         cfg.num_nodes,
-        num_parents=structure.more_parents.shape[-1] + 1,
+        num_parents=num_parents,
         token_limit=limits,
         expansion_limit=expansion_limits,
     )
     cost = dataclasses.replace(
         zero_budget(lengths), prefilled_tokens=lengths, model_calls=jnp.ones_like(lengths)
     )
-    fresh = dataclasses.replace(fresh, budget=cost)
     done = extend(lm.policy, prompts, lengths, cfg=cfg.model)
-    last = last_hidden(done.hidden, lengths)
     states = begin_states(cfg.task, lm.task_tables, prompts, lengths)
     key = begin_keys(cfg.task, states, lengths)
-    fresh = dataclasses.replace(fresh, state_key=fresh.state_key.at[:, 0].set(key))
-
-    def put(array: Array, new: Array) -> Array:
-        return array.at[rows].set(new, mode="drop")
+    fresh = dataclasses.replace(fresh, budget=cost, state_key=fresh.state_key.at[:, 0].set(key))
 
     def put_root(array: Array, new: Array) -> Array:
         return array.at[rows, 0].set(new, mode="drop")
 
-    world = World(
+    world = dataclasses.replace(
+        world,
         pages=write_prompts(world.pages, rows, done.keys, done.values, lengths),
         tokens=_put_prompt_ends(world.tokens, rows, prompts, lengths)
         if cfg.sampling.copy_returns
         else world.tokens,
-        hidden=put_root(world.hidden, last),
-        path_logprob=put(world.path_logprob, fresh.value),
-        path_confidence=put(world.path_confidence, fresh.value),
-        answers=jax.tree.map(put, world.answers, _state_nothing(fresh.depth)),
-        prompt_length=put(world.prompt_length, lengths),
+        hidden=put_root(world.hidden, last_hidden(done.hidden, lengths)),
+        prompt_length=world.prompt_length.at[rows].set(lengths, mode="drop"),
         task_state=jax.tree.map(put_root, world.task_state, states),
-        path_uncertainty=jax.tree.map(lambda old: put(old, fresh.value), world.path_uncertainty),
-        token_logprobs=world.token_logprobs,
     )
-    return jax.tree.map(put, structure, fresh), world
+    return fresh, world
 
 
 def _put_prompt_ends(

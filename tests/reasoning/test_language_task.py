@@ -106,6 +106,11 @@ class Oracle:
     def goes_on(self, node):
         return not (self.illegal[node] or self.solved[node] or self.ends[node])
 
+    def dead_end(self, node):
+        """Steps were written from the node, and none of them follows."""
+        steps = [i for i in self.made if self.s.parent[i] == node]
+        return bool(steps) and all(self.illegal[i] for i in steps)
+
     def equal(self, one, other):
         if self.step(one) == self.step(other):
             return True
@@ -149,9 +154,8 @@ def test_every_verdict_is_that_of_the_tokens(model, drop_illegal):
             assert np.asarray(world.task_state["steps"])[row, node] == s.depth[node]
             new = s.span_start[node] + s.span_length[node] - starts[row]
             mean = confidence[row, node] / new
-            children = [i for i in oracle.made if s.parent[i] == node]
-            dead_end = drop_illegal and children and all(oracle.illegal[i] for i in children)
-            dead_ends += bool(dead_end)
+            dead_end = drop_illegal and oracle.dead_end(node)
+            dead_ends += dead_end
             expected = 1.0 if solved else mean if goes_on and not dead_end else -0.25
             np.testing.assert_allclose(s.model_value[node], expected, atol=1e-6)
     assert min(seen.values()) > 2, seen
@@ -252,6 +256,7 @@ def test_on_visit_too_the_task_decides(model):
                 visited["open"] += s.visits[node] > 0
                 if s.visits[node] > 0:
                     known = apply_value_head(model[0].value_head, world.hidden[row, node])
+                    known = -0.25 if oracle.dead_end(node) else known
                     np.testing.assert_allclose(s.model_value[node], known, atol=1e-5)
                 continue
             expected = 1.0 if oracle.solved[node] else -0.25
