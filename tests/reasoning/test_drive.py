@@ -169,7 +169,7 @@ def test_a_narrow_round_has_a_narrow_program():
     jax.effects_barrier()
     run = jax.jit(functools.partial(run_compiled, WIDE, make_expand(), None))
     assert widths[0] == 2
-    assert set(widths) <= set(strategy.widths)
+    assert set(widths) <= set(WIDE.widths)
     assert len(set(widths)) > 1
     assert_equal(done, rows_of(run(*begin(range(6)))[0], [0, 1]))
 
