@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import launching
 import phases
 from absl import flags
@@ -107,10 +106,7 @@ def main() -> None:
             found = _run_phase(run, phases.make_state_value(run), is_stopped)
             if found is None:
                 return
-            # Searches close over it as over the rules' tables: it must not lie on the mesh, where
-            # it is whole on every device.
-            whole = jax.tree.map(jnp.asarray, jax.device_get(found))
-            run = run._replace(state_value=whole)
+            run = run._replace(state_value=found)
         for settings, make_phase in (
             (run.settings.supervised, phases.make_supervised),
             (run.settings.walking, phases.make_walking),

@@ -106,8 +106,7 @@ def make_collect(
     expand = make_expand(language)
     limits = Limits(step_tokens=rules.step_rule.max_tokens)
 
-    def collect(networks: Networks, keys: Keys, prompts: Array, lengths: Array) -> Collected:
-        lm = dataclasses.replace(rules, policy=networks.policy, value_head=networks.value_head)
+    def search(lm: LanguageModel, keys: Keys, prompts: Array, lengths: Array) -> Collected:
         structure, world = begin(lm, prompts, lengths, budget_tokens, cfg=language)
         structure, world = run_compiled(strategy, expand, lm, keys, world, structure, limits=limits)
         rows, teaches = collect_rows(structure, world.tokens, prompts, keys, cfg=cfg)
@@ -119,7 +118,14 @@ def make_collect(
             expansions=structure.budget.expansions,
         )
 
-    return collect if mesh is None else shard_search(collect, mesh)
+    run = search if mesh is None else shard_search(search, mesh)
+
+    def collect(networks: Networks, keys: Keys, prompts: Array, lengths: Array) -> Collected:
+        # All of the model is an argument: shards cannot close over what lies on the mesh.
+        lm = dataclasses.replace(rules, policy=networks.policy, value_head=networks.value_head)
+        return run(lm, keys, prompts, lengths)
+
+    return collect
 
 
 def init_search_state(
