@@ -207,6 +207,9 @@ def _make_step(parts, mesh=None, lora=None, cfg=None):
     rates = OptimizerConfig(name="adamw", learning_rate=2e-2, num_steps=20, warmup_steps=1)
     optimizer = make_optimizer(rates, learned)
     loss = functools.partial(token_loss, model=model, cfg=cfg or LossConfig(), lora=lora)
+    if mesh is not None:
+        # What was learned over the mesh before, such as a network for states, lies there.
+        rules = spread_state(mesh, rules)
     collect = make_collect(
         rules, language=language, strategy=strategy, cfg=CFG, budget_tokens=128, mesh=mesh
     )
