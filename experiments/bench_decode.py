@@ -142,7 +142,7 @@ def make_decoder(
             page_tokens=PAGE_TOKENS,
             dtype=done.hidden.dtype,
         )
-        return write_prompts(pages, lengths * 0, done.keys, done.values, lengths), last_hidden(
+        return write_prompts(pages, lengths * 0, done.caches, lengths), last_hidden(
             done.hidden, lengths
         )
 
@@ -165,7 +165,7 @@ def make_decoder(
             num_siblings=num_rows,
             num_slots=slots,
         )
-        return steps.tokens, steps.logprob, steps.hidden, steps.keys, steps.values
+        return steps.tokens, steps.logprob, steps.hidden, steps.caches
 
     pages, hidden = jax.block_until_ready(prefill(policy.params))
     args = (policy.params, pages, hidden, rule, answer_rule)

@@ -205,8 +205,8 @@ class Node:
     """A node's embedding: its path and the K steps that were sampled below it.
 
     tokens: the path's, or of no use where keys and values are kept. length: of the path. steps,
-    logprobs: of the children. path_logprob: sum over the path's generated tokens. keys, values: per
-    layer [B, G, C, E] where they are kept, else empty.
+    logprobs: of the children. path_logprob: sum over the path's generated tokens. caches: keys and
+    values, per layer [B, G, C, 2E] where they are kept, else empty.
     """
 
     tokens: jax.Array
@@ -214,8 +214,7 @@ class Node:
     steps: jax.Array
     logprobs: jax.Array
     path_logprob: jax.Array
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    caches: tuple[jax.Array, ...]
 
 
 class Prefix(NamedTuple):
@@ -279,7 +278,7 @@ def _plant(form, cfg, size, lm, prompts):
     room = size.path_tokens
     length = jnp.full(batch, width, jnp.int32)
     done = extend(lm.policy, prompts, length, cfg=cfg)
-    prefix = Prefix(_context(done.keys, done.values, length), last_hidden(done.hidden, length))
+    prefix = Prefix(_context(done.caches, length), last_hidden(done.hidden, length))
     pad = ((0, 0), (0, 0), (0, room - width), (0, 0))
     kept = form == "dense"
     tokens = jnp.pad(prompts, ((0, 0), (0, room - width)))
@@ -289,8 +288,7 @@ def _plant(form, cfg, size, lm, prompts):
         steps=jnp.zeros((batch, size.num_children, size.step_tokens), jnp.int32),
         logprobs=jnp.zeros((batch, size.num_children)),
         path_logprob=jnp.zeros(batch),
-        keys=tuple(jnp.pad(k, pad) for k in done.keys) if kept else (),
-        values=tuple(jnp.pad(v, pad) for v in done.values) if kept else (),
+        caches=tuple(jnp.pad(cache, pad) for cache in done.caches) if kept else (),
     )
     return _sample_below(cfg, size, lm, jax.random.key(1), node, prefix)
 
@@ -304,7 +302,7 @@ def _visit_tokens(cfg, size, lm, key, action, node: Node):
 
     def visit(width: int):
         done = extend(lm.policy, node.tokens[:, :width], node.length, cfg=cfg)
-        context = _context(done.keys, done.values, node.length)
+        context = _context(done.caches, node.length)
         prefix = Prefix(context, last_hidden(done.hidden, node.length))
         return _sample_below(cfg, size, lm, key, node, prefix)
 
@@ -322,26 +320,24 @@ def _visit_dense(cfg, size, lm, key, action, node: Node):
         return buffer.at[rows, :, at].set(new.transpose(0, 2, 1, 3), mode="drop")
 
     def visit(width: int):
-        keys, values = (tuple(x[:, :, :width] for x in kv) for kv in (node.keys, node.values))
+        caches = tuple(cache[:, :, :width] for cache in node.caches)
         done = extend(
             lm.policy,
             chosen,
             jnp.full(size.batch, size.step_tokens, jnp.int32),
             cfg=cfg,
-            contexts=(_context(keys, values, above),),
+            contexts=(_context(caches, above),),
             starts=above,
         )
-        own = Context(done.keys, done.values, at, at >= 0)
+        own = Context(done.caches, at, at >= 0)
         decoded = _sample_below(
             cfg, size, lm, key, node,
-            Prefix(_context(keys, values, above), done.hidden[:, -1]), (own,),
+            Prefix(_context(caches, above), done.hidden[:, -1]), (own,),
         )  # fmt: skip
-        return decoded, done.keys, done.values
+        return decoded, done.caches
 
-    (node, logits, value), keys, values = _in_shortest(size, node, visit)
-    node = dataclasses.replace(
-        node, keys=tuple(map(put, node.keys, keys)), values=tuple(map(put, node.values, values))
-    )
+    (node, logits, value), caches = _in_shortest(size, node, visit)
+    node = dataclasses.replace(node, caches=tuple(map(put, node.caches, caches)))
     return node, logits, value
 
 
@@ -387,10 +383,11 @@ def _sample_below(cfg, size, lm, key, node: Node, prefix: Prefix, own: tuple[Con
     return node, logprobs / size.step_tokens, jnp.exp(node.path_logprob / generated)
 
 
-def _context(keys, values, lengths) -> Context:
+def _context(caches, lengths) -> Context:
     """Keys and values of paths that begin at position 0, as one context."""
-    positions = jnp.broadcast_to(jnp.arange(keys[0].shape[2]), (len(lengths), keys[0].shape[2]))
-    return Context(keys, values, positions, positions < lengths[:, None])
+    width = caches[0].shape[2]
+    positions = jnp.broadcast_to(jnp.arange(width), (len(lengths), width))
+    return Context(caches, positions, positions < lengths[:, None])
 
 
 # Both.

@@ -210,7 +210,7 @@ def search_once(model: str, dtype: str, search: Mapping[str, Any]) -> dict[str, 
         "seconds": time.perf_counter() - started,
         "nodes_made": int(structure.num_nodes.sum()),
         "expansions_made": int(structure.budget.expansions.sum()),
-        "pool_bytes": sum(a.nbytes for a in (*world.pages.keys, *world.pages.values)),
+        "pool_bytes": sum(a.nbytes for a in world.pages.pools),
         "parameter_bytes": sum(a.nbytes for a in jax.tree.leaves(policy.params)),
         "loaded_peak_bytes": loaded,
         "compiled_peak_bytes": compiled,
@@ -267,7 +267,7 @@ def _search_bytes(policy: Policy, search: Search) -> dict[str, int]:
     jax.block_until_ready(structure)
     alive = _live_bytes() - before
     pages = world.pages
-    page_bytes = sum(a.nbytes for a in (*pages.keys, *pages.values)) // pages.fill.shape[0]
+    page_bytes = sum(a.nbytes for a in pages.pools) // pages.fill.shape[0]
     per_node = -(-search.step_tokens // pages.page_tokens) * page_bytes
     rows = [
         *jax.tree.leaves(structure),

@@ -26,28 +26,41 @@ from rlm_jax.models.transformer import Attend, softcap
 class Context:
     """Keys and values that groups of rows share, for all layers.
 
-    keys, values: one array per layer, [X, G, C, E]; row r of R uses group r // (R / X).
+    caches: keys and values, an array per layer (`join_cache`); row r of R uses group r // (R / X).
     positions, valid: of the C keys, [X, C].
     """
 
-    keys: tuple[Float[Array, "X G C E"], ...]
-    values: tuple[Float[Array, "X G C E"], ...]
+    caches: tuple[Float[Array, "X G C K"], ...]
     positions: Int32[Array, "X C"]
     valid: Bool[Array, "X C"]
 
 
 class Part(NamedTuple):
-    """One layer of a `Context`."""
+    """Keys and values of one layer, K = E; or twice their joined cache, K = 2E.
 
-    keys: Float[Array, "X G C E"]
-    values: Float[Array, "X G C E"]
+    Of a cache, queries are zero where it has values, and of what is mixed the values count.
+    """
+
+    keys: Float[Array, "X G C K"]
+    values: Float[Array, "X G C K"]
     positions: Int32[Array, "X C"]
     valid: Bool[Array, "X C"]
 
 
+def join_cache(
+    keys: Float[Array, "*rows E"], values: Float[Array, "*rows E"]
+) -> Float[Array, "*rows K"]:
+    """Keys and values side by side, as caches and pages hold them.
+
+    TPU keeps rows of 128 numbers: of a head of 64, a key and a value fill one, where each would
+    take one to itself.
+    """
+    return jnp.concatenate([keys, values], axis=-1)
+
+
 def layer_parts(contexts: tuple[Context, ...], layer: int) -> list[Part]:
     """The contexts as this layer sees them."""
-    return [Part(c.keys[layer], c.values[layer], c.positions, c.valid) for c in contexts]
+    return [Part(c.caches[layer], c.caches[layer], c.positions, c.valid) for c in contexts]
 
 
 def attend_parts(
@@ -67,7 +80,7 @@ def attend_parts(
     top = jnp.max(jnp.stack([_by_row(s.max(-1)) for s in scores]), 0)
     weights = [jnp.exp(s - _by_group(top, s)[..., None]) for s in scores]
     norm = functools.reduce(jnp.add, [_by_row(w.sum(-1)) for w in weights])
-    mixed = [_by_row(_mix(w, part)) for w, part in zip(weights, parts, strict=True)]
+    mixed = [_by_row(_mix(w, part))[..., -width:] for w, part in zip(weights, parts, strict=True)]
     out = functools.reduce(jnp.add, mixed) / norm[..., None]
     return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
 
@@ -80,21 +93,19 @@ def make_decode_attend(
 ) -> Attend:
     """Attention of one new token per row, the `index`-th of its step.
 
-    The state is `(keys, values)`, per layer the step's own [R, G, S, E] cache; the new token's key
-    and value are written at `index`, the same for all rows.
+    The state is the step's own joined cache, per layer [R, G, S, 2E]; the new token's key and value
+    are written at `index`, the same for all rows.
     """
     now = jax.lax.dynamic_slice_in_dim(positions, index, 1, axis=1)
     valid = jnp.ones_like(positions, bool)
 
     def attend(layer, q, k, v, state):
-        keys, values = state
         zero = jnp.zeros_like(index)
-        at = (zero, zero, index, zero)
-        k = jax.lax.dynamic_update_slice(keys[layer], k.transpose(0, 2, 1, 3), at)
-        v = jax.lax.dynamic_update_slice(values[layer], v.transpose(0, 2, 1, 3), at)
-        parts = [*layer_parts(contexts, layer), Part(k, v, positions, valid)]
+        new = join_cache(k, v).transpose(0, 2, 1, 3)
+        cache = jax.lax.dynamic_update_slice(state[layer], new, (zero, zero, index, zero))
+        parts = [*layer_parts(contexts, layer), Part(cache, cache, positions, valid)]
         out = attend_parts(q, now, parts, cfg, layer)
-        return out, (_set(keys, layer, k), _set(values, layer, v))
+        return out, (*state[:layer], cache, *state[layer + 1 :])
 
     return attend
 
@@ -107,15 +118,14 @@ def make_extend_attend(
 ) -> Attend:
     """Attention of T given tokens per row over the contexts and over each other.
 
-    The state collects `(keys, values)`, per layer [R, G, T, E], for whoever keeps them.
+    The state collects joined caches, per layer [R, G, T, 2E], for whoever keeps them.
     """
 
     def attend(layer, q, k, v, state):
-        keys, values = state
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         parts = [*layer_parts(contexts, layer), Part(k, v, positions, valid)]
         out = attend_parts(q, positions, parts, cfg, layer)
-        return out, ((*keys, k), (*values, v))
+        return out, (*state, join_cache(k, v))
 
     return attend
 
@@ -128,6 +138,7 @@ def _scores(grouped, positions, part, cfg, window):
     # All rows of one group become rows of one product with its keys.
     q = grouped.reshape(num_shared, each, num_tokens, num_groups, heads, width)
     q = q.transpose(0, 3, 1, 2, 4, 5).reshape(num_shared, num_groups, -1, width)
+    q = jnp.pad(q, [(0, 0)] * 3 + [(0, part.keys.shape[-1] - width)])
     scores = jnp.einsum("xgqe,xgce->xgqc", q, part.keys, preferred_element_type=jnp.float32)
     scores = softcap(scores * scores_scale(cfg), cfg.attn_softcap)
     scores = scores.reshape(num_shared, num_groups, each, num_tokens, heads, -1)
@@ -160,7 +171,3 @@ def _by_group(array: Array, like: Array) -> Array:
     """[R, G, T, M] in the layout of `like`, [X, G, R/X, T, M, C]."""
     num_shared, _, each = like.shape[:3]
     return array.reshape(num_shared, each, *array.shape[1:]).swapaxes(1, 2)
-
-
-def _set(items: tuple, index: int, value) -> tuple:
-    return (*items[:index], value, *items[index + 1 :])

@@ -44,8 +44,9 @@ class DecodedSteps:
 
     tokens: [R, S], 0 behind the end. length: tokens of the step. terminal: it ended the solution.
     logprob, behaviour_logprob: sums over its tokens. confidence: sum of token confidences.
-    hidden: the state after the last token. keys, values: per layer [R, G, S, E]. answers: what the
-    path has stated so far. num_calls: iterations the loop ran, for all rows together.
+    hidden: the state after the last token. caches: the step's keys and values, per layer
+    (`attention.join_cache`). answers: what the path has stated so far. num_calls: iterations the
+    loop ran, for all rows together.
     forwarded_tokens: what went through the network in this row; with beams not what the row's step
     measures, for beams are dropped and others share their first tokens.
     score: by which beams are ranked, best first in each group: log-probability, with its Gumbel
@@ -62,8 +63,7 @@ class DecodedSteps:
     behaviour_logprob: Float32[Array, "R"]
     confidence: Float32[Array, "R"]
     hidden: Float[Array, "R D"]
-    keys: tuple[Float[Array, "R G S E"], ...]
-    values: tuple[Float[Array, "R G S E"], ...]
+    caches: tuple[Float[Array, "R G S K"], ...]
     answers: AnswerState
     num_calls: Int32[Array, ""]
     forwarded_tokens: Int32[Array, "R"]
@@ -175,7 +175,7 @@ def decode_steps(
             jax.lax.dynamic_slice_in_dim(positions, loop.index, 1, axis=1),
             cfg=cfg,
             attend=attend,
-            state=(loop.out.keys, loop.out.values),
+            state=loop.out.caches,
         )
         step, ended, terminal = update_step(rule, loop.step, token)
         answers = _keep(active, update_answer(answer_rule, loop.out.answers, token), loop)
@@ -202,11 +202,9 @@ def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
     # Stochastic beams keep their order as long as none is dropped: the best offer of each has its
     # beam's own score. Before the first token there is nothing to move.
     moved = (growth.parent != own_rows).any() & (loop.index > 0)
-    caches = jax.lax.cond(moved, move, lambda tree: tree, (old.keys, old.values))
     out = dataclasses.replace(
         old,
-        keys=caches[0],
-        values=caches[1],
+        caches=jax.lax.cond(moved, move, lambda tree: tree, old.caches),
         score=growth.score,
         **{name: move(getattr(old, name)) for name in _BEAM_FIELDS},
     )
@@ -245,8 +243,7 @@ def _add_token(
             old.token_logprobs,
         ),
         hidden=jnp.where(active[:, None], hidden, old.hidden),
-        keys=caches[0],
-        values=caches[1],
+        caches=caches,
         answers=answers,
         num_calls=old.num_calls + 1,
         forwarded_tokens=old.forwarded_tokens + active,
@@ -268,7 +265,7 @@ def _begin(
     rows = limits.shape[0]
     number = jnp.zeros_like(limits)
     real = number.astype(jnp.float32)
-    shape = (rows, cfg.num_kv_heads, num_slots, cfg.head_dim)
+    shape = (rows, cfg.num_kv_heads, num_slots, 2 * cfg.head_dim)
     empty = jnp.broadcast_to(hidden[:, :1, None, None] * 0, shape)
     out = DecodedSteps(
         tokens=jnp.broadcast_to(number[:, None], (rows, num_slots)),
@@ -278,8 +275,7 @@ def _begin(
         behaviour_logprob=real,
         confidence=real,
         hidden=hidden,
-        keys=(empty,) * cfg.num_layers,
-        values=(empty,) * cfg.num_layers,
+        caches=(empty,) * cfg.num_layers,
         answers=answers,
         num_calls=number.sum(),
         forwarded_tokens=number,

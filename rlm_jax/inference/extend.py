@@ -18,12 +18,11 @@ _SCORE_CHUNK = 64
 class Extension:
     """What forwarding T given tokens left behind.
 
-    hidden: after the final norm, [R, T, D]. keys, values: per layer [R, G, T, E].
+    hidden: after the final norm. caches: keys and values, per layer (`attention.join_cache`).
     """
 
     hidden: Float[Array, "R T D"]
-    keys: tuple[Float[Array, "R G T E"], ...]
-    values: tuple[Float[Array, "R G T E"], ...]
+    caches: tuple[Float[Array, "R G T K"], ...]
 
 
 @struct
@@ -57,10 +56,8 @@ def extend(
     valid = offset < lengths[:, None]
     positions = offset + (jnp.zeros_like(lengths) if starts is None else starts)[:, None]
     attend = make_extend_attend(cfg, contexts, positions, valid)
-    hidden, (keys, values) = forward(
-        params, tokens, positions, cfg=cfg, attend=attend, state=((), ())
-    )
-    return Extension(hidden, keys, values)
+    hidden, caches = forward(params, tokens, positions, cfg=cfg, attend=attend, state=())
+    return Extension(hidden, caches)
 
 
 def last_hidden(hidden: Float[Array, "R T D"], lengths: Int32[Array, "R"]) -> Float[Array, "R D"]:

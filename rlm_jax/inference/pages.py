@@ -2,14 +2,14 @@
 
 Keys and values of a step are written once, when the step is made, into pages of a few tokens
 each; selecting a node copies nothing, and a deep path is a list of page numbers. Per layer there
-is one array for keys and one for values, page-major, so that a page is one contiguous write. Each
+is one array, page-major, so that a page is one contiguous write, of keys and values. Each
 structure has its own range of P / B pages: what one search uses cannot depend on its neighbours,
 and a shard of the batch holds the pages of its own structures.
 
-A page is stored as rows of 128 numbers, [G, page, E] flattened. TPU keeps arrays in tiles of 8 by
+A page is stored as rows of 128 numbers, [G, page, 2E] flattened. TPU keeps arrays in tiles of 8 by
 128, and would lay out [P, G, page, E] with the pages innermost when E is 64: a search would turn
-every pool around when it begins and when it ends. Pages of whole tiles (G * page * E a multiple of
-1024) stay where they are; docs/design/004-sharding-and-tpu.md has the figures.
+every pool around when it begins and when it ends. Pages of whole tiles (2 * G * page * E a multiple
+of 1024) stay where they are; docs/design/004-sharding-and-tpu.md has the figures.
 """
 
 import dataclasses
@@ -31,16 +31,15 @@ _LANES = 128
 class KVPages:
     """The page pool of B structures and the tables over it.
 
-    keys, values: one array per layer; a page is [G, page, E], stored as rows of 128 numbers (as one
-    row where they do not fill rows). fill: tokens in a page. start: position of a page's first
-    token. prompt_table: the pages of each structure's prompt. table: the pages of a node's path
+    pools: one array per layer; a page is [G, page, 2E], of each token the key and behind it the
+    value, stored as rows of 128 numbers (as one row where they do not fill rows). fill: tokens in a
+    page. start: position of a page's first token. prompt_table: the pages of each structure's prompt. table: the pages of a node's path
     below the root, its own last, -1 behind them; table_length: how many. owner: the node whose
     tokens a page holds, 0 for the prompt's, -1 for a free page. page_tokens: tokens a page holds.
     num_kv_heads: G.
     """
 
-    keys: tuple[Float[Array, "P rows lanes"], ...]
-    values: tuple[Float[Array, "P rows lanes"], ...]
+    pools: tuple[Float[Array, "P rows lanes"], ...]
     fill: Int32[Array, "P"]
     start: Int32[Array, "P"]
     prompt_table: Int32[Array, "B prompt_pages"]
@@ -101,15 +100,14 @@ def make_pages(
         return jnp.broadcast_to(base, (batch, *shape)) + jnp.int32(value)
 
     flat = of_batch(0, num_pages).reshape(-1)
-    size = cfg.num_kv_heads * page_tokens * cfg.head_dim
+    size = cfg.num_kv_heads * page_tokens * 2 * cfg.head_dim
     lanes = size if size % _LANES else _LANES
     shape = (batch * num_pages, size // lanes, lanes)
     empty = jnp.broadcast_to(flat.reshape(-1, 1, 1).astype(dtype), shape)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_pages
     in_prompt = (jnp.arange(num_pages) < num_prompt_pages).astype(jnp.int32)
     return KVPages(
-        keys=tuple(empty + 0 for _ in range(cfg.num_layers)),
-        values=tuple(empty + 0 for _ in range(cfg.num_layers)),
+        pools=tuple(empty + 0 for _ in range(cfg.num_layers)),
         fill=flat,
         start=flat + 0,  # A buffer of its own: both are donated.
         prompt_table=of_batch(0, num_prompt_pages) + first + jnp.arange(num_prompt_pages),
@@ -124,15 +122,14 @@ def make_pages(
 def write_prompts(
     pages: KVPages,
     rows: Int32[Array, "F"],
-    keys: tuple[Float[Array, "F G T E"], ...],
-    values: tuple[Float[Array, "F G T E"], ...],
+    caches: tuple[Float[Array, "F G T K"], ...],
     lengths: Int32[Array, "F"],
 ) -> KVPages:
     """Gives F rows of the pool to new prompts: all else they held is free again.
 
     Args:
-      rows: which structures, B to leave one out. keys, values: of the prefilled prompts;
-        T is a whole number of pages.
+      rows: which structures, B to leave one out. caches: of the prefilled prompts; T is a whole
+        number of pages.
     """
     batch, per_row, num_prompt = (
         pages.table.shape[0],
@@ -143,7 +140,7 @@ def write_prompts(
     ids = jnp.where((rows < batch)[:, None], ids, NO_PAGE)
     begin = jnp.arange(num_prompt, dtype=jnp.int32)[None] * pages.page_tokens
     fill = jnp.clip(lengths[:, None] - begin, 0, pages.page_tokens)
-    pages = _write(pages, keys, values, ids, fill, jnp.broadcast_to(begin, ids.shape))
+    pages = _write(pages, caches, ids, fill, jnp.broadcast_to(begin, ids.shape))
     empty = jnp.where(jnp.arange(per_row) < num_prompt, 0, NO_PAGE).astype(jnp.int32)
     owner = pages.owner.reshape(batch, per_row).at[rows].set(empty, mode="drop")
     return dataclasses.replace(
@@ -156,8 +153,7 @@ def write_prompts(
 
 def write_steps(
     pages: KVPages,
-    keys: tuple[Float[Array, "R G S E"], ...],
-    values: tuple[Float[Array, "R G S E"], ...],
+    caches: tuple[Float[Array, "R G S K"], ...],
     *,
     parents: Int32[Array, "B C"],
     slots: Int32[Array, "B C"],
@@ -168,14 +164,14 @@ def write_steps(
     """Gives each new node pages for its own tokens and lists them behind its parent's.
 
     Args:
-      keys, values: what the R = B*C new steps computed; S is a whole number of pages.
+      caches: of the R = B*C new steps; S is a whole number of pages.
       parents, slots: nodes the steps grew from, and the new nodes' indices (out of range: none).
       starts, lengths: position of each step's first token and its number of tokens.
       keep: steps worth storing; the others take no pages.
     """
     batch, width = slots.shape
     size = pages.page_tokens
-    per_step = keys[0].shape[2] // size
+    per_step = caches[0].shape[2] // size
     need = jnp.where(keep, -(-lengths // size), 0)
     before = jnp.cumsum(need, -1) - need
     offset = jnp.arange(per_step, dtype=jnp.int32)
@@ -185,7 +181,7 @@ def write_steps(
     ids = jnp.where(taken, ids.reshape(taken.shape), NO_PAGE)
     fill = jnp.clip(lengths[..., None] - offset * size, 0, size)
     starts = starts[..., None] + offset * size
-    pages = _write(pages, keys, values, ids, fill, starts)
+    pages = _write(pages, caches, ids, fill, starts)
 
     rows = jnp.arange(batch)[:, None]
     above = pages.table[rows, parents]
@@ -286,15 +282,14 @@ def _gather(pages: KVPages, table: Int32[Array, "X C"]) -> Context:
         return some.reshape(*some.shape[:2], -1, some.shape[-1])
 
     return Context(
-        keys=tuple(take(pool) for pool in pages.keys),
-        values=tuple(take(pool) for pool in pages.values),
+        caches=tuple(map(take, pages.pools)),
         positions=positions.reshape(ids.shape[0], -1),
         valid=valid.reshape(ids.shape[0], -1),
     )
 
 
-def _write(pages, keys, values, ids, fill, starts):
-    """Puts rows of tokens [R, G, S, E] into pages `ids` [..., S / page]; skips negative ones."""
+def _write(pages, caches, ids, fill, starts):
+    """Puts rows of tokens [R, G, S, 2E] into pages `ids` [..., S / page]; skips negative ones."""
     flat = ids.reshape(-1)
     flat = jnp.where(flat >= 0, flat, pages.fill.shape[0])
 
@@ -305,8 +300,7 @@ def _write(pages, keys, values, ids, fill, starts):
 
     return dataclasses.replace(
         pages,
-        keys=tuple(put(pool, rows) for pool, rows in zip(pages.keys, keys, strict=True)),
-        values=tuple(put(pool, rows) for pool, rows in zip(pages.values, values, strict=True)),
+        pools=tuple(map(put, pages.pools, caches)),
         fill=pages.fill.at[flat].set(fill.reshape(-1), mode="drop"),
         start=pages.start.at[flat].set(starts.reshape(-1), mode="drop"),
     )

@@ -333,8 +333,7 @@ def _store(world, structure, rows, slots, steps, verdicts, keep) -> World:
 
     pages = write_steps(
         world.pages,
-        steps.keys,
-        steps.values,
+        steps.caches,
         parents=rows.parents,
         slots=flat,
         starts=rows.step_starts(structure).reshape(flat.shape),

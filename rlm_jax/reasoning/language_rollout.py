@@ -65,8 +65,7 @@ class _Loop:
     hidden: Float[Array, "Q D"]
     answers: AnswerState
     state: PyTree
-    keys: tuple[Float[Array, "Q G T E"], ...]
-    values: tuple[Float[Array, "Q G T E"], ...]
+    caches: tuple[Float[Array, "Q G T K"], ...]
 
 
 def value_by_rollouts(
@@ -123,9 +122,7 @@ def roll_out(
     alone = cfg.sampling.method in BEAM_METHODS
 
     def body(loop: _Loop) -> _Loop:
-        behind = Context(
-            loop.keys, loop.values, starts[:, None] + offset, offset < loop.used[:, None]
-        )
+        behind = Context(loop.caches, starts[:, None] + offset, offset < loop.used[:, None])
         most = jnp.minimum(limits - loop.used, lm.step_rule.max_tokens)
         steps = decode_steps(
             lm.policy,
@@ -159,8 +156,7 @@ def roll_out(
             hidden=steps.hidden,
             answers=steps.answers,
             state=_keep(loop.running, verdicts.state, loop.state),
-            keys=_append(loop.keys, steps.keys, loop.used, steps.length),
-            values=_append(loop.values, steps.values, loop.used, steps.length),
+            caches=_append(loop.caches, steps.caches, loop.used, steps.length),
         )
 
     loop = jax.lax.while_loop(
@@ -190,7 +186,7 @@ def _begin(cfg, paths, limits, num_structures) -> _Loop:
         return jnp.repeat(array, cfg.num_rollouts, axis=0)
 
     none, hidden = limits * 0, repeat(paths.hidden)
-    shape = (limits.shape[0], cfg.model.num_kv_heads, cfg.rollout_tokens, cfg.model.head_dim)
+    shape = (limits.shape[0], cfg.model.num_kv_heads, cfg.rollout_tokens, 2 * cfg.model.head_dim)
     empty = jnp.broadcast_to(hidden[:, :1, None, None] * 0, shape)
     return _Loop(
         index=none.sum(),
@@ -204,8 +200,7 @@ def _begin(cfg, paths, limits, num_structures) -> _Loop:
         hidden=hidden,
         answers=jax.tree.map(repeat, paths.answers),
         state=jax.tree.map(repeat, paths.task_state),
-        keys=(empty,) * cfg.model.num_layers,
-        values=(empty,) * cfg.model.num_layers,
+        caches=(empty,) * cfg.model.num_layers,
     )
 
 
@@ -218,15 +213,15 @@ def _keep(running: Bool[Array, "Q"], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(pick, new, old)
 
 
-def _append(pools, steps, used, length):
-    """Puts each row's new tokens [Q, G, S, E] behind its `used` first ones of [Q, G, T, E]."""
-    num_slots, num_tokens = steps[0].shape[2], pools[0].shape[2]
+def _append(caches, steps, used, length):
+    """Puts each row's new tokens [Q, G, S, 2E] behind its `used` first ones of [Q, G, T, 2E]."""
+    num_slots, num_tokens = steps[0].shape[2], caches[0].shape[2]
     place = jnp.arange(num_tokens, dtype=jnp.int32)[None] - used[:, None]
     taken = ((place >= 0) & (place < length[:, None]))[:, None, :, None]
     place = jnp.clip(place, 0, num_slots - 1)[:, None, :, None]
     return tuple(
-        jnp.where(taken, jnp.take_along_axis(step, place, 2), pool)
-        for pool, step in zip(pools, steps, strict=True)
+        jnp.where(taken, jnp.take_along_axis(step, place, 2), cache)
+        for cache, step in zip(caches, steps, strict=True)
     )
 
 

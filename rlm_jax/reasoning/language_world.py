@@ -322,7 +322,7 @@ def _write_roots(
 
     world = dataclasses.replace(
         world,
-        pages=write_prompts(world.pages, rows, done.keys, done.values, lengths),
+        pages=write_prompts(world.pages, rows, done.caches, lengths),
         tokens=_put_prompt_ends(world.tokens, rows, prompts, lengths)
         if cfg.sampling.copy_returns
         else world.tokens,

@@ -114,8 +114,7 @@ def decode(
     seeds = np.arange(len(problems)) if seeds is None else np.asarray(seeds)
     length = np.asarray(PROMPT_LENGTHS, np.int32)[problems]
     context = Context(
-        keys=tuple(k[problems] for k in done.keys),
-        values=tuple(v[problems] for v in done.values),
+        caches=tuple(cache[problems] for cache in done.caches),
         positions=jnp.broadcast_to(jnp.arange(WIDTH), (len(problems), WIDTH)),
         valid=jnp.asarray(np.arange(WIDTH) < length[:, None]),
     )
@@ -396,7 +395,7 @@ def test_a_step_is_what_the_network_makes_of_its_tokens(name, sampling):
     ends = jnp.asarray(starts + length)
     done = _extend(name)(params, jnp.asarray(tokens), ends)
     np.testing.assert_allclose(out.hidden, last_hidden(done.hidden, ends), atol=1e-4)
-    for mine, full in zip(out.keys + out.values, done.keys + done.values, strict=True):
+    for mine, full in zip(out.caches, done.caches, strict=True):
         for row, start in enumerate(starts):
             span = slice(start, start + length[row])
             np.testing.assert_allclose(mine[row, :, : length[row]], full[row, :, span], atol=1e-4)

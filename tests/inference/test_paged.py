@@ -76,7 +76,7 @@ def grown(tiny, rules):
         page_tokens=PAGE,
         dtype=jnp.float32,
     )
-    pages = write_prompts(pages, jnp.arange(2), done.keys, done.values, lengths)
+    pages = write_prompts(pages, jnp.arange(2), done.caches, lengths)
     hidden = np.zeros((2, CAPACITY, cfg.model_dim), np.float32)
     hidden[:, 0] = last_hidden(done.hidden, jnp.asarray(lengths))
     paths = {(b, 0): [int(t) for t in tokens[b, : lengths[b]]] for b in range(2)}
@@ -119,8 +119,7 @@ def _grow(tiny, rules, pages, hidden, paths, logprobs, parent, slots, limits, le
     )
     pages = _write_steps(
         pages,
-        steps.keys,
-        steps.values,
+        steps.caches,
         parents=np.full((2, num), parent),
         slots=np.array([slots] * 2),
         starts=starts.reshape(2, num),
@@ -230,7 +229,7 @@ def test_writes_and_tables_equal_a_plain_model(rounds):
     content = {(b, 0): ([], []) for b in range(2)}
     num_nodes = 1
     for steps in rounds:
-        fresh = rng.normal(size=(6, groups, SLOTS, width)).astype(np.float32)
+        fresh = rng.normal(size=(6, groups, SLOTS, 2 * width)).astype(np.float32)
         parents = np.zeros((2, 3), np.int32)
         starts, lengths = np.zeros((2, 3), np.int32), np.zeros((2, 3), np.int32)
         keep = np.zeros((2, 3), bool)
@@ -250,8 +249,8 @@ def test_writes_and_tables_equal_a_plain_model(rounds):
         context = _gather(pages, jnp.full((2, 1), node))
         valid = np.asarray(context.valid[b])
         assert np.asarray(context.positions[b])[valid].tolist() == positions
-        found = np.asarray(context.keys[1][b]).transpose(1, 0, 2)[valid]
-        np.testing.assert_array_equal(found, np.asarray(values).reshape(-1, groups, width))
+        found = np.asarray(context.caches[1][b]).transpose(1, 0, 2)[valid]
+        np.testing.assert_array_equal(found, np.asarray(values).reshape(-1, groups, 2 * width))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -259,7 +258,6 @@ def _write(pages, fresh, parents, slots, starts, lengths, keep):
     layers = (fresh, fresh)
     return write_steps(
         pages,
-        layers,
         layers,
         parents=parents,
         slots=slots,

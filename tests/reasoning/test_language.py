@@ -344,7 +344,7 @@ def test_the_search_stays_on_the_device_and_copies_no_pool(model):
     compiled = compiled.compile()
     text = compiled.as_text()
     assert hlo.host_transfers(text) == []
-    pool = f"f32[{','.join(map(str, world.pages.keys[0].shape))}]"
+    pool = f"f32[{','.join(map(str, world.pages.pools[0].shape))}]"
     assert pool in text
     assert not [one for one in hlo.copies(hlo.instructions(text)) if pool in one.type]
     world_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(world))

@@ -96,12 +96,12 @@ def on_mesh(mesh_name):
     search_fn = jax.jit(shard_search(search, mesh), donate_argnums=2)
     search_fn = search_fn.lower(params, keys, world, structure).compile()
     structure, world = begin_fn(params, *inputs)
-    pools = (*world.pages.keys, *world.pages.values)
+    pools = world.pages.pools
     addresses = [
         shard.data.unsafe_buffer_pointer() for a in pools for shard in a.addressable_shards
     ]
     result = search_fn(params, keys, world, structure)
-    pools = (*result[1].pages.keys, *result[1].pages.values)
+    pools = result[1].pages.pools
     after = [shard.data.unsafe_buffer_pointer() for a in pools for shard in a.addressable_shards]
     return begin_fn, search_fn, jax.device_get(result), (addresses, after), world
 
@@ -163,18 +163,18 @@ def test_pools_are_donated_and_written_in_place(mesh_name):
     _, search_fn, (_, world, _), (before, after), _ = on_mesh(mesh_name)
     assert after == before
     replica, data, model = MESHES[mesh_name]
-    pool_bytes = world.pages.keys[0].nbytes // (replica * data * model)
+    pool_bytes = world.pages.pools[0].nbytes // (replica * data * model)
     inside = hlo.loop_instructions(search_fn.as_text())
     assert any(one.op == "dynamic-update-slice" for one in inside)
     assert max((one.largest_bytes for one in hlo.copies(inside)), default=0) < pool_bytes
-    pools_bytes = pool_bytes * 2 * len(world.pages.keys)
+    pools_bytes = pool_bytes * len(world.pages.pools)
     assert search_fn.memory_analysis().alias_size_in_bytes >= pools_bytes
     assert hlo.host_transfers(search_fn.as_text()) == []
 
 
 def test_pools_of_a_split_model_hold_their_own_heads():
     *_, world = on_mesh("model")
-    pool = world.pages.keys[0]
+    pool = world.pages.pools[0]
     assert np.prod(pool.sharding.shard_shape(pool.shape)) * 8 == np.prod(pool.shape)
 
 

@@ -149,11 +149,11 @@ def main(case_name: str, folder: str) -> None:
         (text,) = pathlib.Path(dump_folder).glob("*after_optimizations.txt")
         shutil.move(text, pathlib.Path(folder, "search.txt"))
     memory = compiled.memory_analysis()
-    pool = world.pages.keys[0]
+    pool = world.pages.pools[0]
     facts = {
         "pool_shape": pool.sharding.shard_shape(pool.shape),
         "vocab_size": CASES[case_name].model.vocab_size,
-        "num_pools": 2 * len(world.pages.keys),
+        "num_pools": len(world.pages.pools),
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
