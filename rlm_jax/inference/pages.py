@@ -33,10 +33,10 @@ class KVPages:
 
     pools: one array per layer; a page is [G, page, 2E], of each token the key and behind it the
     value, stored as rows of 128 numbers (as one row where they do not fill rows). fill: tokens in a
-    page. start: position of a page's first token. prompt_table: the pages of each structure's prompt. table: the pages of a node's path
-    below the root, its own last, -1 behind them; table_length: how many. owner: the node whose
-    tokens a page holds, 0 for the prompt's, -1 for a free page. page_tokens: tokens a page holds.
-    num_kv_heads: G.
+    page. start: position of a page's first token. prompt_table: the pages of each structure's
+    prompt. table: the pages of a node's path below the root, its own last, -1 behind them;
+    table_length: how many. owner: the node whose tokens a page holds, 0 for the prompt's, -1 for a
+    free page. page_tokens: tokens a page holds. num_kv_heads: G.
     """
 
     pools: tuple[Float[Array, "P rows lanes"], ...]
