@@ -27,7 +27,7 @@ from bench_timing import Patience, compile_call, describe_pair, program_bytes, t
 from rlm_jax.core.struct import struct
 from rlm_jax.evaluation import build
 from rlm_jax.evaluation.build import Policy
-from rlm_jax.inference.attention import Context
+from rlm_jax.inference.attention import Context, split_caches
 from rlm_jax.inference.decode import decode_steps
 from rlm_jax.inference.extend import extend, last_hidden
 from rlm_jax.inference.sampling import SamplingConfig
@@ -205,8 +205,8 @@ class Node:
     """A node's embedding: its path and the K steps that were sampled below it.
 
     tokens: the path's, or of no use where keys and values are kept. length: of the path. steps,
-    logprobs: of the children. path_logprob: sum over the path's generated tokens. caches: keys and
-    values, per layer [B, G, C, 2E] where they are kept, else empty.
+    logprobs: of the children. path_logprob: sum over the path's generated tokens. keys, values: per
+    layer [B, G, C, E] where they are kept, else empty.
     """
 
     tokens: jax.Array
@@ -214,7 +214,8 @@ class Node:
     steps: jax.Array
     logprobs: jax.Array
     path_logprob: jax.Array
-    caches: tuple[jax.Array, ...]
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
 
 
 class Prefix(NamedTuple):
@@ -278,7 +279,8 @@ def _plant(form, cfg, size, lm, prompts):
     room = size.path_tokens
     length = jnp.full(batch, width, jnp.int32)
     done = extend(lm.policy, prompts, length, cfg=cfg)
-    prefix = Prefix(_context(done.caches, length), last_hidden(done.hidden, length))
+    keys, values = split_caches(done.caches)
+    prefix = Prefix(_context(keys, values, length), last_hidden(done.hidden, length))
     pad = ((0, 0), (0, 0), (0, room - width), (0, 0))
     kept = form == "dense"
     tokens = jnp.pad(prompts, ((0, 0), (0, room - width)))
@@ -288,7 +290,8 @@ def _plant(form, cfg, size, lm, prompts):
         steps=jnp.zeros((batch, size.num_children, size.step_tokens), jnp.int32),
         logprobs=jnp.zeros((batch, size.num_children)),
         path_logprob=jnp.zeros(batch),
-        caches=tuple(jnp.pad(cache, pad) for cache in done.caches) if kept else (),
+        keys=tuple(jnp.pad(k, pad) for k in keys) if kept else (),
+        values=tuple(jnp.pad(v, pad) for v in values) if kept else (),
     )
     return _sample_below(cfg, size, lm, jax.random.key(1), node, prefix)
 
@@ -302,7 +305,7 @@ def _visit_tokens(cfg, size, lm, key, action, node: Node):
 
     def visit(width: int):
         done = extend(lm.policy, node.tokens[:, :width], node.length, cfg=cfg)
-        context = _context(done.caches, node.length)
+        context = _context(*split_caches(done.caches), node.length)
         prefix = Prefix(context, last_hidden(done.hidden, node.length))
         return _sample_below(cfg, size, lm, key, node, prefix)
 
@@ -320,24 +323,27 @@ def _visit_dense(cfg, size, lm, key, action, node: Node):
         return buffer.at[rows, :, at].set(new.transpose(0, 2, 1, 3), mode="drop")
 
     def visit(width: int):
-        caches = tuple(cache[:, :, :width] for cache in node.caches)
+        keys, values = (tuple(x[:, :, :width] for x in kv) for kv in (node.keys, node.values))
         done = extend(
             lm.policy,
             chosen,
             jnp.full(size.batch, size.step_tokens, jnp.int32),
             cfg=cfg,
-            contexts=(_context(caches, above),),
+            contexts=(_context(keys, values, above),),
             starts=above,
         )
-        own = Context(done.caches, at, at >= 0)
+        new = split_caches(done.caches)
+        own = Context(*new, at, at >= 0)
         decoded = _sample_below(
             cfg, size, lm, key, node,
-            Prefix(_context(caches, above), done.hidden[:, -1]), (own,),
+            Prefix(_context(keys, values, above), done.hidden[:, -1]), (own,),
         )  # fmt: skip
-        return decoded, done.caches
+        return decoded, *new
 
-    (node, logits, value), caches = _in_shortest(size, node, visit)
-    node = dataclasses.replace(node, caches=tuple(map(put, node.caches, caches)))
+    (node, logits, value), keys, values = _in_shortest(size, node, visit)
+    node = dataclasses.replace(
+        node, keys=tuple(map(put, node.keys, keys)), values=tuple(map(put, node.values, values))
+    )
     return node, logits, value
 
 
@@ -383,11 +389,10 @@ def _sample_below(cfg, size, lm, key, node: Node, prefix: Prefix, own: tuple[Con
     return node, logprobs / size.step_tokens, jnp.exp(node.path_logprob / generated)
 
 
-def _context(caches, lengths) -> Context:
+def _context(keys, values, lengths) -> Context:
     """Keys and values of paths that begin at position 0, as one context."""
-    width = caches[0].shape[2]
-    positions = jnp.broadcast_to(jnp.arange(width), (len(lengths), width))
-    return Context(caches, positions, positions < lengths[:, None])
+    positions = jnp.broadcast_to(jnp.arange(keys[0].shape[2]), (len(lengths), keys[0].shape[2]))
+    return Context(keys, values, positions, positions < lengths[:, None])
 
 
 # Both.

@@ -10,6 +10,7 @@ query's, and within the layer's window.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,19 +27,22 @@ from rlm_jax.models.transformer import Attend, softcap
 class Context:
     """Keys and values that groups of rows share, for all layers.
 
-    caches: keys and values, an array per layer (`join_cache`); row r of R uses group r // (R / X).
+    keys, values: one array per layer, K = E, or the joined cache in place of either, K = 2E
+    (`join_cache`); row r of R uses group r // (R / X).
     positions, valid: of the C keys, [X, C].
     """
 
-    caches: tuple[Float[Array, "X G C K"], ...]
+    keys: tuple[Float[Array, "X G C K"], ...]
+    values: tuple[Float[Array, "X G C K"], ...]
     positions: Int32[Array, "X C"]
     valid: Bool[Array, "X C"]
 
 
 class Part(NamedTuple):
-    """Keys and values of one layer, K = E; or twice their joined cache, K = 2E.
+    """One layer of a `Context`.
 
-    Of a cache, queries are zero where it has values, and of what is mixed the values count.
+    Of a joined cache queries are zero where it has values, and of what is mixed the values count:
+    half the product is for nothing, which TPU would pad with as much of nothing.
     """
 
     keys: Float[Array, "X G C K"]
@@ -58,9 +62,17 @@ def join_cache(
     return jnp.concatenate([keys, values], axis=-1)
 
 
+def split_caches(
+    caches: Sequence[Float[Array, "*rows K"]],
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The keys and the values of joined caches."""
+    keys, values = zip(*(jnp.split(cache, 2, axis=-1) for cache in caches), strict=True)
+    return keys, values
+
+
 def layer_parts(contexts: tuple[Context, ...], layer: int) -> list[Part]:
     """The contexts as this layer sees them."""
-    return [Part(c.caches[layer], c.caches[layer], c.positions, c.valid) for c in contexts]
+    return [Part(c.keys[layer], c.values[layer], c.positions, c.valid) for c in contexts]
 
 
 def attend_parts(

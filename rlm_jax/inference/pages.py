@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.struct import static, struct
 from rlm_jax.core.types import Array, Bool, Float, Int32
-from rlm_jax.inference.attention import Context
+from rlm_jax.inference.attention import Context, split_caches
 from rlm_jax.models.config import ModelConfig
 
 NO_PAGE = -1
@@ -281,8 +281,11 @@ def _gather(pages: KVPages, table: Int32[Array, "X C"]) -> Context:
         some = some.transpose(0, 2, 1, 3, 4)
         return some.reshape(*some.shape[:2], -1, some.shape[-1])
 
+    # Apart, as a product with half a row costs less where rows are not padded.
+    keys, values = split_caches([take(pool) for pool in pages.pools])
     return Context(
-        caches=tuple(map(take, pages.pools)),
+        keys=keys,
+        values=values,
         positions=positions.reshape(ids.shape[0], -1),
         valid=valid.reshape(ids.shape[0], -1),
     )

@@ -114,7 +114,8 @@ def decode(
     seeds = np.arange(len(problems)) if seeds is None else np.asarray(seeds)
     length = np.asarray(PROMPT_LENGTHS, np.int32)[problems]
     context = Context(
-        caches=tuple(cache[problems] for cache in done.caches),
+        keys=tuple(cache[problems] for cache in done.caches),
+        values=tuple(cache[problems] for cache in done.caches),
         positions=jnp.broadcast_to(jnp.arange(WIDTH), (len(problems), WIDTH)),
         valid=jnp.asarray(np.arange(WIDTH) < length[:, None]),
     )
