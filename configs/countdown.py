@@ -2,9 +2,9 @@
 
 Command:  python experiments/train.py --config=configs/countdown.py --workdir=DIR
 Hardware: two CPU cores, 3 GB of memory.
-Expected: under two hours where float32 products reach 150 GFLOP/s: 10,000 updates of the value
-network in a quarter of it, 4,500 supervised ones of the policy, 2,000 on corrected walks (all but
-600 of these took 94 minutes, docs/log.md). What ships was trained longer. Then
+Expected: 9,000 updates of the value network, of the policy 4,000 supervised ones and 3,000 on
+corrected walks; about two hours where float32 products reach 180 GFLOP/s (8, 2 and 1 updates a
+second), more on slower machines; accuracies in docs/results.md. Then
 python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy \
     --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=DIR/results
 
@@ -116,14 +116,14 @@ def _training() -> dict:
         "seed": 0,
         # A folder of networks, or package:countdown, to go on from instead of new ones.
         "begin_with": placeholder(str),
-        "num_steps": 4_500,
+        "num_steps": 4_000,
         # Before all else, and by itself: a value network that reads what is left, and no more.
         "state_value": {
-            "num_steps": 10_000,
+            "num_steps": 9_000,
             "network": {"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 320},
             "data": {
                 "num_states": 192,
-                "sizes": ((2, 0.08), (3, 0.48), (4, 0.38), (5, 0.06)),
+                "sizes": ((2, 0.1), (3, 0.62), (4, 0.24), (5, 0.04)),
                 "small_share": 0.15,
                 "deep_share": 0.2,
                 "whole_share": 0.05,
@@ -160,7 +160,7 @@ def _training() -> dict:
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         "walks": {
-            "num_steps": 2_000,
+            "num_steps": 3_000,
             "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
             "shard_examples": 2048,
             "num_chains": 512,
