@@ -3,8 +3,8 @@
 Command:  python experiments/train.py --config=configs/countdown.py --workdir=DIR
 Hardware: two CPU cores, 3 GB of memory.
 Expected: 9,000 updates of the value network, of the policy 4,000 supervised ones and 3,000 on
-corrected walks; about two hours where float32 products reach 180 GFLOP/s (8, 2 and 1 updates a
-second), more on slower machines; accuracies in docs/results.md. Then
+corrected walks; by its rates (8, 2 and 1 updates a second) about two hours where float32 products
+reach 180 GFLOP/s, more on slower machines; accuracies in docs/results.md. Then
 python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy \
     --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=DIR/results
 

@@ -113,9 +113,10 @@ def decode(
     problems = np.asarray(problems)
     seeds = np.arange(len(problems)) if seeds is None else np.asarray(seeds)
     length = np.asarray(PROMPT_LENGTHS, np.int32)[problems]
+    caches = tuple(cache[problems] for cache in done.caches)
     context = Context(
-        keys=tuple(cache[problems] for cache in done.caches),
-        values=tuple(cache[problems] for cache in done.caches),
+        keys=caches,
+        values=caches,
         positions=jnp.broadcast_to(jnp.arange(WIDTH), (len(problems), WIDTH)),
         valid=jnp.asarray(np.arange(WIDTH) < length[:, None]),
     )
