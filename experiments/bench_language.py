@@ -206,7 +206,7 @@ class Node:
 
     tokens: the path's, or of no use where keys and values are kept. length: of the path. steps,
     logprobs: of the children. path_logprob: sum over the path's generated tokens. keys, values: per
-    layer [B, G, C, E] where they are kept, else empty.
+    layer [B, G, E, C] and [B, G, C, E] where they are kept, else empty.
     """
 
     tokens: jax.Array
@@ -281,7 +281,7 @@ def _plant(form, cfg, size, lm, prompts):
     done = extend(lm.policy, prompts, length, cfg=cfg)
     keys, values = split_caches(done.caches)
     prefix = Prefix(_context(keys, values, length), last_hidden(done.hidden, length))
-    pad = ((0, 0), (0, 0), (0, room - width), (0, 0))
+    spare, whole = (0, room - width), (0, 0)
     kept = form == "dense"
     tokens = jnp.pad(prompts, ((0, 0), (0, room - width)))
     node = Node(
@@ -290,8 +290,8 @@ def _plant(form, cfg, size, lm, prompts):
         steps=jnp.zeros((batch, size.num_children, size.step_tokens), jnp.int32),
         logprobs=jnp.zeros((batch, size.num_children)),
         path_logprob=jnp.zeros(batch),
-        keys=tuple(jnp.pad(k, pad) for k in keys) if kept else (),
-        values=tuple(jnp.pad(v, pad) for v in values) if kept else (),
+        keys=tuple(jnp.pad(k, (whole, whole, whole, spare)) for k in keys) if kept else (),
+        values=tuple(jnp.pad(v, (whole, whole, spare, whole)) for v in values) if kept else (),
     )
     return _sample_below(cfg, size, lm, jax.random.key(1), node, prefix)
 
@@ -319,11 +319,15 @@ def _visit_dense(cfg, size, lm, key, action, node: Node):
     rows = jnp.arange(size.batch)[:, None]
     at = above[:, None] + jnp.arange(size.step_tokens)
 
-    def put(buffer, new):
+    def put_keys(buffer, new):
+        return buffer.at[rows, :, :, at].set(new.transpose(0, 3, 1, 2), mode="drop")
+
+    def put_values(buffer, new):
         return buffer.at[rows, :, at].set(new.transpose(0, 2, 1, 3), mode="drop")
 
     def visit(width: int):
-        keys, values = (tuple(x[:, :, :width] for x in kv) for kv in (node.keys, node.values))
+        keys = tuple(k[..., :width] for k in node.keys)
+        values = tuple(v[:, :, :width] for v in node.values)
         done = extend(
             lm.policy,
             chosen,
@@ -342,7 +346,9 @@ def _visit_dense(cfg, size, lm, key, action, node: Node):
 
     (node, logits, value), keys, values = _in_shortest(size, node, visit)
     node = dataclasses.replace(
-        node, keys=tuple(map(put, node.keys, keys)), values=tuple(map(put, node.values, values))
+        node,
+        keys=tuple(map(put_keys, node.keys, keys)),
+        values=tuple(map(put_values, node.values, values)),
     )
     return node, logits, value
 
@@ -391,7 +397,7 @@ def _sample_below(cfg, size, lm, key, node: Node, prefix: Prefix, own: tuple[Con
 
 def _context(keys, values, lengths) -> Context:
     """Keys and values of paths that begin at position 0, as one context."""
-    positions = jnp.broadcast_to(jnp.arange(keys[0].shape[2]), (len(lengths), keys[0].shape[2]))
+    positions = jnp.broadcast_to(jnp.arange(keys[0].shape[3]), (len(lengths), keys[0].shape[3]))
     return Context(keys, values, positions, positions < lengths[:, None])
 
 

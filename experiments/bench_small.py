@@ -21,6 +21,7 @@ from bench_timing import Compiled, Patience, compile_call, describe_pair, time_p
 
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.reasoning.drive import run_compiled
+from rlm_jax.reasoning.operators.structure import child_slots
 from rlm_jax.reasoning.protocol import Outcome, Strategy
 from rlm_jax.reasoning.strategies.gumbel import make_gumbel
 from rlm_jax.reasoning.strategies.puct import make_puct
@@ -94,18 +95,21 @@ def step(params, state, action):
 def expand(params, keys, world, structure, request):
     """Our expander: a requested node gets its state, its value and the logits of its children.
 
-    `world` holds the states, [B, N, WIDTH]. Slot 1 + j below the root's block stands for action
-    j % K of its parent: children are consecutive.
+    `world` holds the states of grown nodes, [B, 1 + num_simulations, WIDTH], as mctx does: blocks
+    of K children are consecutive behind the root, so that the block says whose children they are
+    and a place in it is the action.
     """
     del keys
     shape = (*request.nodes.shape, NUM_ACTIONS)
     rows = jnp.arange(shape[0])[:, None]
     node = jnp.maximum(request.nodes, 0)
-    above = world[rows, jnp.maximum(structure.parent[rows, node], 0)]
+    above = world[rows, jnp.maximum(node - 1, 0) // NUM_ACTIONS]
     state = step(params, above, (node - 1) % NUM_ACTIONS)
     state = jnp.where((node == 0)[..., None], above, state)
     logits, value = predict(params, state)
-    at = jnp.where(request.nodes > 0, node, structure.capacity)
+    # Behind the root's own, which is there already, in the order of the slots of their children.
+    block = (child_slots(structure, request)[..., 0] - 1) // NUM_ACTIONS
+    at = jnp.where(request.nodes > 0, block, world.shape[1])
     world = world.at[rows, at].set(state, mode="drop")
     zero, no = jnp.zeros(shape), jnp.zeros(shape, bool)
     outcome = Outcome(
@@ -146,7 +150,7 @@ def search_ours(
     batch = states.shape[0]
     capacity = 1 + NUM_ACTIONS * (num_simulations + 1)
     structure = make_structure(jnp.ones(batch, jnp.int32), capacity)
-    world = jnp.zeros((batch, capacity, WIDTH)).at[:, 0].set(states)
+    world = jnp.zeros((batch, 1 + num_simulations, WIDTH)).at[:, 0].set(states)
     keys = jax.random.split(jax.random.key(0), batch)
     structure, _ = run_compiled(strategy, expand, params, keys, world, structure)
     return structure.visits[:, 1 : NUM_ACTIONS + 1]

@@ -27,12 +27,13 @@ from rlm_jax.models.transformer import Attend, softcap
 class Context:
     """Keys and values that groups of rows share, for all layers.
 
-    keys, values: one array per layer, K = E, or the joined cache in place of either, K = 2E
-    (`join_cache`); row r of R uses group r // (R / X).
+    keys, values: one array per layer, a token's key a column and its value a row, as products
+    with them run fastest; row r of R uses group r // (R / X). Of joined caches (`join_cache`, K =
+    2E) there are values alone, and keys are None.
     positions, valid: of the C keys, [X, C].
     """
 
-    keys: tuple[Float[Array, "X G C K"], ...]
+    keys: tuple[Float[Array, "X G E C"], ...] | None
     values: tuple[Float[Array, "X G C K"], ...]
     positions: Int32[Array, "X C"]
     valid: Bool[Array, "X C"]
@@ -41,11 +42,11 @@ class Context:
 class Part(NamedTuple):
     """One layer of a `Context`.
 
-    Of a joined cache queries are zero where it has values, and of what is mixed the values count:
-    half the product is for nothing, which TPU would pad with as much of nothing.
+    Of a joined cache (keys are None) queries are zero where it has values, and of what is mixed the
+    values count: half the product is for nothing, which TPU would pad with as much of nothing.
     """
 
-    keys: Float[Array, "X G C K"]
+    keys: Float[Array, "X G E C"] | None
     values: Float[Array, "X G C K"]
     positions: Int32[Array, "X C"]
     valid: Bool[Array, "X C"]
@@ -65,14 +66,17 @@ def join_cache(
 def split_caches(
     caches: Sequence[Float[Array, "*rows K"]],
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """The keys and the values of joined caches."""
+    """The keys and the values of joined caches, as a `Context` has them."""
     keys, values = zip(*(jnp.split(cache, 2, axis=-1) for cache in caches), strict=True)
-    return keys, values
+    return tuple(key.swapaxes(-1, -2) for key in keys), values
 
 
 def layer_parts(contexts: tuple[Context, ...], layer: int) -> list[Part]:
     """The contexts as this layer sees them."""
-    return [Part(c.keys[layer], c.values[layer], c.positions, c.valid) for c in contexts]
+    return [
+        Part(None if c.keys is None else c.keys[layer], c.values[layer], c.positions, c.valid)
+        for c in contexts
+    ]
 
 
 def attend_parts(
@@ -84,7 +88,7 @@ def attend_parts(
 ) -> Float[Array, "R T H E"]:
     """Grouped-query attention of R rows over the joined keys of all parts."""
     rows, num_tokens, num_heads, width = q.shape
-    num_groups = parts[0].keys.shape[1]
+    num_groups = parts[0].values.shape[1]
     shape = (rows, num_tokens, num_groups, num_heads // num_groups)
     grouped = q.reshape(*shape, width)
     window = cfg.layer_window(layer)
@@ -115,7 +119,7 @@ def make_decode_attend(
         zero = jnp.zeros_like(index)
         new = join_cache(k, v).transpose(0, 2, 1, 3)
         cache = jax.lax.dynamic_update_slice(state[layer], new, (zero, zero, index, zero))
-        parts = [*layer_parts(contexts, layer), Part(cache, cache, positions, valid)]
+        parts = [*layer_parts(contexts, layer), Part(None, cache, positions, valid)]
         out = attend_parts(q, now, parts, cfg, layer)
         return out, (*state[:layer], cache, *state[layer + 1 :])
 
@@ -134,10 +138,10 @@ def make_extend_attend(
     """
 
     def attend(layer, q, k, v, state):
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        parts = [*layer_parts(contexts, layer), Part(k, v, positions, valid)]
-        out = attend_parts(q, positions, parts, cfg, layer)
-        return out, (*state, join_cache(k, v))
+        cache = join_cache(k, v).transpose(0, 2, 1, 3)
+        own = Part(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), positions, valid)
+        out = attend_parts(q, positions, [*layer_parts(contexts, layer), own], cfg, layer)
+        return out, (*state, cache)
 
     return attend
 
@@ -145,13 +149,16 @@ def make_extend_attend(
 def _scores(grouped, positions, part, cfg, window):
     """Masked scores [X, G, R/X, T, M, C] of every row over one part's keys."""
     rows, num_tokens, num_groups, heads, width = grouped.shape
-    num_shared = part.keys.shape[0]
+    num_shared = part.values.shape[0]
     each = rows // num_shared
     # All rows of one group become rows of one product with its keys.
     q = grouped.reshape(num_shared, each, num_tokens, num_groups, heads, width)
     q = q.transpose(0, 3, 1, 2, 4, 5).reshape(num_shared, num_groups, -1, width)
-    q = jnp.pad(q, [(0, 0)] * 3 + [(0, part.keys.shape[-1] - width)])
-    scores = jnp.einsum("xgqe,xgce->xgqc", q, part.keys, preferred_element_type=jnp.float32)
+    if part.keys is None:
+        q = jnp.pad(q, [(0, 0)] * 3 + [(0, part.values.shape[-1] - width)])
+        scores = jnp.einsum("xgqe,xgce->xgqc", q, part.values, preferred_element_type=jnp.float32)
+    else:
+        scores = jnp.einsum("xgqe,xgec->xgqc", q, part.keys, preferred_element_type=jnp.float32)
     scores = softcap(scores * scores_scale(cfg), cfg.attn_softcap)
     scores = scores.reshape(num_shared, num_groups, each, num_tokens, heads, -1)
     age = positions.reshape(num_shared, each, num_tokens, 1) - part.positions[:, None, None, :]

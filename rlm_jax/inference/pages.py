@@ -281,7 +281,7 @@ def _gather(pages: KVPages, table: Int32[Array, "X C"]) -> Context:
         some = some.transpose(0, 2, 1, 3, 4)
         return some.reshape(*some.shape[:2], -1, some.shape[-1])
 
-    # Apart, as a product with half a row costs less where rows are not padded.
+    # Apart, as half a product costs less where rows are not padded.
     keys, values = split_caches([take(pool) for pool in pages.pools])
     return Context(
         keys=keys,

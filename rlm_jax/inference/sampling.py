@@ -133,8 +133,8 @@ def choose_tokens(
     `active` matters to diverse beam search alone: rows that have ended take no token from others.
     Beams, which change rows, are `beam.grow_beams`' to extend.
     """
-    norm = jax.nn.logsumexp(logits, -1)
     top, top_ids = top_tokens(logits, num_candidates(cfg, logits.shape[-1], num_siblings))
+    norm = _log_total(logits, top[:, 0])
     top_logprobs = top - norm[:, None]
     if cfg.method == "greedy":
         token, behaviour = top_ids[:, 0], jnp.zeros_like(norm)
@@ -151,8 +151,8 @@ def choose_tokens(
 
 def as_by_model(choice: Choice, logits: Float32[Array, "R V"]) -> Choice:
     """A choice from other logits, with the model's log-probabilities by its own."""
-    norm = jax.nn.logsumexp(logits, -1)
     top, _ = top_tokens(logits, choice.top_logprobs.shape[-1])
+    norm = _log_total(logits, top[:, 0])
     logprob = jnp.take_along_axis(logits, choice.token[:, None], 1)[:, 0] - norm
     return dataclasses.replace(choice, logprob=logprob, top_logprobs=top - norm[:, None])
 
@@ -228,9 +228,18 @@ def token_confidence(
     return jnp.exp(chosen_logprob - jax.nn.logsumexp(top, -1))
 
 
+def _log_total(
+    logits: Float32[Array, "R V"], largest: Float32[Array, "R"], temperature: float = 1.0
+) -> Float32[Array, "R"]:
+    """log sum exp(logits / temperature), in one pass over the vocabulary: the largest is known."""
+    above = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    total = jnp.exp((logits - above[:, None]) / temperature).sum(-1)
+    return jnp.log(total) + above / temperature
+
+
 def _sample_candidates(keys, logits, top, top_ids, cfg):
-    norm = jax.nn.logsumexp(logits / cfg.temperature, -1, keepdims=True)
-    logprobs = filter_candidates(top / cfg.temperature - norm, cfg)
+    norm = _log_total(logits, top[:, 0], cfg.temperature)
+    logprobs = filter_candidates(top / cfg.temperature - norm[:, None], cfg)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logprobs.shape[-1:]))(keys)
     pick = jnp.argmax(logprobs + noise, -1)[:, None]
     token = jnp.take_along_axis(top_ids, pick, 1)[:, 0]

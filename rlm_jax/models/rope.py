@@ -9,6 +9,7 @@ rule is Llama 3.1's.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,7 +66,9 @@ def rope_tables(cfg: ModelConfig, positions: Int32[Array, "R T"]) -> dict[bool, 
         scaling = RopeScaling() if local else cfg.rope_scaling
         frequencies, multiplier = inverse_frequencies(theta, cfg.head_dim, scaling)
         angles = positions.astype(jnp.float32)[..., None] * frequencies
-        tables[local] = (jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier)
+        table = (jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier)
+        # Else they are fused into every use: a cosine for each layer, head and feature.
+        tables[local] = jax.lax.optimization_barrier(table)
     return tables
 
 

@@ -84,7 +84,7 @@ def evaluate(
     paths = _paths_of_steps(keys, world, structure, request, new, rows)
     offset = jnp.arange(new.steps.tokens.shape[1], dtype=jnp.int32)[None]
     own = Context(
-        keys=new.steps.caches,
+        keys=None,
         values=new.steps.caches,
         positions=rows.step_starts(structure)[:, None] + offset,
         valid=offset < new.steps.length[:, None],

@@ -123,7 +123,7 @@ def roll_out(
 
     def body(loop: _Loop) -> _Loop:
         behind = Context(
-            loop.caches, loop.caches, starts[:, None] + offset, offset < loop.used[:, None]
+            None, loop.caches, starts[:, None] + offset, offset < loop.used[:, None]
         )
         most = jnp.minimum(limits - loop.used, lm.step_rule.max_tokens)
         steps = decode_steps(

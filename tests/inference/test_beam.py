@@ -115,7 +115,7 @@ def decode(
     length = np.asarray(PROMPT_LENGTHS, np.int32)[problems]
     caches = tuple(cache[problems] for cache in done.caches)
     context = Context(
-        keys=caches,
+        keys=None,
         values=caches,
         positions=jnp.broadcast_to(jnp.arange(WIDTH), (len(problems), WIDTH)),
         valid=jnp.asarray(np.arange(WIDTH) < length[:, None]),
