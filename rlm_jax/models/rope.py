@@ -66,10 +66,18 @@ def rope_tables(cfg: ModelConfig, positions: Int32[Array, "R T"]) -> dict[bool, 
         scaling = RopeScaling() if local else cfg.rope_scaling
         frequencies, multiplier = inverse_frequencies(theta, cfg.head_dim, scaling)
         angles = positions.astype(jnp.float32)[..., None] * frequencies
-        table = (jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier)
-        # Else they are fused into every use: a cosine for each layer, head and feature.
-        tables[local] = jax.lax.optimization_barrier(table)
+        tables[local] = tuple(_compute_once(fn(angles) * multiplier) for fn in (jnp.cos, jnp.sin))
     return tables
+
+
+def _compute_once(x: Array) -> Array:
+    """`x`, as a product with the identity on CPU: there XLA fuses what computes it into every use
+    (a cosine for each layer, head and feature), barrier or not, but never through a product."""
+
+    def multiply(x: Array) -> Array:
+        return jnp.dot(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision="highest")
+
+    return jax.lax.platform_dependent(x, cpu=multiply, default=lambda x: x)
 
 
 def apply_rope(x: Float[Array, "R T H E"], table: RopeTable) -> Float[Array, "R T H E"]:

@@ -105,8 +105,7 @@ def _multiply_columns(x: Array, w: Array, *, out_dtype: Any) -> Array:
     # Without the barriers the compiler folds the transposes back into the product.
     columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     out = jax.lax.dot(w, columns, preferred_element_type=out_dtype)
-    out = jax.lax.optimization_barrier(jax.lax.optimization_barrier(out).T)
-    return out.reshape(*x.shape[:-1], -1)
+    return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)
 
 
 def _multiply_halves(x: Array, w: Array, *, out_dtype: Any) -> Array:
