@@ -4,11 +4,13 @@ Both sides decode K sampled steps of S tokens below every node they visit, by th
 and judge a node by the likelihood of its path. What differs is how a node keeps what it stands for:
 
     ours       pages: a node's keys and values are written once, W leaves go into one call
-    recompute  mctx, a node's embedding is the tokens of its path: every simulation prefills it anew
+    rows       mctx, a node's embedding is the tokens of its path: every simulation prefills it anew
+               in each of the K rows that sample a step, as `generate` does with K samples of a text
+    recompute  the same, prefilled once for all K rows: our own attention over a shared prefix
     dense      mctx, it is a buffer of keys and values as long as the longest path: every simulation
                copies its parent's and forwards the chosen step
 
-Both mctx forms prefill and attend over no more than they must: for each call the shortest of
+All mctx forms prefill and attend over no more than they must: for each call the shortest of
 a few buffer lengths that holds the longest path of the batch.
 """
 
@@ -41,7 +43,7 @@ from rlm_jax.text.steps import StepSpec, make_step_rule
 from rlm_jax.text.tokenizer import ByteTokenizer
 
 HOW_TO_GET_MCTX = "pip install mctx"
-FORMS = ("recompute", "dense")
+FORMS = ("rows", "recompute", "dense")
 EIGHT_MILLION = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size,
     num_layers=10,
@@ -219,7 +221,8 @@ class Node:
 
 
 class Prefix(NamedTuple):
-    """What K rows decode from: a context [B groups] and the state after its last token."""
+    """What rows decode from: a context, a group per structure or per row, and the state after the
+    last token of each group."""
 
     context: Context
     hidden: jax.Array
@@ -230,7 +233,11 @@ def search_mctx(
 ) -> tuple[jax.Array, jax.Array]:
     """The same of mctx, nodes kept in one of `FORMS`."""
     mctx: Any = importlib.import_module("mctx")  # Its dataclasses hide their fields from checkers.
-    visit = {"recompute": _visit_tokens, "dense": _visit_dense}[form]
+    visit = {
+        "rows": functools.partial(_visit_tokens, copies=size.num_children),
+        "recompute": functools.partial(_visit_tokens, copies=1),
+        "dense": _visit_dense,
+    }[form]
 
     def recurrent(lm, key, action, node):
         node, logits, value = visit(cfg, size, lm, key, action, node)
@@ -296,17 +303,18 @@ def _plant(form, cfg, size, lm, prompts):
     return _sample_below(cfg, size, lm, jax.random.key(1), node, prefix)
 
 
-def _visit_tokens(cfg, size, lm, key, action, node: Node):
-    """Appends the chosen step to the path and prefills all of it."""
+def _visit_tokens(cfg, size, lm, key, action, node: Node, *, copies: int):
+    """Appends the chosen step to the path and prefills all of it, so many times."""
     node, chosen = _descend(size, node, action)
     rows = jnp.arange(size.batch)[:, None]
     at = node.length[:, None] - size.step_tokens + jnp.arange(size.step_tokens)
     node = dataclasses.replace(node, tokens=node.tokens.at[rows, at].set(chosen, mode="drop"))
 
     def visit(width: int):
-        done = extend(lm.policy, node.tokens[:, :width], node.length, cfg=cfg)
-        context = _context(*split_caches(done.caches), node.length)
-        prefix = Prefix(context, last_hidden(done.hidden, node.length))
+        tokens, length = (jnp.repeat(x, copies, 0) for x in (node.tokens[:, :width], node.length))
+        done = extend(lm.policy, tokens, length, cfg=cfg)
+        context = _context(*split_caches(done.caches), length)
+        prefix = Prefix(context, last_hidden(done.hidden, length))
         return _sample_below(cfg, size, lm, key, node, prefix)
 
     return _in_shortest(size, node, visit)
@@ -373,10 +381,11 @@ def _descend(size: Sizes, node: Node, action: jax.Array) -> tuple[Node, jax.Arra
 def _sample_below(cfg, size, lm, key, node: Node, prefix: Prefix, own: tuple[Context, ...] = ()):
     """Decodes K steps below a node: its embedding with them, their logits, and its own value."""
     num_rows = size.batch * size.num_children
+    siblings = num_rows // len(prefix.hidden)
     steps = decode_steps(
         lm.policy,
         jax.random.split(key, num_rows),
-        jnp.repeat(prefix.hidden, size.num_children, 0),
+        jnp.repeat(prefix.hidden, siblings, 0),
         init_answer_state(jnp.zeros(num_rows, jnp.int32)),
         cfg=cfg,
         contexts=(prefix.context, *own),
@@ -385,7 +394,7 @@ def _sample_below(cfg, size, lm, key, node: Node, prefix: Prefix, own: tuple[Con
         rule=lm.step_rule,
         answer_rule=lm.answer_rule,
         sampling=SAMPLING,
-        num_siblings=size.num_children,
+        num_siblings=siblings,
         num_slots=size.step_tokens,
     )
     shape = (size.batch, size.num_children)

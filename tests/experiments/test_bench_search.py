@@ -81,7 +81,7 @@ def test_language_model_sides_decode_the_same_number_of_tokens(program, policy, 
             {}, models=["m"], batches=[2], leaves=[2], sizes=sizes, patience=patience
         )
     )
-    forms = ("recompute", "dense") if HAS_MCTX else ("mctx",)
+    forms = ("rows", "recompute", "dense") if HAS_MCTX else ("mctx",)
     names = [f"language_{form}{what}" for form in forms for what in ("", "_memory")]
     assert [line["case"] for line in lines] == names
     for line in lines:
@@ -123,10 +123,11 @@ def test_mctx_grows_the_same_tree_however_its_nodes_keep_their_path(program, pol
     for visits, tokens, _ in found:
         np.testing.assert_array_equal(visits.sum(-1), [8, 8])
         np.testing.assert_array_equal(tokens, [9 * 2 * 4] * 2)
-    recomputed, kept = (tree for *_, tree in found)
-    np.testing.assert_array_equal(recomputed.parents, kept.parents)
-    np.testing.assert_array_equal(recomputed.embeddings.steps, kept.embeddings.steps)
-    np.testing.assert_allclose(recomputed.raw_values, kept.raw_values, rtol=1e-5)
+    recomputed, *others = (tree for *_, tree in found)
+    for kept in others:
+        np.testing.assert_array_equal(recomputed.parents, kept.parents)
+        np.testing.assert_array_equal(recomputed.embeddings.steps, kept.embeddings.steps)
+        np.testing.assert_allclose(recomputed.raw_values, kept.raw_values, rtol=1e-5)
     # Paths longer than the shortest buffer were among them.
     assert recomputed.embeddings.length.max() > bench.buffer_lengths(size)[0]
 

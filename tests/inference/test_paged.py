@@ -249,8 +249,9 @@ def test_writes_and_tables_equal_a_plain_model(rounds):
         context = _gather(pages, jnp.full((2, 1), node))
         valid = np.asarray(context.valid[b])
         assert np.asarray(context.positions[b])[valid].tolist() == positions
-        both = np.concatenate([context.keys[1][b], context.values[1][b]], axis=-1)
-        found = both.transpose(1, 0, 2)[valid]
+        keys = np.asarray(context.keys[1][b]).transpose(2, 0, 1)
+        both = np.concatenate([keys, np.asarray(context.values[1][b]).transpose(1, 0, 2)], axis=-1)
+        found = both[valid]
         np.testing.assert_array_equal(found, np.asarray(values).reshape(-1, groups, 2 * width))
 
 
