@@ -54,8 +54,7 @@ def masked_argmax(
     values: Float[jax.Array, "... n"], mask: Bool[jax.Array, "... n"]
 ) -> tuple[jax.Array, jax.Array]:
     """Index of the largest admitted value (ties: the lowest index), and whether any is admitted."""
-    index = jnp.argmax(jnp.where(mask, values, -jnp.inf), axis=-1)
     # An admitted -inf must not lose to a masked entry in front of it.
-    first = jnp.argmax(mask, axis=-1)
-    index = jnp.where(jnp.take_along_axis(mask, index[..., None], -1)[..., 0], index, first)
+    admitted = jnp.maximum(values, jnp.finfo(values.dtype).min)
+    index = jnp.argmax(jnp.where(mask, admitted, -jnp.inf), axis=-1)
     return index.astype(jnp.int32), mask.any(-1)

@@ -122,9 +122,7 @@ def roll_out(
     alone = cfg.sampling.method in BEAM_METHODS
 
     def body(loop: _Loop) -> _Loop:
-        behind = Context(
-            None, loop.caches, starts[:, None] + offset, offset < loop.used[:, None]
-        )
+        behind = Context(None, loop.caches, starts[:, None] + offset, offset < loop.used[:, None])
         most = jnp.minimum(limits - loop.used, lm.step_rule.max_tokens)
         steps = decode_steps(
             lm.policy,

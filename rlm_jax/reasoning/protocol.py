@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from rlm_jax.core.budget import Budget
 from rlm_jax.core.struct import static, struct
@@ -38,6 +39,13 @@ class Request:
     def grows(self) -> Bool[jax.Array, "B W"]:
         """Lanes that ask for children."""
         return self.active & (self.operator != Operator.EVALUATE)
+
+    @property
+    def leads(self) -> Bool[jax.Array, "B W"]:
+        """Lanes that are the first at their node: several may grow the root at once."""
+        same = self.nodes[:, :, None] == self.nodes[:, None, :]
+        earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
+        return self.active & ~(same & earlier).any(-1)
 
 
 @struct

@@ -31,7 +31,7 @@ from rlm_jax.core.masked import masked_argmax
 from rlm_jax.core.order import zero_behind
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
-from rlm_jax.reasoning.operators.evaluate import sibling_prior, step_prior
+from rlm_jax.reasoning.operators.evaluate import mix_noise, sibling_prior, step_prior
 from rlm_jax.reasoning.operators.structure import generate, merge_children, put_children
 from rlm_jax.reasoning.operators.traversal import ANSWER_RULES, AnswerRule, select_answer
 from rlm_jax.reasoning.operators.update import (
@@ -167,11 +167,14 @@ def make_tree_search(name: str, cfg: TreeConfig, score_fn: ScoreFn) -> Strategy:
         nodes = select_leaves(state, structure, keys, cfg=cfg, score_fn=score_fn)
         return make_request(state, structure, nodes, cfg=cfg)
 
+    def tell(state: State, structure: Structure, request: Request, outcome: Outcome):
+        return update_tree(state, structure, request, outcome, cfg=cfg)[:2]
+
     return Strategy(
         name=name,
         init=functools.partial(init_state, cfg=cfg),
         ask=ask,
-        tell=functools.partial(update_tree, cfg=cfg),
+        tell=tell,
         answer=functools.partial(select_answer, rule=cfg.answer_rule),
         num_lanes=cfg.num_lanes,
         num_children=cfg.num_children,
@@ -228,23 +231,39 @@ def descend(
 ) -> Int32[Array, "B L"]:
     """From each node down to a leaf, all lanes at once: they must start in disjoint subtrees."""
 
-    def step(nodes):
-        kids, siblings = look_below(state, structure, nodes, cfg)
+    def step(carry):
+        nodes, first = carry
+        kids, siblings = look_below(state, structure, nodes, cfg, first)
         scores = score_fn(siblings)
         best = _choose(scores, siblings.available, structure, keys, cfg)
         below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
-        return jnp.where(_is_inner(state, nodes), below, nodes)
+        nodes = jnp.where(first >= 0, below, nodes)
+        return nodes, find_first(state, nodes)
 
-    return jax.lax.while_loop(lambda nodes: _is_inner(state, nodes).any(), step, nodes)
+    start = (nodes, find_first(state, nodes))
+    return jax.lax.while_loop(lambda carry: (carry[1] >= 0).any(), step, start)[0]
+
+
+def find_first(state: State, nodes: Int32[Array, "B L"]) -> Int32[Array, "B L"]:
+    """The first child of each node; -1 for a leaf, and for node -1."""
+    rows = jnp.arange(nodes.shape[0])[:, None]
+    return jnp.where(nodes >= 0, state.first_child[rows, jnp.maximum(nodes, 0)], NO_NODE)
 
 
 def look_below(
-    state: State, structure: Structure, nodes: Int32[Array, "B L"], cfg: TreeConfig
+    state: State,
+    structure: Structure,
+    nodes: Int32[Array, "B L"],
+    cfg: TreeConfig,
+    first: Int32[Array, "B L"],
 ) -> tuple[Int32[Array, "B L K"], Siblings]:
-    """The children of each node and what is known of them; none is available below a leaf."""
+    """The children of each node and what is known of them; none is available below a leaf.
+
+    Args:
+      first: `find_first` of the nodes.
+    """
     rows = jnp.arange(nodes.shape[0])[:, None]
     safe = jnp.maximum(nodes, 0)
-    first = state.first_child[rows, safe]
     kids = jnp.maximum(first, 0)[..., None] + jnp.arange(cfg.num_root_children, dtype=jnp.int32)
     at = rows[..., None]
     available = state.open_leaves[at, kids] > 0
@@ -296,8 +315,12 @@ def update_tree(
     outcome: Outcome,
     *,
     cfg: TreeConfig,
-) -> tuple[State, Structure]:
-    """Appends the children, and backs values and open leaves up."""
+) -> tuple[State, Structure, Int32[Array, "B W"]]:
+    """Appends the children, and backs values and open leaves up.
+
+    Returns:
+      The new state and structure, and the root's child at or above each requested node (-1: none).
+    """
     if cfg.merge_states:
         structure, outcome = merge_children(structure, request, outcome)
     counted = request.grows[..., None] & outcome.valid & ~outcome.duplicate
@@ -306,7 +329,7 @@ def update_tree(
     structure, slots = generate(structure, request, outcome, prior, visits=1.0 - on_visit)
     rows = jnp.arange(slots.shape[0])[:, None]
     safe = jnp.maximum(request.nodes, 0)
-    lead = _leads(request)
+    lead = request.leads
     before = state.first_child[rows, safe]
     was_leaf = before < 0
     at = jnp.where(request.grows & lead, request.nodes, structure.capacity)
@@ -326,7 +349,7 @@ def update_tree(
     open_leaves = put_children(state.open_leaves, slots, opening.astype(jnp.int32))
 
     structure, count, total = _judge(structure, request, outcome, counted, lead, cfg)
-    structure, open_leaves = backpropagate(
+    structure, open_leaves, top = backpropagate(
         structure,
         first_child,
         open_leaves,
@@ -339,7 +362,8 @@ def update_tree(
     )
     simulated = (request.active & (request.nodes > 0)).sum(-1).astype(jnp.int32)
     simulations = state.simulations + simulated
-    return State(first_child, open_leaves, simulations, state.noise, state.extra), structure
+    state = State(first_child, open_leaves, simulations, state.noise, state.extra)
+    return state, structure, top
 
 
 _NOISE = 2**31 - 1  # Numbers that no node has: strategies draw from the problem's key too.
@@ -383,11 +407,6 @@ def _recount(structure, cfg):
     return first, opened
 
 
-def _is_inner(state, nodes):
-    rows = jnp.arange(nodes.shape[0])[:, None]
-    return (nodes >= 0) & (state.first_child[rows, jnp.maximum(nodes, 0)] >= 0)
-
-
 def _has_ended(terminal, depth, cfg):
     return terminal | (depth >= cfg.max_depth)
 
@@ -397,13 +416,6 @@ def _selectable_again(terminal, cfg):
     if cfg.terminal == "revisit":
         return terminal | True
     return terminal if cfg.terminal == "stop" else terminal & False
-
-
-def _leads(request: Request) -> Bool[Array, "B W"]:
-    """Lanes that are the first at their node: several may grow the root at once."""
-    same = request.nodes[:, :, None] == request.nodes[:, None, :]
-    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
-    return request.active & ~(same & earlier).any(-1)
 
 
 def _make_prior(request, outcome, counted, cfg, noise):
@@ -416,13 +428,7 @@ def _make_prior(request, outcome, counted, cfg, noise):
         prior = sibling_prior(request.nodes, *steps, **settings)
     if noise is None:
         return prior
-    at_root = counted & (request.nodes == 0)[..., None]
-    spare = prior[0].size - noise.shape[1]
-    noise = jnp.pad(noise, ((0, 0), (0, spare))).reshape(prior.shape)
-    noise = jnp.where(at_root, noise, 0.0)
-    noise /= jnp.maximum(noise.sum((1, 2), keepdims=True), 1e-30)
-    mixed = (1.0 - cfg.root_noise) * prior + cfg.root_noise * noise
-    return jnp.where(at_root, mixed, prior)
+    return mix_noise(prior, noise, counted & (request.nodes == 0)[..., None], cfg.root_noise)
 
 
 def _judge(structure, request, outcome, counted, lead, cfg):
@@ -459,8 +465,8 @@ def _descend_beside(paths, state, structure, root, keys, *, cfg, score_fn):
     """One more lane: its leaf and its path, under a virtual visit over each path before it."""
 
     def step(carry):
-        level, nodes, path = carry
-        kids, siblings = look_below(state, structure, nodes, cfg)
+        level, nodes, first, path = carry
+        kids, siblings = look_below(state, structure, nodes, cfg, first)
         passed = (paths[:, :, level + 1, None, None] == kids[:, None]).sum(1)
         rows = jnp.arange(nodes.shape[0])[:, None, None]
         siblings = siblings._replace(
@@ -470,13 +476,14 @@ def _descend_beside(paths, state, structure, root, keys, *, cfg, score_fn):
         )
         best = _choose(score_fn(siblings), siblings.available, structure, keys, cfg)
         below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
-        inner = _is_inner(state, nodes)
+        inner = first >= 0
         path = path.at[:, level + 1].set(jnp.where(inner, below, NO_NODE)[:, 0])
-        return level + 1, jnp.where(inner, below, nodes), path
+        nodes = jnp.where(inner, below, nodes)
+        return level + 1, nodes, find_first(state, nodes), path
 
     path = jnp.broadcast_to(root + NO_NODE, (root.shape[0], cfg.max_depth + 1)).at[:, 0].set(0)
-    start = (jnp.zeros((), jnp.int32), root, path)
-    _, leaf, path = jax.lax.while_loop(lambda c: _is_inner(state, c[1]).any(), step, start)
+    start = (jnp.zeros((), jnp.int32), root, find_first(state, root), path)
+    _, leaf, _, path = jax.lax.while_loop(lambda carry: (carry[2] >= 0).any(), step, start)
     return leaf, path
 
 

@@ -23,7 +23,8 @@ class Fold(NamedTuple):
     """What is not drawn below a step.
 
     steps: nodes, merged copies among them. branches: subtrees they make up. best: highest value of
-    a living one. solutions: living ones that end a solution. pruned: dead ones, copies apart.
+    a living one. solutions: living ones that end a solution. pruned: dead ones, copies of living
+    ones apart.
     """
 
     steps: int = 0
@@ -48,7 +49,7 @@ class Outline:
     children: drawn nodes under each drawn node, in drawing order: the chosen one, then best first.
     gaps: the stretch left out directly above a drawn node.
     folds: what is left out below a drawn node, beside its drawn children.
-    copies: equal siblings that were merged into a drawn node.
+    copies: equal dead siblings that were merged into a drawn node.
     leaves: drawn nodes that have no child at all in the record.
     """
 
@@ -148,15 +149,15 @@ def _score(node: Node) -> tuple[float, ...]:
 def _merge_copies(
     nodes: dict[int, Node], children: dict[int, list[int]], chosen: set[int]
 ) -> dict[int, int]:
-    """Takes out leaves that were merged into an equal sibling; counts them by that sibling."""
+    """Takes out dead leaves that equal a sibling, a living one if there is; counts them by it."""
     copies: dict[int, int] = {}
     for family in children.values():
-        living = {nodes[n]["text"]: n for n in reversed(family) if nodes[n]["alive"]}
+        twins = {nodes[n]["text"]: n for n in reversed(family) if nodes[n]["alive"]}
         kept = []
         for node in family:
-            twin = living.get(nodes[node]["text"])
             dead_leaf = not (nodes[node]["alive"] or children[node] or node in chosen)
-            if dead_leaf and twin is not None:
+            twin = twins.setdefault(nodes[node]["text"], node) if dead_leaf else node
+            if twin != node:
                 copies[twin] = copies.get(twin, 0) + 1
             else:
                 kept.append(node)
@@ -248,7 +249,7 @@ def _sum_subtrees(tree: _Tree) -> dict[int, Fold]:
             steps=1 + tree.copies.get(node, 0),
             best=value_of(fields) if alive else None,
             solutions=int(alive and fields["terminal"]),
-            pruned=int(not alive),
+            pruned=0 if alive else 1 + tree.copies.get(node, 0),
         )
         below = (folds[child] for child in tree.children[node])
         folds[node] = _add_folds([own, *below])._replace(branches=1)

@@ -19,7 +19,7 @@ from rlm_jax.reasoning.protocol import Outcome
 from rlm_jax.reasoning.strategies.gumbel import improve_prior, make_gumbel, scale_q
 from rlm_jax.reasoning.strategies.puct import make_puct
 from rlm_jax.reasoning.structure import check, make_structure
-from rlm_jax.reasoning.tree_search import TreeConfig, init_state, look_below
+from rlm_jax.reasoning.tree_search import TreeConfig, find_first, init_state, look_below
 
 mctx = pytest.importorskip("mctx", reason="pip install 'rlm_jax[test]' brings mctx")
 
@@ -187,7 +187,8 @@ def test_improved_policies_equal():
         cfg = TreeConfig(**tree)
         keys = jax.random.split(jax.random.key(0), len(ROOTS))
         state = init_state(structure, keys, cfg=cfg)
-        _, siblings = look_below(state, structure, structure.num_nodes[:, None] * 0, cfg)
+        root = structure.num_nodes[:, None] * 0
+        _, siblings = look_below(state, structure, root, cfg, find_first(state, root))
         scaled = scale_q(siblings, value_scale=0.1, visit_offset=50.0)
         return improve_prior(siblings, scaled)[:, 0]
 

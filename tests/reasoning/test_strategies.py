@@ -252,7 +252,7 @@ def test_a_node_whose_steps_are_all_refused_is_worth_what_they_are(backup):
     for node, valid, values in ((0, True, (0.9, 0.5)), (1, False, (0.2, 0.0))):
         request = make_request([node], 2)
         outcome = make_outcome(structure, request, value=values, valid=valid)
-        state, structure = tell(state, structure, request, outcome)
+        state, structure, _ = tell(state, structure, request, outcome)
     check(structure)
     np.testing.assert_allclose(structure.model_value[0, 1:3], [0.1, 0.5])
     assert np.asarray(state.open_leaves[0, :3]).tolist() == [1, 0, 1]

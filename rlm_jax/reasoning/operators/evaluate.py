@@ -68,6 +68,25 @@ def sibling_prior(
     return jnp.where(at_root, wide.reshape(shape), own)
 
 
+def mix_noise(
+    prior: Float32[jax.Array, "B W K"],
+    noise: Float32[jax.Array, "B R"],
+    among: Bool[jax.Array, "B W K"],
+    weight: float,
+) -> Float32[jax.Array, "B W K"]:
+    """(1 - weight) P + weight noise for the children `among` whom it is spread, as at AlphaZero's
+    root.
+
+    Args:
+      noise: R <= W * K shares, for the children in their order.
+    """
+    spare = prior[0].size - noise.shape[1]
+    noise = jnp.pad(noise, ((0, 0), (0, spare))).reshape(prior.shape)
+    noise = jnp.where(among, noise, 0.0)
+    noise /= jnp.maximum(noise.sum((1, 2), keepdims=True), 1e-30)
+    return jnp.where(among, (1.0 - weight) * prior + weight * noise, prior)
+
+
 def accumulate_score(
     above: Float32[jax.Array, "*R"],
     score: Float32[jax.Array, "*R"],

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.types import Array, Bool, Float32, Int32
-from rlm_jax.reasoning.structure import Structure
+from rlm_jax.reasoning.structure import NO_NODE, Structure
 
 BACKUPS = ("mean", "max", "weighted", "td")
 BackupRule = str  # one of BACKUPS
@@ -44,7 +44,7 @@ def backpropagate(
     rule: BackupRule = "mean",
     discount: float = 1.0,
     learning_rate: float = 1.0,
-) -> tuple[Structure, Int32[Array, "B N"]]:
+) -> tuple[Structure, Int32[Array, "B N"], Int32[Array, "B W"]]:
     """Backs values up from `nodes`, and counts the leaves that opened or closed below each node.
 
     Args:
@@ -54,7 +54,8 @@ def backpropagate(
         node from its children read it at leaves alone.
 
     Returns:
-      The structure with new visits and values, and the new `open_leaves`.
+      The structure with new visits and values, the new `open_leaves`, and the child of the root
+      at or above each lane's node (-1 for the root itself and for lanes that did nothing).
     """
     rows = jnp.arange(nodes.shape[0])[:, None]
     parents = structure.parent
@@ -63,7 +64,7 @@ def backpropagate(
     levels = jnp.where(nodes >= 0, depth, -1)
 
     def climb(carry):
-        level, lanes, levels, total, visits, value, opened = carry
+        level, lanes, levels, top, total, visits, value, opened = carry
         here = levels == level
         at = jnp.where(here, lanes, structure.capacity)
         safe = jnp.maximum(lanes, 0)
@@ -84,14 +85,16 @@ def backpropagate(
                 new = (1.0 - learning_rate) * value[rows, safe] + learning_rate * new
             own = total / jnp.maximum(backup.count, 1.0)
             value = value.at[rows, at].set(jnp.where(seen, new, own), mode="drop")
+        top = jnp.where(here & (level > 0), lanes, top)
         lanes = jnp.where(here, parents[rows, safe], lanes)
         levels = jnp.where(here, levels - 1, levels)
-        return level - 1, lanes, levels, total, visits, value, opened
+        return level - 1, lanes, levels, top, total, visits, value, opened
 
-    carry = (levels.max(), nodes, levels, backup.total, structure.visits, structure.value)
+    nowhere = jnp.full_like(nodes, NO_NODE) + nodes * 0
+    carry = (levels.max(), nodes, levels, nowhere, backup.total, structure.visits, structure.value)
     carry = jax.lax.while_loop(lambda carry: carry[0] >= 0, climb, (*carry, open_leaves))
-    *_, visits, value, opened = carry
-    return dataclasses.replace(structure, visits=visits, value=value), opened
+    *_, top, _, visits, value, opened = carry
+    return dataclasses.replace(structure, visits=visits, value=value), opened, top
 
 
 def add_to_paths(

@@ -38,6 +38,7 @@ from rlm_jax.reasoning.tree_search import (
     State,
     TreeConfig,
     descend,
+    find_first,
     init_state,
     look_below,
     make_request,
@@ -129,7 +130,7 @@ def ask(
 ) -> Request:
     """One halving round: a leaf below each of the best children of the root."""
     root = structure.num_nodes[:, None] * 0
-    kids, siblings = look_below(state, structure, root, cfg)
+    kids, siblings = look_below(state, structure, root, cfg, find_first(state, root))
     siblings = jax.tree.map(lambda array: array[:, 0], siblings)
     extra = state.extra
     width, visits = _this_round(rounds, siblings.alive, extra.round)
@@ -152,19 +153,8 @@ def tell(
     state: State, structure: Structure, request: Request, outcome: Outcome, *, cfg: TreeConfig
 ) -> tuple[State, Structure]:
     """Appends the children, backs values up and notes whose turn it was."""
-    state, structure = update_tree(state, structure, request, outcome, cfg=cfg)
+    state, structure, top = update_tree(state, structure, request, outcome, cfg=cfg)
     rows = jnp.arange(request.nodes.shape[0])[:, None]
-    # Read after the writes: a loop over what is yet to be written would cost a copy of it.
-    parents = structure.parent
-
-    def climb(nodes):
-        above = parents[rows, jnp.maximum(nodes, 0)]
-        return jnp.where(above > 0, above, nodes)
-
-    def below_first_step(nodes):
-        return (parents[rows, jnp.maximum(nodes, 0)] > 0).any()
-
-    top = jax.lax.while_loop(below_first_step, climb, request.nodes)
     extra = state.extra
     simulated = request.nodes > 0
     at = jnp.where(simulated, top - state.first_child[:, :1], extra.served.shape[1])
@@ -238,7 +228,7 @@ def count_lanes(
 ) -> Int32[Array, "B"]:
     """Lanes of the coming round."""
     root = structure.num_nodes[:, None] * 0
-    _, siblings = look_below(state, structure, root, cfg)
+    _, siblings = look_below(state, structure, root, cfg, find_first(state, root))
     width, _ = _this_round(rounds, siblings.alive[:, 0], state.extra.round)
     fresh = (state.first_child[:, 0] < 0) | (state.open_leaves[:, 0] <= 0)
     return jnp.where(fresh, cfg.root_lanes, width)
