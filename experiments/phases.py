@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
     solvers: of the evaluations, compiled once. mesh: what it runs on, None for one device. rules:
     how parameters are split over it. state_value: the network of its own that judges states, once
-    there is one; no other phase changes it.
+    there is one; no other phase changes it. solutions: of searches made before, to learn from.
     """
 
     config: dict[str, Any]
@@ -65,6 +65,7 @@ class Run(NamedTuple):
     mesh: Mesh | None
     rules: Rules
     state_value: StateValue | None = None
+    solutions: Sequence[TokenExample] = ()
 
 
 # Yields (state, metrics, tokens, position_fn) of one update after another.
@@ -194,6 +195,24 @@ def make_state_value(run: Run) -> Phase:
     )
 
 
+def read_solutions(config: dict[str, Any], tokenizer: Tokenizer) -> Sequence[TokenExample]:
+    """The solutions in `train.records`, for the supervised phase; read before any phase begins.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_examples`.
+    """
+    records = config["train"]["records"]
+    if not records["paths"]:
+        return ()
+    return read_examples(
+        records["paths"],
+        task=build.TASKS[config["task"]],
+        tokenizer=tokenizer,
+        held_out_fn=is_held_out_question,
+        max_per_problem=records["max_per_problem"],
+    )
+
+
 def make_supervised(run: Run, networks: Networks) -> Phase:
     """Cross-entropy and values on demonstrations, made while the training goes on."""
     settings, mix = run.settings.supervised, run.settings.mix
@@ -270,18 +289,12 @@ def _compile_update(run: Run, state: TrainState, **options: Any) -> Callable[...
 
 def _mix_in_records(run: Run) -> Callable[[int], list[TokenExample]]:
     """Shards of demonstrations, and of solutions that searches found before (expert iteration)."""
-    mix, records = run.settings.mix, run.train["records"]
-    if not records["paths"]:
+    mix = run.settings.mix
+    if not run.solutions:
         return make_shards(mix)
-    examples = read_examples(
-        records["paths"],
-        task=build.TASKS[run.config["task"]],
-        tokenizer=run.tokenizer,
-        held_out_fn=is_held_out_question,
-        max_per_problem=records["max_per_problem"],
-    )
-    mixed = functools.partial(mix_shards, make_shards(mix), TokenTable(examples))
-    return make_named("train.records", mixed, {"share": records["share"], "seed": mix.seed})
+    mixed = functools.partial(mix_shards, make_shards(mix), TokenTable(run.solutions))
+    share = run.train["records"]["share"]
+    return make_named("train.records", mixed, {"share": share, "seed": mix.seed})
 
 
 class SearchProgram(NamedTuple):

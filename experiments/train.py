@@ -148,7 +148,10 @@ def _prepare(
     model = phases.make_model(train["network"], tokenizer) if start is None else start.cfg
     rules = FSDP if _FSDP.value else TENSOR_PARALLEL
     state_value = None if start is None else start.state_value
-    return Run(config, train, settings, workdir, tokenizer, model, {}, mesh, rules, state_value)
+    solutions = phases.read_solutions(config, tokenizer) if settings.supervised is not None else ()
+    return Run(
+        config, train, settings, workdir, tokenizer, model, {}, mesh, rules, state_value, solutions
+    )
 
 
 def _check_state_value(

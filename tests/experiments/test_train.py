@@ -238,10 +238,9 @@ def test_a_killed_run_ends_on_the_same_networks(trained, tmp_path, moment):
     """kill -9 at a random moment: the parameters at the end are the same, bit for bit."""
     rough = random.Random(moment)
     for _ in range(rough.randint(1, 2)):
-        process = _start(tmp_path)
-        time.sleep(rough.uniform(3, 25))
-        process.kill()
-        process.wait()
+        with _start(tmp_path) as process:
+            time.sleep(rough.uniform(3, 25))
+            process.kill()
     assert _train(tmp_path).status == 0
     assert _weights(tmp_path) == _weights(trained)
 
@@ -328,7 +327,6 @@ def test_wrong_flags_are_named(flags, message, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_records_that_are_not_there_are_named_before_a_step(tmp_path):
     done = _train(tmp_path, "--config.train.records.paths=('/no/records.jsonl',)")
     assert done.status == 2

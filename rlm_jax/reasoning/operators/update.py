@@ -90,9 +90,9 @@ def backpropagate(
         levels = jnp.where(here, levels - 1, levels)
         return level - 1, lanes, levels, top, total, visits, value, opened
 
-    nowhere = jnp.full_like(nodes, NO_NODE) + nodes * 0
-    carry = (levels.max(), nodes, levels, nowhere, backup.total, structure.visits, structure.value)
-    carry = jax.lax.while_loop(lambda carry: carry[0] >= 0, climb, (*carry, open_leaves))
+    lanes = (nodes, levels, nodes * 0 + NO_NODE, backup.total)
+    carry = (levels.max(), *lanes, structure.visits, structure.value, open_leaves)
+    carry = jax.lax.while_loop(lambda carry: carry[0] >= 0, climb, carry)
     *_, top, _, visits, value, opened = carry
     return dataclasses.replace(structure, visits=visits, value=value), opened, top
 
