@@ -252,6 +252,15 @@ def test_merged_steps_are_counted_beside_their_twin():
     assert pruned.split()[:4] == ["│", "└─", "✂", "d"]
 
 
+def test_equal_steps_that_are_all_dead_are_one_line():
+    texts = ["", "a", "b", "", "", ""]
+    record = make_tree([-1, 0, 0, 2, 2, 2], texts, (1,), (3, 4, 5), (0, 1))
+    lines = draw(render_tree(record))
+    assert len(lines) == 5
+    assert lines[3].strip().startswith(f"✂ (empty step)  {TIMES}3")
+    assert "… 4 more steps, best 0.04, 3 pruned" in draw(render_tree(record, max_lines=4))[0]
+
+
 def test_only_the_chosen_path_is_green():
     lines = draw(render_tree(make_tree()), force_terminal=True, color_system="standard")
     assert all(("32m" in line) == ("▶" in line) for line in lines[:-1])
