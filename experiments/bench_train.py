@@ -15,7 +15,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,9 @@ SCOPES = {
 _PEAK_SIZE = 2048
 _UPDATES = 5
 _CONTAINERS = ("while", "conditional", "call")
+_CONTAINER = "what only contains others"
+# Name, opcode, operands and the rest of an operation in a program's text.
+_OPERATION = re.compile(r"^ *(?:ROOT )?%(\S+) = .*? ([a-z][\w-]*)\((.*?)\)(.*)$", re.MULTILINE)
 
 
 def run_train(
@@ -174,13 +177,19 @@ def share_time(trace: str, hlo: str) -> tuple[dict[str, float], dict[str, float]
     Args:
       trace: an xplane file. hlo: the program's text, which says where its operations come from.
     """
-    places = dict(re.findall(r'%(\S+) = .*?op_name="([^"]*)"', hlo))
+    return share_operations(_read_operations(trace), place_operations(hlo))
+
+
+def share_operations(
+    operations: Iterable[tuple[str, float]], places: Mapping[str, str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`share_time` of operations' names and seconds, and of `place_operations`."""
     seconds: dict[str, float] = collections.defaultdict(float)
     others: dict[str, float] = collections.defaultdict(float)
-    for name, duration in _read_operations(trace):
-        if re.sub(r"[.\d]*$", "", name) in _CONTAINERS:
-            continue  # What they contain is there as well.
+    for name, duration in operations:
         place = places.get(name, "")
+        if place == _CONTAINER:
+            continue
         words = set(re.findall(r"\w+", place))
         scope = next((s for s, marks in SCOPES.items() if words.intersection(marks)), "search")
         seconds[scope] += duration
@@ -191,6 +200,46 @@ def share_time(trace: str, hlo: str) -> tuple[dict[str, float], dict[str, float]
     return shares, {
         name: spent / total for name, spent in sorted(others.items(), key=lambda one: -one[1])[:8]
     }
+
+
+def place_operations(hlo: str) -> dict[str, str]:
+    """Where in the code each operation of a program comes from, by its name.
+
+    An operation that the compiler left without a place, as it does with products that it rewrites,
+    has the place of what needs it, or else of what it needs. Those that only contain others, which
+    are there as well, are `_CONTAINER`.
+    """
+    places: dict[str, str] = {}
+    needs: dict[str, list[str]] = {}
+    needed_by: dict[str, list[str]] = collections.defaultdict(list)
+    for name, opcode, operands, rest in _OPERATION.findall(hlo):
+        needs[name] = re.findall(r"%([^\s,)]+)", operands)
+        for operand in needs[name]:
+            needed_by[operand].append(name)
+        found = re.search(r'op_name="([^"]*)"', rest)
+        if opcode in _CONTAINERS:
+            places[name] = _CONTAINER
+        elif found:
+            places[name] = found[1]
+    lost = {
+        name: _find_place(name, needed_by, places) or _find_place(name, needs, places)
+        for name in needs
+        if name not in places
+    }
+    return {**places, **lost}
+
+
+def _find_place(name: str, edges: Mapping[str, Sequence[str]], places: Mapping[str, str]) -> str:
+    """The place of the nearest operation along the edges that has one."""
+    seen, front = {name}, [name]
+    while front:
+        near = [after for one in front for after in edges.get(one, ()) if after not in seen]
+        seen.update(near)
+        front = [one for one in near if places.get(one) != _CONTAINER]
+        for one in front:
+            if one in places:
+                return places[one]
+    return ""
 
 
 def _read_operations(trace: str) -> Iterator[tuple[str, float]]:

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from running import run_program
+from running import ROOT, run_program
 
 SMALL = (
     "--config=configs/smollm2.py:smoke",
@@ -91,6 +91,41 @@ def test_training_is_held_against_products_and_profiled():
     assert step["shares"]["networks"] == step["ours"] > 0.5
     assert min(step["shares"].values()) > 0
     assert step["search_tokens"] > 0
+
+
+# As XLA's CPU backend writes them: a conditional by another name, and operations without a place.
+HLO = """
+%branch.1 (p: f32[4]) -> f32[4] {
+  %gather.5 = f32[4]{0} gather(%p, %i), metadata={op_name="jit(f)/cond/branch_1_fun/gather"}
+  ROOT %copy.4 = f32[4]{0} copy(%gather.5)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %dot.1 = f32[4,1]{1,0} dot(%a, %w), lhs_contracting_dims={0}
+  %fusion.2 = f32[4]{0} fusion(%dot.1, %a), kind=kLoop, metadata={op_name="jit(f)/transformer/add"}
+  %cond.3 = (f32[4]{0}, /*index=1*/f32[4]{0}) conditional(%c, %fusion.2, %fusion.2), \
+branch_computations={%branch.0, %branch.1}, metadata={op_name="jit(f)/cond"}
+  ROOT %muon.6 = f32[4]{0} add(%g, %g), metadata={op_name="jit(f)/optimizer/add"}
+}
+"""
+
+
+def test_the_time_of_a_program_is_shared_by_where_its_operations_come_from(monkeypatch):
+    pytest.importorskip("grain")
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import bench_train
+
+    places = bench_train.place_operations(HLO)
+    spent = (("dot.1", 3.0), ("fusion.2", 1.0), ("cond.3", 9.0), ("gather.5", 2.0))
+    spent += (("copy.4", 1.0), ("muon.6", 0.5), ("unheard.of", 0.5))
+    shares, others = bench_train.share_operations(spent, places)
+    # A product belongs to what needs it, a copy to what it copies, and a container to nothing.
+    assert shares == {"networks": 4 / 8, "optimizer": 0.5 / 8, "search": 3.5 / 8}
+    assert others == {
+        "cond/branch_1_fun/gather": 3 / 8,
+        "jit(f)/optimizer/add": 0.5 / 8,
+        "unheard.of": 0.5 / 8,
+    }
 
 
 @pytest.mark.parametrize(
