@@ -29,6 +29,7 @@ from rlm_jax.inference.sampling import (
     Choice,
     SamplingConfig,
     filter_candidates,
+    log_total,
     num_candidates,
     top_tokens,
 )
@@ -107,9 +108,7 @@ def grow_beams(
         what its noise is centred on.
       ended: the beam is complete, or there is none. usable: the row may hold a beam.
     """
-    norm = jax.nn.logsumexp(logits, -1)
-    offers, top_logprobs = _make_offers(keys, logits, norm, score, behaviour_logprob, cfg,
-                                        num_siblings)  # fmt: skip
+    offers, top_logprobs = _make_offers(keys, logits, score, behaviour_logprob, cfg, num_siblings)
     num_offers = offers.ids.shape[-1]
     # A beam's offers and, behind them, itself: one of the two is out of the race.
     fresh = jnp.where(ended[:, None], -jnp.inf, offers.score)
@@ -147,13 +146,15 @@ def follow(array: Array, parent: Int32[Array, "X K"]) -> Array:
     return _take(grouped, parent[..., None]).reshape(array.shape)
 
 
-def _make_offers(keys, logits, norm, score, behaviour_logprob, cfg, num_siblings):
+def _make_offers(keys, logits, score, behaviour_logprob, cfg, num_siblings):
     """The tokens that may enter a group's best, and the model's top log-probabilities."""
     num_top = num_candidates(cfg, logits.shape[-1], num_siblings)
     top, ids = top_tokens(logits, num_top)
+    norm = log_total(logits, top[:, 0])
     top_logprobs = (top - norm[:, None])[:, :NUM_ALTERNATIVES]
-    warm = logits / cfg.temperature
-    warm_norm = jax.nn.logsumexp(warm, -1, keepdims=True)
+    warm_norm = norm[:, None]
+    if cfg.temperature != 1:
+        warm_norm = log_total(logits, top[:, 0], cfg.temperature)[:, None]
     behaviour = top / cfg.temperature - warm_norm
     if cfg.truncates:
         behaviour = filter_candidates(behaviour, cfg)
@@ -165,7 +166,9 @@ def _make_offers(keys, logits, norm, score, behaviour_logprob, cfg, num_siblings
     else:
         # No more of one beam's tokens than there are rows can be among the group's best.
         noise = _draw_noise(keys, logits.shape, num_siblings)
-        noisy, ids = top_tokens(warm - warm_norm + noise, min(num_siblings, logits.shape[-1]))
+        noisy, ids = top_tokens(
+            logits / cfg.temperature - warm_norm + noise, min(num_siblings, logits.shape[-1])
+        )
         top = _take(logits, ids)
         behaviour = top / cfg.temperature - warm_norm
     offered = _share_out(score, behaviour_logprob[:, None] + noisy)

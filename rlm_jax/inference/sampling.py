@@ -134,7 +134,7 @@ def choose_tokens(
     Beams, which change rows, are `beam.grow_beams`' to extend.
     """
     top, top_ids = top_tokens(logits, num_candidates(cfg, logits.shape[-1], num_siblings))
-    norm = _log_total(logits, top[:, 0])
+    norm = log_total(logits, top[:, 0])
     top_logprobs = top - norm[:, None]
     if cfg.method == "greedy":
         token, behaviour = top_ids[:, 0], jnp.zeros_like(norm)
@@ -152,7 +152,7 @@ def choose_tokens(
 def as_by_model(choice: Choice, logits: Float32[Array, "R V"]) -> Choice:
     """A choice from other logits, with the model's log-probabilities by its own."""
     top, _ = top_tokens(logits, choice.top_logprobs.shape[-1])
-    norm = _log_total(logits, top[:, 0])
+    norm = log_total(logits, top[:, 0])
     logprob = jnp.take_along_axis(logits, choice.token[:, None], 1)[:, 0] - norm
     return dataclasses.replace(choice, logprob=logprob, top_logprobs=top - norm[:, None])
 
@@ -228,7 +228,7 @@ def token_confidence(
     return jnp.exp(chosen_logprob - jax.nn.logsumexp(top, -1))
 
 
-def _log_total(
+def log_total(
     logits: Float32[Array, "R V"], largest: Float32[Array, "R"], temperature: float = 1.0
 ) -> Float32[Array, "R"]:
     """log sum exp(logits / temperature), in one pass over the vocabulary: the largest is known."""
@@ -238,7 +238,7 @@ def _log_total(
 
 
 def _sample_candidates(keys, logits, top, top_ids, cfg):
-    norm = _log_total(logits, top[:, 0], cfg.temperature)
+    norm = log_total(logits, top[:, 0], cfg.temperature)
     logprobs = filter_candidates(top / cfg.temperature - norm[:, None], cfg)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logprobs.shape[-1:]))(keys)
     pick = jnp.argmax(logprobs + noise, -1)[:, None]
