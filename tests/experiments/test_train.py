@@ -37,7 +37,10 @@ def _command(program: str, *flags: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "150"}
+    # As many devices as in this process, hence threads: with a single one, as on a single core, XLA
+    # adds up in another order.
+    devices = str(jax.device_count())
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices, "COLUMNS": "150"}
 
 
 def _train(workdir: pathlib.Path, *flags: str) -> Done:
