@@ -49,6 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "diversity": 1.0,
         "no_repeats": False,
         "copy_returns": False,
+        "legal_only": False,
         "return_bias": 0.0,
         "doubt_weight": 0.0,
     }

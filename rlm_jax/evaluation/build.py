@@ -165,6 +165,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     strategy, num_nodes = _make_strategy(name, own, max_depth)
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
     _check_going_back(config, name, sampling)
+    _check_legal_only(config, name, sampling)
     _check_states(config)
     if own.get("widen") and not sampling.no_repeats:
         raise ValueError(
@@ -213,7 +214,8 @@ def build_solver(
     """A solver for one strategy over a loaded model.
 
     Raises:
-      ValueError: settings that do not fit the model (an evaluator it has no head for).
+      ValueError: settings that do not fit the model (an evaluator it has no head for, a vocabulary
+        that does not spell what steps are to be held to).
     """
     language = plan.language
     value_head = None
@@ -233,13 +235,16 @@ def build_solver(
     checker = task.device if config["use_verifier"] and task.self_verifying else None
     language = dataclasses.replace(language, model=policy.cfg, task=checker)
     asks = "p_yes" in parse_evaluator(language.evaluator)
+    tables = None
+    if checker is not None:
+        tables = _make_task_tables(checker, policy, language.sampling.legal_only)
     lm = LanguageModel(
         policy=policy.params,
         step_rule=make_step_rule(StepSpec(**config["step"]), policy.tokenizer),
         answer_rule=make_answer_rule(policy.tokenizer),
         value_head=value_head,
         judge=make_judge(policy.tokenizer) if asks else None,
-        task_tables=None if checker is None else _make_task_tables(checker, policy),
+        task_tables=tables,
         state_value=state_value,
     )
     return Solver(
@@ -284,6 +289,19 @@ def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingCo
         raise ValueError(f"{where}={value}: accepted is {accepted}, as {reason}")
 
 
+def _check_legal_only(config: Mapping[str, Any], name: str, sampling: SamplingConfig) -> None:
+    """Raises ValueError where `legal_only` would do nothing."""
+    if not sampling.legal_only:
+        return
+    device, reason = TASKS[config["task"]].device, None
+    if device is None or device.moves is None:
+        reason = f"task {config['task']!r} does not list its legal steps"
+    elif not config["use_verifier"]:
+        reason = "without use_verifier nothing says which steps are legal"
+    if reason is not None:
+        raise ValueError(f"{name}.sampling.legal_only=True: accepted is False, as {reason}")
+
+
 def _check_states(config: Mapping[str, Any]) -> None:
     """Raises ValueError where evaluator "state_value" would be shown nothing."""
     if "state_value" not in parse_evaluator(config["evaluator"]):
@@ -316,11 +334,17 @@ def _make_language(
     )
 
 
-def _make_task_tables(checker: DeviceTask, policy: Policy) -> Any:
+def _make_task_tables(checker: DeviceTask, policy: Policy, legal_only: bool) -> Any:
     """What the model's tokens say to a task; ids that the tokenizer does not know say nothing."""
     known = range(policy.tokenizer.vocab_size)
     spare = policy.cfg.vocab_size - len(known)
-    return checker.make_tables([*map(policy.tokenizer.token_bytes, known), *[b""] * spare])
+    tables = checker.make_tables([*map(policy.tokenizer.token_bytes, known), *[b""] * spare])
+    if legal_only and checker.moves is not None and not checker.moves.fits(tables):
+        raise ValueError(
+            f"sampling.legal_only=True: accepted is False with {policy.version}, whose vocabulary "
+            "spells other than the task's own steps are spelled"
+        )
+    return tables
 
 
 def _make_strategy(name: str, settings: Mapping[str, Any], max_depth: int) -> tuple[Strategy, int]:

@@ -33,6 +33,7 @@ from rlm_jax.inference.sampling import (
     num_candidates,
     top_tokens,
 )
+from rlm_jax.models.attention import MASKED_SCORE
 
 BEAM_METHODS = ("beam", "stochastic_beam")
 
@@ -111,7 +112,9 @@ def grow_beams(
     offers, top_logprobs = _make_offers(keys, logits, score, behaviour_logprob, cfg, num_siblings)
     num_offers = offers.ids.shape[-1]
     # A beam's offers and, behind them, itself: one of the two is out of the race.
-    fresh = jnp.where(ended[:, None], -jnp.inf, offers.score)
+    # And what no step may go on with is no offer, even where there is nothing else.
+    barred = jnp.take_along_axis(logits, offers.ids, 1) <= MASKED_SCORE / 2
+    fresh = jnp.where(ended[:, None] | barred, -jnp.inf, offers.score)
     itself = jnp.where(ended, score, -jnp.inf)[:, None]
     race = jnp.concatenate([fresh, itself], -1).reshape(-1, num_siblings * (num_offers + 1))
     best, at = top_tokens(race, num_siblings)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key
+from rlm_jax.inference.allowed import Allowed, follow_allowed, hold_to_allowed
 from rlm_jax.inference.attention import Context, make_decode_attend
 from rlm_jax.inference.beam import BEAM_METHODS, Growth, begin_beams, follow, grow_beams
 from rlm_jax.inference.copying import Copies, follow_copies, hold_to_copies
@@ -80,6 +81,7 @@ class _Loop:
     out: DecodedSteps
     tried: Tried | None = None
     copies: Copies | None = None
+    allowed: Allowed | None = None
 
 
 # What moves with a beam, the caches and the score apart.
@@ -107,6 +109,7 @@ def decode_steps(
     with_uncertainty: bool = False,
     tried: Tried | None = None,
     copies: Copies | None = None,
+    allowed: Allowed | None = None,
     first_bias: Float32[Array, "V"] | Float32[Array, "R V"] | None = None,
 ) -> DecodedSteps:
     """Samples one step for every row.
@@ -122,7 +125,7 @@ def decode_steps(
       num_slots: S of the step caches, at least the rule's max_tokens; a whole number of pages.
       with_uncertainty: also sum up how unsure the model was, for two passes over the logits.
       tried: steps that the rows are not to write. copies: what those are held to that go back.
-        Neither is for beam methods.
+        Neither is for beam methods. allowed: steps that the rows are held to.
       first_bias: added to the logits of each step's first token, of all rows or of each
         (MASKED_SCORE: no step begins with it). All log-probabilities are of the policy so changed.
 
@@ -146,6 +149,8 @@ def decode_steps(
             logits = logits + jnp.where(loop.index == 0, first_bias, 0.0)
         if loop.copies is not None:
             logits = hold_to_copies(logits, loop.copies, loop.index)
+        if loop.allowed is not None:
+            logits = hold_to_allowed(logits, loop.allowed, loop.index)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.index)
         unsure = token_uncertainty(logits) if with_uncertainty else None
         if loop.out.score is None:
@@ -185,9 +190,11 @@ def decode_steps(
         ended = ~active | ended | (out.length >= limits)
         tried = None if loop.tried is None else follow_tried(loop.tried, loop.index, token)
         copies = None if loop.copies is None else follow_copies(loop.copies, loop.index, token)
-        return _Loop(loop.index + 1, ended, step, out, tried, copies)
+        held = None if loop.allowed is None else follow_allowed(loop.allowed, loop.index, token)
+        return _Loop(loop.index + 1, ended, step, out, tried, copies, held)
 
-    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried, copies)
+    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried)
+    loop = dataclasses.replace(loop, copies=copies, allowed=allowed)
     return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
 
 
@@ -218,7 +225,10 @@ def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
             for name in ("length", "terminal", "logprob", "behaviour_logprob", "confidence")
         },
     )
-    return dataclasses.replace(loop, step=move(loop.step), out=out)
+    allowed = loop.allowed
+    if allowed is not None:
+        allowed = dataclasses.replace(allowed, followed=move(allowed.followed))
+    return dataclasses.replace(loop, step=move(loop.step), out=out, allowed=allowed)
 
 
 def _add_token(
@@ -259,9 +269,7 @@ def _keep(active, new: AnswerState, loop: _Loop) -> AnswerState:
     return jax.tree.map(pick, new, loop.out.answers)
 
 
-def _begin(
-    hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried, copies
-) -> _Loop:
+def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried) -> _Loop:
     rows = limits.shape[0]
     number = jnp.zeros_like(limits)
     real = number.astype(jnp.float32)
@@ -284,4 +292,4 @@ def _begin(
         token_logprobs=None if tried is None else real[:, None] + jnp.zeros(num_slots),
     )
     idle = limits <= 0 if score is None else score == -jnp.inf
-    return _Loop(number.sum(), idle, init_step_state(number), out, tried, copies)
+    return _Loop(number.sum(), idle, init_step_state(number), out, tried)

@@ -42,6 +42,7 @@ class SamplingConfig:
     writes no step twice from one state, a tree none from one node (`tried.py`); not for beams.
     copy_returns: a step of a chain that takes earlier ones back spells a state that the chain has
     left, as it stands in its text (`copying.py`); not for beams.
+    legal_only: steps are held to those that the task lists as legal (`allowed.py`).
     return_bias: added to the logit of the token that a step of a chain begins with which takes
     earlier ones back (`DeviceTask.returns`): below 0 a chain goes back less readily. doubt_weight
     w: and w times the log-odds that its evaluator gives to the state being lost, behind every step
@@ -58,6 +59,7 @@ class SamplingConfig:
     max_candidates: int = 64
     no_repeats: bool = False
     copy_returns: bool = False
+    legal_only: bool = False
     return_bias: float = 0.0
     doubt_weight: float = 0.0
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.core.types import Array, Bool, Float32, Key
+from rlm_jax.inference.allowed import Allowed, make_allowed
 from rlm_jax.inference.attention import Context
 from rlm_jax.inference.copying import Copies, make_copies
 from rlm_jax.inference.decode import DecodedSteps, decode_steps
@@ -178,6 +179,7 @@ def _plan_steps(lm, cfg, keys, world, structure, request, rows) -> functools.par
         with_uncertainty=world.path_uncertainty is not None,
         tried=find_tried(cfg, world, structure, rows) if cfg.sampling.no_repeats else None,
         copies=find_copies(lm, cfg, world, structure, rows) if cfg.sampling.copy_returns else None,
+        allowed=find_allowed(lm, cfg, world, rows) if cfg.sampling.legal_only else None,
         first_bias=find_first_bias(lm, cfg, structure, rows),
     )
 
@@ -235,6 +237,23 @@ def find_copies(lm, cfg, world, structure, rows) -> Copies:
     length = jnp.where(path == 0, room, structure.span_length[at])
     length = jnp.where(known, length, 0)
     return make_copies(task.returns(tables), task.marks(tables), world.tokens[at], length)
+
+
+def find_allowed(lm, cfg, world, rows) -> Allowed:
+    """The legal steps of each row; in a chain, beside those that go back."""
+    task, tables = cfg.task, lm.task_tables
+    assert task is not None
+    assert task.moves is not None
+    spell = task.moves.spell
+    states = jax.tree.map(rows.of_parent, world.task_state)
+    num_slots = world.tokens.shape[-1]
+    tokens, length = jax.vmap(lambda state: spell(tables, state, num_slots))(states)
+    ends = task.moves.ends(tables)
+    # Of tokens without text only some end a step; spare rows of an embedding end none.
+    rule = lm.step_rule.ends | lm.step_rule.final
+    ends &= jnp.pad(rule, (0, ends.shape[0] - rule.shape[0]))
+    besides = jnp.zeros_like(ends) if task.returns is None else task.returns(tables)
+    return make_allowed(tokens, length, ends, besides)
 
 
 def _find_children(structure, parents):

@@ -20,10 +20,11 @@ import numpy as np
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Int32, UInt32
-from rlm_jax.tasks.device import DeviceTask, Observation, StepCheck
+from rlm_jax.tasks.device import DeviceTask, MoveList, Observation, StepCheck
 
 MAX_NUMBERS = 8
 MAX_DIGITS = 9
+_MOST_SPELLED = 1000
 _NONE = -1
 
 _SIGNS = "+-*/=;:"
@@ -38,13 +39,17 @@ class Tables:
     """What each token of a vocabulary is.
 
     value: of a number, or a sign's place in `_SIGNS`. digits: of a number. spaced: begins with a
-    space.
+    space. number, sign, digit: how the task's own text spells numbers up to 999 and signs, with a
+    space before them, and further digits; -1 where the vocabulary spells otherwise.
     """
 
     kind: Int32[Array, "V"]
     value: Int32[Array, "V"]
     digits: Int32[Array, "V"]
     spaced: Bool[Array, "V"]
+    number: Int32[Array, "1000"]
+    sign: Int32[Array, "7"]
+    digit: Int32[Array, "10"]
 
 
 @struct
@@ -82,8 +87,34 @@ def make_tables(pieces: Sequence[bytes]) -> Tables:
     columns = np.zeros((4, len(pieces)), np.int32)
     for token, piece in enumerate(pieces):
         columns[:, token] = _read_piece(piece)
-    kind, value, digits, spaced = map(jnp.asarray, columns)
-    return Tables(kind, value, digits, spaced != 0)
+    return Tables(*map(jnp.asarray, columns[:3]), jnp.asarray(columns[3] != 0), *_spell(columns))
+
+
+def _spell(columns: np.ndarray) -> tuple[Array, Array, Array]:
+    """`Tables.number`, `sign` and `digit`, of the other columns."""
+    kind, value, digits, spaced = columns
+    bare = (kind == _NUMBER) & (spaced == 0)
+    found = []
+    for size, chosen in (
+        (_MOST_SPELLED, (kind == _NUMBER) & (spaced == 1) & (digits == _count_digits(value))),
+        (len(_SIGNS), (kind == _SIGN) & (spaced == 1)),
+        (10, bare & (digits == 1)),
+    ):
+        table = np.full(size, _NONE, np.int32)
+        for token in np.flatnonzero(chosen & (value < size)):
+            table[value[token]] = token
+        found.append(table)
+    larger = (kind == _NUMBER) & (digits > np.where(spaced == 1, 3, 1))
+    if larger.any() or min(table.min() for table in found) < 0:
+        # Numbers are cut elsewhere.
+        found = [np.full_like(table, _NONE) for table in found]
+    number, sign, digit = map(jnp.asarray, found)
+    return number, sign, digit
+
+
+def _count_digits(value):
+    """Digits of whole numbers from 0 to 10 ** 9 - 1."""
+    return 1 + sum((value >= 10**power) * 1 for power in range(1, MAX_DIGITS))
 
 
 def begin(tables: Tables, tokens: Int32[Array, "T"], length: Int32[Array, ""]) -> State:
@@ -296,6 +327,83 @@ def observe(state: State) -> Observation:
     return Observation(jnp.where(known, numbers, _NONE), jnp.where(known, state.target, _NONE))
 
 
+def list_moves(
+    tables: Tables, state: State, num_slots: int
+) -> tuple[Int32[Array, "M S"], Int32[Array, "M"]]:
+    """Tokens of every legal line, spelled as demonstrations are: `10 - 4 = 6 ; 4 6 7`.
+
+    The larger number stands first. None of a problem that is not known, or where the vocabulary
+    spells otherwise.
+    """
+    here = state.path[jnp.maximum(state.count - 1, 0)]
+    first, second = np.triu_indices(MAX_NUMBERS, 1)
+    sign = np.repeat(np.arange(4), len(first))
+    first, second = np.tile(first, 4), np.tile(second, 4)
+    # Numbers fall, so that the first is the larger one.
+    left, right = here[first], here[second]
+    fits = left.astype(jnp.float32) * right.astype(jnp.float32) < 10**MAX_DIGITS
+    divisor = jnp.maximum(right, 1)
+    product = jnp.where(fits, left, 0) * jnp.where(fits, right, 0)
+    results = jnp.stack([left + right, left - right, product, left // divisor])
+    result = results[sign, np.arange(len(sign))]
+    legal = (second < state.count) & (tables.number[0] >= 0) & (result < 10**MAX_DIGITS)
+    legal &= jnp.where(sign == 2, fits, (sign != 3) | (right > 0) & (left % divisor == 0))
+    place = np.arange(MAX_NUMBERS)
+    used = (place == first[:, None]) | (place == second[:, None])
+    # Rising, what there is not in front; two are used up.
+    rest = jnp.append(jnp.where(used, _NONE, here), result[:, None], -1)
+    rest = jnp.sort(rest)[:, 2:]
+    rest = jnp.where(state.count == 2, _NONE, rest)
+    spell = functools.partial(_spell_line, tables, num_slots=num_slots)
+    tokens, length = jax.vmap(spell)(left, jnp.asarray(sign), right, result, rest)
+    return tokens, jnp.where(legal & (length <= num_slots), length, 0)
+
+
+def _spell_line(tables, left, sign, right, result, rest, *, num_slots):
+    """Tokens of a line and how many they are; numbers of the rest are -1 where there is none."""
+    parts = [
+        _spell_number(tables, left),
+        _spell_sign(tables, sign),
+        _spell_number(tables, right),
+        _spell_sign(tables, _SIGNS.index("=")),
+        _spell_number(tables, result),
+        _spell_sign(tables, jnp.where((rest >= 0).any(), _SIGNS.index(";"), _NONE)),
+        *(_spell_number(tables, number) for number in rest),
+    ]
+    tokens = jnp.concatenate([part for part, _ in parts])
+    there = jnp.concatenate([jnp.arange(part.shape[0]) < count for part, count in parts])
+    place = jnp.where(there, jnp.cumsum(there) - 1, num_slots)
+    return jnp.zeros(num_slots, jnp.int32).at[place].set(tokens, mode="drop"), there.sum()
+
+
+def _spell_sign(tables, sign):
+    return tables.sign[jnp.maximum(sign, 0)][None], jnp.asarray(sign >= 0, jnp.int32)
+
+
+def _spell_number(tables, number):
+    """Its first three digits, and each further one."""
+    digits = _count_digits(number)
+    powers = jnp.asarray(10 ** np.arange(MAX_DIGITS), jnp.int32)
+    first = number // powers[jnp.maximum(digits - 3, 0)]
+    behind = jnp.maximum(digits - 4 - jnp.arange(MAX_DIGITS - 3), 0)
+    further = tables.digit[number // powers[behind] % 10]
+    count = jnp.where(number >= 0, jnp.maximum(digits - 2, 1), 0)
+    return jnp.append(tables.number[jnp.clip(first, 0, 999)], further)[: MAX_DIGITS - 2], count
+
+
+def find_ends(tables: Tables) -> Bool[Array, "V"]:
+    """The tokens that a line ends with: a newline, or what is no text."""
+    return (tables.kind == _NEWLINE) | (tables.kind == _EMPTY)
+
+
 DEVICE_TASK = DeviceTask(
-    make_tables, begin, step, state_key, find_returns, observe, find_marks, find_left
+    make_tables,
+    begin,
+    step,
+    state_key,
+    find_returns,
+    observe,
+    find_marks,
+    find_left,
+    MoveList(list_moves, find_ends, lambda tables: tables.number[0] >= 0),
 )

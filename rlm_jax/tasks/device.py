@@ -50,6 +50,21 @@ class Observation(NamedTuple):
     goal: Int32[Array, ""]
 
 
+class MoveList(NamedTuple):
+    """How a task spells the legal steps from a state, for decoders that are held to them.
+
+    Attributes:
+      spell: (tables, state, S) -> the tokens [M, S] of each, without what ends a step, and their
+        lengths [M]: 0 where there is none, or one longer than S.
+      ends: tables -> the tokens [V] that may stand behind it.
+      fits: tables -> whether the vocabulary has what `spell` writes with.
+    """
+
+    spell: Callable[[PyTree, PyTree, int], tuple[Int32[Array, "M S"], Int32[Array, "M"]]]
+    ends: Callable[[PyTree], Bool[Array, "V"]]
+    fits: Callable[[PyTree], Bool[Array, ""]]
+
+
 class DeviceTask(NamedTuple):
     """A task's checker on token ids.
 
@@ -65,6 +80,7 @@ class DeviceTask(NamedTuple):
       marks: tables -> the tokens [V] behind which a prompt, or a step, spells its state to its end;
         None where steps do not say what they leave.
       left: state -> `key` of the states [K] that a step may go back to, 0 where there is none.
+      moves: how it lists all legal steps; None for a task that does not.
     """
 
     make_tables: Callable[[Sequence[bytes]], PyTree]
@@ -77,3 +93,4 @@ class DeviceTask(NamedTuple):
     observe: Callable[[PyTree], Observation] | None = None
     marks: Callable[[PyTree], Bool[Array, "V"]] | None = None
     left: Callable[[PyTree], UInt32[Array, "K"]] | None = None
+    moves: MoveList | None = None

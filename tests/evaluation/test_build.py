@@ -129,6 +129,16 @@ def test_use_verifier_is_yes_or_no():
             {"evaluator": "state_value=1,likelihood=1", "task": "game24", "use_verifier": False},
             "without use_verifier nothing says what the states are",
         ),
+        (
+            "puct",
+            {"sampling.legal_only": True},
+            "puct.sampling.legal_only=True: accepted is False, as task 'free' does not list",
+        ),
+        (
+            "greedy",
+            {"sampling.legal_only": True, "task": "countdown", "use_verifier": False},
+            "legal_only=True: .* without use_verifier nothing says which steps are legal",
+        ),
         ("greedy_legal", {"use_verifier": False}, "max_refused=8: accepted is 0 without"),
         ("greedy_legal", {"drop_illegal": False}, "max_refused=8: accepted is 0 without"),
         (

@@ -19,6 +19,8 @@ from rlm_jax.tasks.countdown_demos import (
     demonstrate,
     demonstrate_openings,
     demonstrate_states,
+    list_moves,
+    write_move,
 )
 from rlm_jax.tasks.countdown_lines import demonstrate_lines
 from rlm_jax.tasks.countdown_solver import count_below, count_solutions
@@ -602,6 +604,55 @@ def test_lines_that_go_back_begin_with_tokens_of_their_own(name):
     assert {pieces[token].strip(b" ") for token in np.flatnonzero(barred)} == {b":"}
     assert barred[encode(": 4 4 7 10\n")[0]]
     assert not barred[encode("10 - 4 = 6 ; 4 6 7\n")[0]]
+
+
+def _puzzle_pieces() -> list[bytes]:
+    """As `train_puzzle_tokenizer` makes them, without numbers that lack a space."""
+    pieces = [b"", b"\n", b" ", *(f" {n}".encode() for n in range(1000))]
+    pieces += [s for sign in "+-*/=;:" for s in (sign.encode(), b" " + sign.encode())]
+    return [*pieces, *(str(n).encode() for n in range(10))]
+
+
+@pytest.mark.parametrize("highest", [13, 99, 40_000])
+def test_the_device_spells_every_legal_line_and_no_other(highest):
+    """Against the solver's moves, as demonstrations write them."""
+    pieces, rng = _puzzle_pieces(), np.random.default_rng(highest)
+    encode, tables = _make_encode(pieces), countdown_device.make_tables(pieces)
+    moves = countdown_device.DEVICE_TASK.moves
+    assert moves.fits(tables)
+    ends = np.flatnonzero(moves.ends(tables))
+    assert {pieces[token] for token in ends} == {b"", b"\n"}
+
+    def spell(ids, length):
+        return moves.spell(tables, countdown_device.begin(tables, ids, length), 24)
+
+    spell, found = jax.jit(spell), 0
+    for size in (2, 3, 4, 6, 8) * 3:
+        numbers = np.sort(rng.integers(1, highest + 1, size))
+        prompt = encode(" 24 : " + " ".join(map(str, numbers)) + "\n")
+        tokens, length = spell(np.pad(prompt, (0, 48 - len(prompt))), len(prompt))
+        ours = [row[:n] for row, n in zip(tokens.tolist(), length.tolist(), strict=True) if n]
+        listed = list_moves(numbers[None])
+        lines = {
+            " " + write_move(listed, 0, move).removesuffix("\n")
+            for move in np.flatnonzero(listed.legal[0] & (listed.result[0] < 10**9))
+        }
+        wanted = {tuple(ids) for ids in map(encode, lines) if len(ids) <= 24}
+        assert set(map(tuple, ours)) == wanted
+        found += len(wanted)
+    assert found > 50
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+def test_a_vocabulary_that_cuts_numbers_elsewhere_lists_nothing(name):
+    pieces = _vocabularies()[name]
+    tables = countdown_device.make_tables(pieces)
+    moves = countdown_device.DEVICE_TASK.moves
+    assert not moves.fits(tables)
+    prompt = _make_encode(pieces)("24 : 4 4 7 10\n")
+    state = jax.jit(countdown_device.begin)(tables, np.array(prompt), len(prompt))
+    assert int(state.count) == 4
+    assert not moves.spell(tables, state, 16)[1].any()
 
 
 def test_equal_states_have_equal_keys_and_other_prompts_tell_nothing():

@@ -1,0 +1,79 @@
+"""Steps held to what is legal, in whole searches by the network that ships."""
+
+import numpy as np
+import pytest
+
+from configs.countdown import get_config
+from rlm_jax.evaluation import build, solver
+from rlm_jax.tasks import countdown
+from rlm_jax.tasks.base import Gold
+
+PUZZLES = [
+    countdown.make_problem((3, 17, 58, 96), 71, "easy"),
+    countdown.make_problem((44, 51, 77, 89), 13, "hard"),
+]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return build.load_policy("package:countdown")
+
+
+def lines(policy, name, sampling, **settings):
+    """Of every line that a search of the puzzles wrote to its end: whether it is a right move."""
+    config = get_config().to_dict()
+    config |= {"budget_tokens": 300, "evaluator": "likelihood"}
+    config[name] |= settings
+    config[name]["sampling"] |= sampling
+    plan = build.plan_strategy(config, name)
+    one = build.build_solver(config, plan, policy, seed=0, batch_size=len(PUZZLES))
+    encoded = [solver.encode(one, puzzle) for puzzle in PUZZLES]
+    golds = [Gold(puzzle.id) for puzzle in PUZZLES]
+    right = []
+    for solved in solver.solve_stream(one, encoded, golds):
+        paths = {0: [sorted(PUZZLES[solved.place].data[0])]}
+        for node in solved.record["nodes"][1:]:
+            path = paths.get(node["parents"][0])
+            if path and (node["text"].endswith("\n") or node["terminal"]):
+                line = countdown.read_line(node["text"].removesuffix("\n"))
+                after = "no line" if line is None else countdown.follow(path, line)
+                right.append(not isinstance(after, str))
+                if right[-1]:
+                    paths[node["id"]] = after
+    return np.array(right)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling", "settings"),
+    [
+        (
+            "best_of_n",
+            {"temperature": 3.0, "copy_returns": True},
+            {"num_chains": 4, "max_depth": 6},
+        ),
+        (
+            "best_first",
+            {"method": "beam", "min_ratio": 0.0},
+            {"num_nodes": 49, "num_children": 12, "merge_states": False},
+        ),
+    ],
+)
+def test_every_line_is_a_right_move(policy, name, sampling, settings):
+    """At a temperature at which most lines do not follow, and where beams reach far down."""
+    right = {
+        legal_only: lines(policy, name, sampling | {"legal_only": legal_only}, **settings)
+        for legal_only in (False, True)
+    }
+    assert (~right[False]).sum() > 3
+    assert right[True].all()
+    assert len(right[True]) > 10
+
+
+def test_another_vocabulary_is_named():
+    config = get_config().to_dict()
+    config["evaluator"] = "likelihood"
+    config["greedy"]["sampling"]["legal_only"] = True
+    plan = build.plan_strategy(config, "greedy")
+    policy = build.load_policy("random:tiny-llama")
+    with pytest.raises(ValueError, match="legal_only=True: accepted is False with random:tiny"):
+        build.build_solver(config, plan, policy, seed=0, batch_size=1)
