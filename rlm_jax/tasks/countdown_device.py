@@ -87,10 +87,12 @@ def make_tables(pieces: Sequence[bytes]) -> Tables:
     columns = np.zeros((4, len(pieces)), np.int32)
     for token, piece in enumerate(pieces):
         columns[:, token] = _read_piece(piece)
-    return Tables(*map(jnp.asarray, columns[:3]), jnp.asarray(columns[3] != 0), *_spell(columns))
+    kind, value, digits, spaced = map(jnp.asarray, columns)
+    number, sign, digit = map(jnp.asarray, _spell(columns))
+    return Tables(kind, value, digits, spaced != 0, number, sign, digit)
 
 
-def _spell(columns: np.ndarray) -> tuple[Array, Array, Array]:
+def _spell(columns: np.ndarray) -> list[np.ndarray]:
     """`Tables.number`, `sign` and `digit`, of the other columns."""
     kind, value, digits, spaced = columns
     bare = (kind == _NUMBER) & (spaced == 0)
@@ -108,8 +110,7 @@ def _spell(columns: np.ndarray) -> tuple[Array, Array, Array]:
     if larger.any() or min(table.min() for table in found) < 0:
         # Numbers are cut elsewhere.
         found = [np.full_like(table, _NONE) for table in found]
-    number, sign, digit = map(jnp.asarray, found)
-    return number, sign, digit
+    return found
 
 
 def _count_digits(value):
