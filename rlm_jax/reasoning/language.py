@@ -246,8 +246,8 @@ def find_allowed(lm, cfg, world, rows) -> Allowed:
     assert task.moves is not None
     spell = task.moves.spell
     states = jax.tree.map(rows.of_parent, world.task_state)
-    num_slots = world.tokens.shape[-1]
-    tokens, length = jax.vmap(lambda state: spell(tables, state, num_slots))(states)
+    room = min(lm.step_rule.max_tokens, world.tokens.shape[-1])
+    tokens, length = jax.vmap(lambda state: spell(tables, state, room))(states)
     ends = task.moves.ends(tables)
     # Of tokens without text only some end a step; spare rows of an embedding end none.
     rule = lm.step_rule.ends | lm.step_rule.final

@@ -357,7 +357,7 @@ def list_moves(
     rest = jnp.where(state.count == 2, _NONE, rest)
     spell = functools.partial(_spell_line, tables, num_slots=num_slots)
     tokens, length = jax.vmap(spell)(left, jnp.asarray(sign), right, result, rest)
-    return tokens, jnp.where(legal & (length <= num_slots), length, 0)
+    return tokens, jnp.where(legal & (length < num_slots), length, 0)
 
 
 def _spell_line(tables, left, sign, right, result, rest, *, num_slots):

@@ -55,7 +55,7 @@ class MoveList(NamedTuple):
 
     Attributes:
       spell: (tables, state, S) -> the tokens [M, S] of each, without what ends a step, and their
-        lengths [M]: 0 where there is none, or one longer than S.
+        lengths [M]: 0 where there is none, or none that leaves room in S for what ends it.
       ends: tables -> the tokens [V] that may stand behind it.
       fits: tables -> whether the vocabulary has what `spell` writes with.
     """
