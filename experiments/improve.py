@@ -88,9 +88,9 @@ def _run_seed(train: dict[str, Any], folder: pathlib.Path, seed: int) -> Iterato
     for number in range(1, _ROUNDS.value + 1):
         for arm in ARMS:
             point = Point(seed, arm, number, folder / f"{arm}{number}")
-            settings: dict[str, Any] = {"begin_with": before[arm].folder / "policy"}
             # The network for states is of the start; both arms keep it as it is.
-            settings |= {"state_value.num_steps": 0}
+            settings: dict[str, Any] = {"state_value.num_steps": 0}
+            settings |= {"begin_with": before[arm].folder / "policy"}
             if arm == "search":
                 # Every round has problems of its own.
                 settings |= {"num_steps": 0, "seed": 1000 * number + seed}

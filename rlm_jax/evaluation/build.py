@@ -270,18 +270,16 @@ def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingCo
     settings = [key for key in names if getattr(sampling, key)]
     if not settings:
         return
-    device = TASKS[config["task"]].device
-    reason = None
+    reason = _find_lack(config, "returns", "has no steps that go back", "which steps go back")
     if name in TREE_SEARCHES:
         reason = "a tree goes back by itself"
-    elif device is None or device.returns is None:
-        reason = f"task {config['task']!r} has no steps that go back"
-    elif not config["use_verifier"]:
-        reason = "without use_verifier nothing says which steps go back"
-    elif sampling.doubt_weight and "none" in parse_evaluator(config["evaluator"]):
-        settings, reason = ["doubt_weight"], "evaluator 'none' doubts nothing"
-    elif sampling.copy_returns and None in (device.marks, device.left):
-        settings, reason = ["copy_returns"], "the task does not say what its steps leave"
+    if reason is None:
+        device = TASKS[config["task"]].device
+        assert device is not None
+        if sampling.doubt_weight and "none" in parse_evaluator(config["evaluator"]):
+            settings, reason = ["doubt_weight"], "evaluator 'none' doubts nothing"
+        elif sampling.copy_returns and None in (device.marks, device.left):
+            settings, reason = ["copy_returns"], "the task does not say what its steps leave"
     if reason is not None:
         value = getattr(sampling, settings[0])
         accepted = False if value is True else 0
@@ -293,11 +291,7 @@ def _check_legal_only(config: Mapping[str, Any], name: str, sampling: SamplingCo
     """Raises ValueError where `legal_only` would do nothing."""
     if not sampling.legal_only:
         return
-    device, reason = TASKS[config["task"]].device, None
-    if device is None or device.moves is None:
-        reason = f"task {config['task']!r} does not list its legal steps"
-    elif not config["use_verifier"]:
-        reason = "without use_verifier nothing says which steps are legal"
+    reason = _find_lack(config, "moves", "does not list its legal steps", "which steps are legal")
     if reason is not None:
         raise ValueError(f"{name}.sampling.legal_only=True: accepted is False, as {reason}")
 
@@ -306,13 +300,20 @@ def _check_states(config: Mapping[str, Any]) -> None:
     """Raises ValueError where evaluator "state_value" would be shown nothing."""
     if "state_value" not in parse_evaluator(config["evaluator"]):
         return
-    device, reason = TASKS[config["task"]].device, None
-    if device is None or device.observe is None:
-        reason = f"task {config['task']!r} does not say what its states are"
-    elif not config["use_verifier"]:
-        reason = "without use_verifier nothing says what the states are"
+    lack = "does not say what its states are"
+    reason = _find_lack(config, "observe", lack, "what the states are")
     if reason is not None:
         raise ValueError(f"evaluator {config['evaluator']!r}: {reason}")
+
+
+def _find_lack(config: Mapping[str, Any], offer: str, lack: str, what: str) -> str | None:
+    """Why a setting that needs `DeviceTask`'s field `offer` does nothing; None where it may."""
+    device = TASKS[config["task"]].device
+    if device is None or getattr(device, offer) is None:
+        return f"task {config['task']!r} {lack}"
+    if not config["use_verifier"]:
+        return f"without use_verifier nothing says {what}"
+    return None
 
 
 def _make_language(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32
-from rlm_jax.inference.tried import token_at
+from rlm_jax.inference.tried import mark_tokens, token_at
 from rlm_jax.models.attention import MASKED_SCORE
 
 
@@ -53,9 +53,7 @@ def hold_to_allowed(
     A row that follows no step is free: of its state nothing is listed.
     """
     token, follows = token_at(allowed.tokens, allowed.length, allowed.followed, index)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    goes_on = jnp.zeros(logits.shape, bool)
-    goes_on = goes_on.at[rows, jnp.where(follows, token, logits.shape[-1])].set(True, mode="drop")
+    goes_on = mark_tokens(token, follows, logits.shape[-1])
     whole = (allowed.followed & (index == allowed.length) & (index > 0)).any(-1)[:, None]
     goes_on |= whole & allowed.ends | (index == 0) & allowed.besides
     held = whole | follows.any(-1)[:, None]

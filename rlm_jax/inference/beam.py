@@ -113,7 +113,7 @@ def grow_beams(
     num_offers = offers.ids.shape[-1]
     # A beam's offers and, behind them, itself: one of the two is out of the race.
     # And what no step may go on with is no offer, even where there is nothing else.
-    barred = jnp.take_along_axis(logits, offers.ids, 1) <= MASKED_SCORE / 2
+    barred = offers.logprob <= MASKED_SCORE / 2
     fresh = jnp.where(ended[:, None] | barred, -jnp.inf, offers.score)
     itself = jnp.where(ended, score, -jnp.inf)[:, None]
     race = jnp.concatenate([fresh, itself], -1).reshape(-1, num_siblings * (num_offers + 1))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32
-from rlm_jax.inference.tried import token_at
+from rlm_jax.inference.tried import mark_tokens, token_at
 from rlm_jax.models.attention import MASKED_SCORE
 
 
@@ -61,9 +61,7 @@ def hold_to_copies(
     No step begins with a token that goes back where there is nothing to go back to.
     """
     token, follows = _at(copies, index)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    spelled = jnp.zeros(logits.shape, bool)
-    spelled = spelled.at[rows, jnp.where(follows, token, logits.shape[-1])].set(True, mode="drop")
+    spelled = mark_tokens(token, follows, logits.shape[-1])
     # A row is free that spells none; so it is behind a text that did not end its step.
     held = follows.any(-1)[:, None]
     barred = jnp.where(index == 0, ~held & copies.begins, held & ~spelled)

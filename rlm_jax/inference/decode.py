@@ -190,11 +190,12 @@ def decode_steps(
         ended = ~active | ended | (out.length >= limits)
         tried = None if loop.tried is None else follow_tried(loop.tried, loop.index, token)
         copies = None if loop.copies is None else follow_copies(loop.copies, loop.index, token)
-        held = None if loop.allowed is None else follow_allowed(loop.allowed, loop.index, token)
-        return _Loop(loop.index + 1, ended, step, out, tried, copies, held)
+        allowed = None if loop.allowed is None else follow_allowed(loop.allowed, loop.index, token)
+        return _Loop(loop.index + 1, ended, step, out, tried, copies, allowed)
 
-    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried)
-    loop = dataclasses.replace(loop, copies=copies, allowed=allowed)
+    with_logprobs = tried is not None
+    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, with_logprobs)
+    loop = dataclasses.replace(loop, tried=tried, copies=copies, allowed=allowed)
     return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
 
 
@@ -269,7 +270,9 @@ def _keep(active, new: AnswerState, loop: _Loop) -> AnswerState:
     return jax.tree.map(pick, new, loop.out.answers)
 
 
-def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tried) -> _Loop:
+def _begin(
+    hidden, answers, limits, score, cfg, num_slots, with_uncertainty, with_logprobs
+) -> _Loop:
     rows = limits.shape[0]
     number = jnp.zeros_like(limits)
     real = number.astype(jnp.float32)
@@ -289,7 +292,7 @@ def _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, tri
         forwarded_tokens=number,
         score=score,
         uncertainty=Uncertainty(real, real) if with_uncertainty else None,
-        token_logprobs=None if tried is None else real[:, None] + jnp.zeros(num_slots),
+        token_logprobs=real[:, None] + jnp.zeros(num_slots) if with_logprobs else None,
     )
     idle = limits <= 0 if score is None else score == -jnp.inf
-    return _Loop(number.sum(), idle, init_step_state(number), out, tried)
+    return _Loop(number.sum(), idle, init_step_state(number), out)

@@ -75,3 +75,12 @@ def token_at(
 ) -> tuple[Int32[Array, "R X"], Bool[Array, "R X"]]:
     """Token `index` of X texts of each row, and whether the row has followed the text to there."""
     return tokens[:, :, index], followed & (index < length)
+
+
+def mark_tokens(
+    token: Int32[Array, "R X"], follows: Bool[Array, "R X"], num_tokens: int
+) -> Bool[Array, "R V"]:
+    """The tokens that the texts which a row follows go on with, of V."""
+    rows = jnp.arange(token.shape[0])[:, None]
+    marked = jnp.zeros((token.shape[0], num_tokens), bool)
+    return marked.at[rows, jnp.where(follows, token, num_tokens)].set(True, mode="drop")

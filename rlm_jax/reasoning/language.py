@@ -179,7 +179,7 @@ def _plan_steps(lm, cfg, keys, world, structure, request, rows) -> functools.par
         with_uncertainty=world.path_uncertainty is not None,
         tried=find_tried(cfg, world, structure, rows) if cfg.sampling.no_repeats else None,
         copies=find_copies(lm, cfg, world, structure, rows) if cfg.sampling.copy_returns else None,
-        allowed=find_allowed(lm, cfg, world, rows) if cfg.sampling.legal_only else None,
+        allowed=find_allowed(lm, cfg, world, request) if cfg.sampling.legal_only else None,
         first_bias=find_first_bias(lm, cfg, structure, rows),
     )
 
@@ -239,15 +239,17 @@ def find_copies(lm, cfg, world, structure, rows) -> Copies:
     return make_copies(task.returns(tables), task.marks(tables), world.tokens[at], length)
 
 
-def find_allowed(lm, cfg, world, rows) -> Allowed:
-    """The legal steps of each row; in a chain, beside those that go back."""
+def find_allowed(lm, cfg, world, request) -> Allowed:
+    """The legal steps of each row, spelled once for all rows of a node; in a chain, beside those
+    that go back."""
     task, tables = cfg.task, lm.task_tables
     assert task is not None
     assert task.moves is not None
     spell = task.moves.spell
-    states = jax.tree.map(rows.of_parent, world.task_state)
+    states = jax.tree.map(Rows(jnp.maximum(request.nodes, 0), 1).of_parent, world.task_state)
     room = min(lm.step_rule.max_tokens, world.tokens.shape[-1])
-    tokens, length = jax.vmap(lambda state: spell(tables, state, room))(states)
+    spelled = jax.vmap(lambda state: spell(tables, state, room))(states)
+    tokens, length = (jnp.repeat(array, request.num_children, axis=0) for array in spelled)
     ends = task.moves.ends(tables)
     # Of tokens without text only some end a step; spare rows of an embedding end none.
     rule = lm.step_rule.ends | lm.step_rule.final

@@ -342,13 +342,12 @@ def list_moves(
     first, second = np.tile(first, 4), np.tile(second, 4)
     # Numbers fall, so that the first is the larger one.
     left, right = here[first], here[second]
-    fits = left.astype(jnp.float32) * right.astype(jnp.float32) < 10**MAX_DIGITS
-    divisor = jnp.maximum(right, 1)
-    product = jnp.where(fits, left, 0) * jnp.where(fits, right, 0)
-    results = jnp.stack([left + right, left - right, product, left // divisor])
+    # A product that is too large for 32 bits is not right either.
+    quotient = left // jnp.maximum(right, 1)
+    results = jnp.stack([left + right, left - right, left * right, quotient])
     result = results[sign, np.arange(len(sign))]
     legal = (second < state.count) & (tables.number[0] >= 0) & (result < 10**MAX_DIGITS)
-    legal &= jnp.where(sign == 2, fits, (sign != 3) | (right > 0) & (left % divisor == 0))
+    legal &= jax.vmap(_is_right)(jnp.asarray(sign), left, right, result)
     place = np.arange(MAX_NUMBERS)
     used = (place == first[:, None]) | (place == second[:, None])
     # Rising, what there is not in front; two are used up.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from holding import write_steps
 
 from rlm_jax.inference.allowed import follow_allowed, hold_to_allowed, make_allowed
 
@@ -23,25 +24,12 @@ def allowed_of(rows):
     return _make(jnp.asarray(tokens), jnp.asarray(length), ids == END, ids == BACK)
 
 
-def write(allowed, seed, num_tokens=5):
-    """Steps by random logits, each until its END."""
-    rng = np.random.default_rng(seed)
-    written = []
-    for index in range(num_tokens):
-        logits = jnp.asarray(rng.normal(size=(allowed.length.shape[0], NUM_TOKENS)), jnp.float32)
-        noise = rng.gumbel(size=logits.shape)
-        token = np.argmax(np.asarray(_hold(logits, allowed, index)) + noise, -1)
-        written.append(token)
-        allowed = _follow(allowed, index, jnp.asarray(token, jnp.int32))
-    rows = np.stack(written, 1).tolist()
-    return [row[: row.index(END)] if END in row else row for row in rows]
-
-
 def test_every_step_is_on_the_list_and_all_are_written():
     allowed = allowed_of([STEPS, []] * 50)
     seen, free, back = set(), set(), set()
     for seed in range(10):
-        for row, step in enumerate(write(allowed, seed)):
+        for row, step in enumerate(write_steps(_hold, _follow, allowed, seed, NUM_TOKENS, END)):
+            step = step[:-1] if step[-1] == END else step
             if row % 2:
                 free.add(tuple(step))
             elif step[:1] == [BACK]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from holding import write_steps
 
 from rlm_jax.inference.copying import follow_copies, hold_to_copies, make_copies
 from rlm_jax.inference.sampling import SamplingConfig
@@ -24,27 +25,13 @@ def copies_of(rows):
     return _make(ids == BACK, ids == MARK, jnp.asarray(tokens), jnp.asarray(length))
 
 
-def write(copies, seed, num_tokens=5):
-    """Steps by random logits, each until its END."""
-    rng = np.random.default_rng(seed)
-    steps = []
-    for index in range(num_tokens):
-        logits = jnp.asarray(rng.normal(size=(copies.length.shape[0], NUM_TOKENS)), jnp.float32)
-        noise = rng.gumbel(size=logits.shape)
-        token = np.argmax(np.asarray(_hold(logits, copies, index)) + noise, -1)
-        steps.append(token)
-        copies = _follow(copies, index, jnp.asarray(token, jnp.int32))
-    rows = np.stack(steps, 1).tolist()
-    return [row[: row.index(END) + 1] if END in row else row for row in rows]
-
-
 def test_what_goes_back_spells_a_text_and_nothing_else_is_held():
     texts = {(4, 5, END), (4, 6, END), (5, END)}
     steps = [[3, 2, MARK, 4, 5, END], [MARK, MARK, 4, 6, END], [BACK, MARK, 5, END], [2, 4, END]]
     copies = copies_of([steps, []] * 50)
     seen, free = set(), set()
     for seed in range(20):
-        for row, step in enumerate(write(copies, seed)):
+        for row, step in enumerate(write_steps(_hold, _follow, copies, seed, NUM_TOKENS, END)):
             if row % 2:
                 # Nothing to go back to: no step does.
                 assert step[0] != BACK
