@@ -342,8 +342,8 @@ def _make_task_tables(checker: DeviceTask, policy: Policy, legal_only: bool) -> 
     tables = checker.make_tables([*map(policy.tokenizer.token_bytes, known), *[b""] * spare])
     if legal_only and checker.moves is not None and not checker.moves.fits(tables):
         raise ValueError(
-            f"sampling.legal_only=True: accepted is False with {policy.version}, whose vocabulary "
-            "spells other than the task's own steps are spelled"
+            f"sampling.legal_only=True: accepted is False with {policy.version}, whose tokens are "
+            "not those that the task spells its steps with"
         )
     return tables
 
