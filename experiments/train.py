@@ -53,7 +53,7 @@ from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
 from rlm_jax.models.load import find_model
 from rlm_jax.models.number_embedding import init_number_embeddings
-from rlm_jax.reasoning.language_values import parse_evaluator
+from rlm_jax.reasoning.language_values import needs_state_value
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlm_jax.text.train_tokenizer import train_puzzle_tokenizer
 from rlm_jax.viz.training import TrainingDisplay, draw_trees, watch_training
@@ -165,7 +165,7 @@ def _check_state_value(
             f"train.begin_with={config['train']['begin_with']}: its network for states is "
             f"{begun.cfg}, train.state_value.network asks for {asked.network}"
         )
-    wanted = "state_value" in parse_evaluator(config["evaluator"])
+    wanted = needs_state_value(config["evaluator"])
     if wanted and asked is None and begun is None:
         raise ValueError(
             f"evaluator {config['evaluator']!r}: accepted with train.state_value.num_steps "

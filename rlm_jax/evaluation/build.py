@@ -24,7 +24,7 @@ from rlm_jax.models.presets import preset
 from rlm_jax.models.quantize import check_quantization, quantize_params
 from rlm_jax.models.state_value import STATE_VALUE, StateValue
 from rlm_jax.reasoning.language import LanguageConfig, LanguageModel
-from rlm_jax.reasoning.language_values import parse_evaluator, write_evaluator
+from rlm_jax.reasoning.language_values import needs_state_value, parse_evaluator, write_evaluator
 from rlm_jax.reasoning.protocol import Strategy
 from rlm_jax.reasoning.strategies import (
     beam,
@@ -224,11 +224,11 @@ def build_solver(
             raise ValueError(f"evaluator 'value_head': {policy.version} comes without a value head")
         value_head = policy.value_head
     state_value = None
-    if "state_value" in parse_evaluator(language.evaluator):
+    if needs_state_value(language.evaluator):
         if policy.state_value is None:
             raise ValueError(
-                f"evaluator 'state_value': {policy.version} comes without a network for states "
-                f"({STATE_VALUE}); accepted is another evaluator, such as value_head"
+                f"evaluator {language.evaluator!r}: {policy.version} comes without a network for "
+                f"states ({STATE_VALUE}); accepted is another evaluator, such as value_head"
             )
         state_value = policy.state_value
     task = TASKS[config["task"]]
@@ -297,11 +297,13 @@ def _check_legal_only(config: Mapping[str, Any], name: str, sampling: SamplingCo
 
 
 def _check_states(config: Mapping[str, Any]) -> None:
-    """Raises ValueError where evaluator "state_value" would be shown nothing."""
-    if "state_value" not in parse_evaluator(config["evaluator"]):
+    """Raises ValueError where the network for states would be shown nothing."""
+    if not needs_state_value(config["evaluator"]):
         return
     lack = "does not say what its states are"
     reason = _find_lack(config, "observe", lack, "what the states are")
+    if reason is None and "state_lookahead" in parse_evaluator(config["evaluator"]):
+        reason = _find_lack(config, "outcomes", "does not list the states one step on", "which")
     if reason is not None:
         raise ValueError(f"evaluator {config['evaluator']!r}: {reason}")
 

@@ -12,10 +12,13 @@ All values are in [0, 1] but for a value head or a `dead_value` of another range
   p_yes       the policy's own P(yes) when asked whether the reasoning so far is right
   value_head  a value head on the state after the step (spec B3)
   state_value a network of its own, on what the task says the state is (`models/state_value.py`)
+  state_lookahead the best that this network says of the states one step on, which the task lists:
+              what can be reached from them is easier to see (one-step lookahead with a known model:
+              Sutton and Barto 2018, chapter 8). It reads more states, and writes no token
   rollout     what comes of the path when the policy finishes it (`language_rollout.py`)
   none        0
-A score of p_yes, value_head or state_value judges one step; `aggregate` makes the path's value of
-them. Several evaluators are mixed by weights: "value_head=0.5,rollout=0.5".
+A score of p_yes, value_head, state_value or state_lookahead judges one step; `aggregate` makes the
+path's value of them. Several evaluators are mixed by weights: "value_head=0.5,rollout=0.5".
 """
 
 import math
@@ -39,10 +42,12 @@ from rlm_jax.text.answers import AnswerState
 
 EVALUATORS = (
     "confidence", "likelihood", "entropy", "varentropy", "consistency", "p_yes", "value_head",
-    "state_value", "rollout", "none",
+    "state_value", "state_lookahead", "rollout", "none",
 )  # fmt: skip
 UNCERTAINTIES = ("entropy", "varentropy")
-STEP_SCORES = ("p_yes", "value_head", "state_value")
+STATE_JUDGES = ("state_value", "state_lookahead")
+STEP_SCORES = ("p_yes", "value_head", *STATE_JUDGES)
+_ROWS_AHEAD = 512  # States that are read at once.
 ValueFn = Callable[[PyTree, Array], Array]
 
 
@@ -124,6 +129,11 @@ def needs_uncertainty(evaluator: str) -> bool:
     return not set(UNCERTAINTIES).isdisjoint(parse_evaluator(evaluator))
 
 
+def needs_state_value(evaluator: str | Mapping[str, float]) -> bool:
+    """Whether a setting names an evaluator that asks the network for states."""
+    return not set(STATE_JUDGES).isdisjoint(parse_evaluator(evaluator))
+
+
 def needs_contexts(evaluator: str) -> bool:
     """Whether a setting names an evaluator that the policy forwards tokens for, behind a path."""
     return not {"p_yes", "rollout"}.isdisjoint(parse_evaluator(evaluator))
@@ -155,7 +165,7 @@ def evaluate_paths(
 
     Args:
       contexts: keys and values of all that stands before position `ends`.
-      state_value, task: for evaluator "state_value", a network and what it is shown.
+      state_value, task: for evaluators of `STATE_JUDGES`, a network and what it is shown.
     """
     scored = jnp.zeros_like(paths.num_tokens)
     num_tokens = jnp.maximum(paths.num_tokens, 1).astype(jnp.float32)
@@ -173,6 +183,8 @@ def evaluate_paths(
         score, scored = _ask_judge(policy, judge, paths, contexts, model)
     elif evaluator == "state_value":
         score, scored = _judge_states(state_value, task, paths)
+    elif evaluator == "state_lookahead":
+        score, scored = _look_ahead(state_value, task, paths)
     else:
         assert value_fn is not None
         score = value_fn(value_head, paths.hidden).astype(jnp.float32)
@@ -201,6 +213,42 @@ def _judge_states(
     value = apply_state_value(network, seen.items, seen.goal)
     num_items = 1 + (seen.items >= 0).sum(axis=1, dtype=jnp.int32)
     return value, jnp.where(paths.fresh, num_items, 0)
+
+
+def _look_ahead(
+    network: StateValue | None, task: DeviceTask | None, paths: Paths
+) -> tuple[Array, Array]:
+    """The best that a network says of the states one step on, and the items it read of them.
+
+    Where the task lists none it says what it says of the state itself.
+    """
+    value, scored = _judge_states(network, task, paths)
+    assert network is not None
+    assert task is not None
+    assert task.outcomes is not None
+    seen = jax.vmap(task.outcomes)(paths.task_state)
+    wanted = (seen.items >= 0).any(-1) & paths.fresh[:, None]
+    num_rows, num_moves = wanted.shape
+    num_wanted = wanted.sum(dtype=jnp.int32)
+    items = seen.items.reshape(num_rows * num_moves, -1)
+    goals = seen.goal.reshape(-1)
+    # Most places of a list are empty: those that are not are read one batch after the other.
+    order = jnp.argsort(~wanted.reshape(-1), stable=True)
+    size = min(_ROWS_AHEAD, order.shape[0])
+
+    def read(carry):
+        start, best = carry
+        place = start + jnp.arange(size)
+        at = order[jnp.minimum(place, order.shape[0] - 1)]
+        row = jnp.where(place < num_wanted, at // num_moves, num_rows)
+        found = apply_state_value(network, items[at], goals[at])
+        return start + size, best.at[row].max(found, mode="drop")
+
+    begun = (jnp.zeros_like(num_wanted), jnp.zeros_like(value))
+    _, best = jax.lax.while_loop(lambda carry: carry[0] < num_wanted, read, begun)
+    num_items = jnp.where(wanted, 1 + (seen.items >= 0).sum(-1, dtype=jnp.int32), 0).sum(1)
+    is_ahead = wanted.any(1)
+    return jnp.where(is_ahead, best, value), jnp.where(is_ahead, num_items, scored)
 
 
 def _ask_judge(policy, judge, paths, contexts, model) -> tuple[Array, Array]:

@@ -108,8 +108,8 @@ class LanguageConfig:
 class LanguageModel:
     """Everything the expander computes with: the `params` of both drivers.
 
-    task_tables: what `LanguageConfig.task` made of the vocabulary. state_value: for evaluator
-    "state_value", which needs a task that says what its states are.
+    task_tables: what `LanguageConfig.task` made of the vocabulary. state_value: for evaluators
+    that ask it (`language_values.STATE_JUDGES`), which need a task that says what its states are.
     """
 
     policy: Params

@@ -328,14 +328,22 @@ def observe(state: State) -> Observation:
     return Observation(jnp.where(known, numbers, _NONE), jnp.where(known, state.target, _NONE))
 
 
-def list_moves(
-    tables: Tables, state: State, num_slots: int
-) -> tuple[Int32[Array, "M S"], Int32[Array, "M"]]:
-    """Tokens of every legal line, spelled as demonstrations are: `10 - 4 = 6 ; 4 6 7`.
+@struct
+class Moves:
+    """All M pairs of numbers and signs from a state, the larger number first.
 
-    The larger number stands first. None of a problem that is not known, or where the vocabulary
-    spells otherwise.
+    rest: what is left behind it, rising, -1 in front where there are fewer. legal: it is one.
     """
+
+    left: Int32[Array, "M"]
+    sign: Int32[Array, "M"]
+    right: Int32[Array, "M"]
+    result: Int32[Array, "M"]
+    rest: Int32[Array, "M 7"]
+    legal: Bool[Array, "M"]
+
+
+def _make_moves(state: State) -> Moves:
     here = state.path[jnp.maximum(state.count - 1, 0)]
     first, second = np.triu_indices(MAX_NUMBERS, 1)
     sign = np.repeat(np.arange(4), len(first))
@@ -346,17 +354,40 @@ def list_moves(
     quotient = left // jnp.maximum(right, 1)
     results = jnp.stack([left + right, left - right, left * right, quotient])
     result = results[sign, np.arange(len(sign))]
-    legal = (second < state.count) & (tables.number[0] >= 0) & (result < 10**MAX_DIGITS)
-    legal &= jax.vmap(_is_right)(jnp.asarray(sign), left, right, result)
+    legal = (second < state.count) & (result < 10**MAX_DIGITS)
+    sign = jnp.asarray(sign)
+    legal &= jax.vmap(_is_right)(sign, left, right, result)
     place = np.arange(MAX_NUMBERS)
     used = (place == first[:, None]) | (place == second[:, None])
-    # Rising, what there is not in front; two are used up.
+    # Two are used up, and stand in front.
     rest = jnp.append(jnp.where(used, _NONE, here), result[:, None], -1)
-    rest = jnp.sort(rest)[:, 2:]
-    rest = jnp.where(state.count == 2, _NONE, rest)
+    return Moves(left, sign, right, result, jnp.sort(rest)[:, 2:], legal)
+
+
+def list_moves(
+    tables: Tables, state: State, num_slots: int
+) -> tuple[Int32[Array, "M S"], Int32[Array, "M"]]:
+    """Tokens of every legal line, spelled as demonstrations are: `10 - 4 = 6 ; 4 6 7`.
+
+    The larger number stands first. None of a problem that is not known, or where the vocabulary
+    spells otherwise.
+    """
+    moves = _make_moves(state)
+    rest = jnp.where(state.count == 2, _NONE, moves.rest)
     spell = functools.partial(_spell_line, tables, num_slots=num_slots)
-    tokens, length = jax.vmap(spell)(left, jnp.asarray(sign), right, result, rest)
-    return tokens, jnp.where(legal & (length < num_slots), length, 0)
+    tokens, length = jax.vmap(spell)(moves.left, moves.sign, moves.right, moves.result, rest)
+    fits = (tables.number[0] >= 0) & (length < num_slots)
+    return tokens, jnp.where(moves.legal & fits, length, 0)
+
+
+def list_outcomes(state: State) -> Observation:
+    """What `observe` says behind every legal line that leaves more than one number."""
+    moves = _make_moves(state)
+    open_still = (moves.legal & (state.count > 2))[:, None]
+    return Observation(
+        jnp.where(open_still, moves.rest, _NONE),
+        jnp.full_like(moves.result, state.target),
+    )
 
 
 def _spell_line(tables, left, sign, right, result, rest, *, num_slots):
@@ -406,4 +437,5 @@ DEVICE_TASK = DeviceTask(
     find_marks,
     find_left,
     MoveList(list_moves, find_ends, lambda tables: tables.number[0] >= 0),
+    list_outcomes,
 )

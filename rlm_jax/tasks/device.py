@@ -81,6 +81,9 @@ class DeviceTask(NamedTuple):
         None where steps do not say what they leave.
       left: state -> `key` of the states [K] that a step may go back to, 0 where there is none.
       moves: how it lists all legal steps; None for a task that does not.
+      outcomes: state -> what `observe` says behind each of M legal steps, items [M, ...] and goals
+        [M]; no items where there is no step, or the task decides itself what lies behind it. None
+        for a task that does not say.
     """
 
     make_tables: Callable[[Sequence[bytes]], PyTree]
@@ -94,3 +97,4 @@ class DeviceTask(NamedTuple):
     marks: Callable[[PyTree], Bool[Array, "V"]] | None = None
     left: Callable[[PyTree], UInt32[Array, "K"]] | None = None
     moves: MoveList | None = None
+    outcomes: Callable[[PyTree], Observation] | None = None

@@ -124,6 +124,7 @@ def test_use_verifier_is_yes_or_no():
             "doubt_weight=1.0: accepted is 0, as evaluator 'none' doubts nothing",
         ),
         ("puct", {"evaluator": "state_value"}, "'state_value': task 'free' does not say what its"),
+        ("puct", {"evaluator": "state_lookahead"}, "task 'free' does not say what its states"),
         (
             "puct",
             {"evaluator": "state_value=1,likelihood=1", "task": "game24", "use_verifier": False},

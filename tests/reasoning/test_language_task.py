@@ -3,6 +3,7 @@
 Every verdict is recomputed in plain Python from the tokens that the nodes hold.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -15,6 +16,7 @@ from test_language import LIMIT, PROMPTS, encode, keys_of, language
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.heads import apply_value_head
 from rlm_jax.models.state_value import StateValueConfig, apply_state_value, init_state_value
+from rlm_jax.reasoning import language_values
 from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import begin, keep_world, make_expand
 from rlm_jax.reasoning.operators.structure import keep_subtree
@@ -346,6 +348,45 @@ def test_steps_of_trees_do_not_begin_with_what_goes_back(model):
     assert unbiased.intersection(barred)
     biased = dataclasses.replace(greedy, return_bias=-50.0)
     assert not first_tokens(task=task, sampling=biased, **chain).intersection(barred)
+
+
+def outcomes(state):
+    """Three sums one step on, the last of which no state has behind the second step."""
+    sums = state["sum"] + jnp.arange(1, 4)
+    there = (jnp.arange(3) < 2) | (state["steps"] < 2)
+    open_still = there & (state["steps"] < 3)
+    return Observation(jnp.where(open_still, sums, -1)[:, None], jnp.full(3, 2))
+
+
+@pytest.mark.parametrize("rows_ahead", [512, 5])
+def test_lookahead_is_worth_the_best_state_one_step_on(judging, monkeypatch, rows_ahead):
+    monkeypatch.setattr(language_values, "_ROWS_AHEAD", rows_ahead)
+    network = judging[0].state_value
+    task = TASK._replace(observe=observe, outcomes=outcomes)
+    structure, world, config = search(judging, evaluator="state_lookahead", task=task)
+    states = jax.device_get(world.task_state)
+
+    def judge(items):
+        goals = jnp.full(len(items), 2, jnp.int32)
+        return apply_state_value(network, jnp.asarray(items, jnp.int32), goals)
+
+    looked = collections.Counter()
+    for row, oracle in enumerate(oracles(judging, structure, world, config)):
+        scored = 0
+        for node in oracle.made:
+            if not (oracle.alive[node] and oracle.goes_on(node)):
+                continue
+            total, steps = (int(states[name][row, node]) for name in ("sum", "steps"))
+            ahead = [[total + more] for more in range(1, 4 if steps < 2 else 3)]
+            read = ahead if steps < 3 else [[total, steps]]
+            scored += sum(1 + len(items) for items in read)
+            looked[steps] += 1
+            below = [i for i in oracle.made if oracle.s.parent[i] == node]
+            dead_end = bool(below) and all(map(oracle.illegal.get, below))
+            expected = config.dead_value if dead_end else float(judge(read).max())
+            np.testing.assert_allclose(oracle.s.model_value[node], expected, atol=1e-6)
+        assert oracle.s.budget.scored_tokens == scored
+    assert min(looked[steps] for steps in (1, 2, 3)) > 3, looked
 
 
 def test_chains_go_back_where_their_evaluator_sees_no_way_on(judging):

@@ -643,6 +643,28 @@ def test_the_device_spells_every_legal_line_and_no_other(highest):
     assert found > 50
 
 
+def test_the_device_lists_the_states_behind_every_legal_line():
+    """Against the solver's; the states that are left with one number the task decides itself."""
+    tokenizer, rng = ByteTokenizer(), np.random.default_rng(3)
+    pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    tables, begin = countdown_device.make_tables(pieces), jax.jit(countdown_device.begin)
+    look = jax.jit(countdown_device.DEVICE_TASK.outcomes)
+    for size in (2, 3, 4, 6, 8):
+        numbers = np.sort(rng.integers(1, 100, size))
+        prompt = tokenizer.encode("24 : " + " ".join(map(str, numbers)) + "\n")
+        state = begin(tables, np.pad(prompt, (0, 48 - len(prompt))), len(prompt))
+        seen = look(state)
+        there = (np.asarray(seen.items) >= 0).any(1)
+        assert (np.asarray(seen.goal)[there] == 24).all()
+        found = {tuple(sorted(n for n in row if n >= 0)) for row in seen.items[there].tolist()}
+        listed = list_moves(numbers[None])
+        wanted = {tuple(sorted(s)) for s in listed.states[0][listed.legal[0]].tolist()}
+        assert found == (wanted if size > 2 else set())
+    unknown = tokenizer.encode("Make 24 out of 4 4 7 10.\n")
+    seen = look(begin(tables, np.pad(unknown, (0, 48 - len(unknown))), len(unknown)))
+    assert (np.asarray(seen.items) < 0).all()
+
+
 @pytest.mark.parametrize("name", ["bytes", "pieces"])
 def test_a_vocabulary_that_cuts_numbers_elsewhere_lists_nothing(name):
     pieces = _vocabularies()[name]
