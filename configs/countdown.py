@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     sampling |= {"min_ratio": 0.0, "no_repeats": False, "copy_returns": False, "legal_only": False}
+    sampling["value_weight"] = 0.0
     sampling |= {"return_bias": 0.0, "doubt_weight": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.

@@ -50,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "no_repeats": False,
         "copy_returns": False,
         "legal_only": False,
+        "value_weight": 0.0,
         "return_bias": 0.0,
         "doubt_weight": 0.0,
     }

@@ -224,11 +224,14 @@ def build_solver(
             raise ValueError(f"evaluator 'value_head': {policy.version} comes without a value head")
         value_head = policy.value_head
     state_value = None
-    if needs_state_value(language.evaluator):
+    if needs_state_value(language.evaluator) or language.sampling.value_weight:
         if policy.state_value is None:
+            setting = f"evaluator {language.evaluator!r}"
+            if not needs_state_value(language.evaluator):
+                setting = f"sampling.value_weight={language.sampling.value_weight}"
             raise ValueError(
-                f"evaluator {language.evaluator!r}: {policy.version} comes without a network for "
-                f"states ({STATE_VALUE}); accepted is another evaluator, such as value_head"
+                f"{setting}: {policy.version} comes without a network for "
+                f"states ({STATE_VALUE}); accepted is what needs none, such as value_head"
             )
         state_value = policy.state_value
     task = TASKS[config["task"]]
@@ -294,6 +297,11 @@ def _check_legal_only(config: Mapping[str, Any], name: str, sampling: SamplingCo
     reason = _find_lack(config, "moves", "does not list its legal steps", "which steps are legal")
     if reason is not None:
         raise ValueError(f"{name}.sampling.legal_only=True: accepted is False, as {reason}")
+    if sampling.value_weight:
+        reason = _find_lack(config, "outcomes", "does not list the states one step on", "which")
+    if reason is not None:
+        where = f"{name}.sampling.value_weight={sampling.value_weight}"
+        raise ValueError(f"{where}: accepted is 0, as {reason}")
 
 
 def _check_states(config: Mapping[str, Any]) -> None:

@@ -25,7 +25,8 @@ class Allowed:
 
     tokens: [R, M, S], without what ends a step. length: 0 where there is none. followed: the row
     has written the step's tokens so far. ends: the tokens that end a step. besides: the first
-    tokens of steps that are not listed, and go on freely.
+    tokens of steps that are not listed, and go on freely. bonus: added to the log-probability of
+    each step; None adds nothing.
     """
 
     tokens: Int32[Array, "R M S"]
@@ -33,6 +34,7 @@ class Allowed:
     followed: Bool[Array, "R M"]
     ends: Bool[Array, "V"]
     besides: Bool[Array, "V"]
+    bonus: Float32[Array, "R M"] | None = None
 
 
 def make_allowed(
@@ -40,9 +42,10 @@ def make_allowed(
     length: Int32[Array, "R M"],
     ends: Bool[Array, "V"],
     besides: Bool[Array, "V"],
+    bonus: Float32[Array, "R M"] | None = None,
 ) -> Allowed:
     """The steps before any token is written."""
-    return Allowed(tokens, length, length > 0, ends, besides)
+    return Allowed(tokens, length, length > 0, ends, besides, bonus)
 
 
 def hold_to_allowed(
@@ -50,14 +53,29 @@ def hold_to_allowed(
 ) -> Float32[Array, "R V"]:
     """Logits of token `index` of each row: of what its steps go on with alone.
 
-    A row that follows no step is free: of its state nothing is listed.
+    A row that follows no step is free: of its state nothing is listed. A token's bonus is that of
+    the best step that it leads to, and so a step's is its own once its last token is written.
     """
     token, follows = token_at(allowed.tokens, allowed.length, allowed.followed, index)
     goes_on = mark_tokens(token, follows, logits.shape[-1])
     whole = (allowed.followed & (index == allowed.length) & (index > 0)).any(-1)[:, None]
     goes_on |= whole & allowed.ends | (index == 0) & allowed.besides
     held = whole | follows.any(-1)[:, None]
+    if allowed.bonus is not None:
+        logits += _token_bonus(token, follows, allowed.bonus, logits.shape[-1])
     return jnp.where(held & ~goes_on, MASKED_SCORE, logits)
+
+
+def _token_bonus(
+    token: Int32[Array, "R M"], follows: Bool[Array, "R M"], bonus: Float32[Array, "R M"], size: int
+) -> Float32[Array, "R V"]:
+    """The best bonus behind each of `size` tokens, beside the best of all; 0 of other tokens."""
+    bonus = jnp.where(follows, bonus, -jnp.inf)
+    best = bonus.max(1, keepdims=True)
+    rows = jnp.arange(token.shape[0])[:, None]
+    found = jnp.full((token.shape[0], size), -jnp.inf)
+    found = found.at[rows, jnp.where(follows, token, size)].max(bonus, mode="drop")
+    return jnp.where(found > -jnp.inf, found - best, 0.0)
 
 
 def follow_allowed(allowed: Allowed, index: Int32[Array, ""], token: Int32[Array, "R"]) -> Allowed:

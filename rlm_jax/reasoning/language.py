@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.budget import zero_budget
-from rlm_jax.core.types import Array, Bool, Float32, Key
+from rlm_jax.core.types import Array, Bool, Float32, Int32, Key
 from rlm_jax.inference.allowed import Allowed, make_allowed
 from rlm_jax.inference.attention import Context
 from rlm_jax.inference.copying import Copies, make_copies
@@ -30,6 +30,7 @@ from rlm_jax.inference.pages import (
 from rlm_jax.inference.tried import Tried, make_tried
 from rlm_jax.models.attention import MASKED_SCORE
 from rlm_jax.reasoning.language_evaluate import Judged, NewSteps, evaluate, stated_answers
+from rlm_jax.reasoning.language_lookahead import look_ahead, weigh_steps
 from rlm_jax.reasoning.language_task import Verdicts, check_steps
 from rlm_jax.reasoning.language_values import needs_contexts
 from rlm_jax.reasoning.language_world import (
@@ -82,7 +83,10 @@ def make_expand(cfg: LanguageConfig) -> Expand:
         world = dataclasses.replace(world, pages=pages)
         prompts = gather_prompts(world.pages)
 
-        decode = _plan_steps(lm, cfg, keys, world, structure, request, rows)
+        allowed, num_seen = None, tokens_left(structure) * 0
+        if cfg.sampling.legal_only:
+            allowed, num_seen = find_allowed(lm, cfg, world, request)
+        decode = _plan_steps(lm, cfg, keys, world, structure, request, rows, allowed)
 
         def judge(steps: DecodedSteps, contexts: tuple[Context, ...]) -> tuple[NewSteps, Judged]:
             verdicts = _check(lm, cfg, world, steps, rows)
@@ -110,6 +114,11 @@ def make_expand(cfg: LanguageConfig) -> Expand:
         grown = jax.lax.switch(branch, grow_fns)
         (steps, verdicts, duplicate), judged = grown if reads_contexts else judge(grown, ())
         duplicate = duplicate.reshape(slots.shape)
+        judged = dataclasses.replace(
+            judged,
+            scored_tokens=judged.scored_tokens + num_seen,
+            model_calls=judged.model_calls + (num_seen > 0),
+        )
         outcome = _outcome(cfg, structure, request, steps, verdicts, judged, duplicate)
         keep = outcome.valid & ~duplicate
         return outcome, _store(world, structure, rows, slots, steps, verdicts, keep)
@@ -157,7 +166,9 @@ def _find_duplicates(world, structure, request, steps, verdicts) -> Bool[Array, 
     return (found & (length > 0)).reshape(-1)
 
 
-def _plan_steps(lm, cfg, keys, world, structure, request, rows) -> functools.partial[DecodedSteps]:
+def _plan_steps(
+    lm, cfg, keys, world, structure, request, rows, allowed
+) -> functools.partial[DecodedSteps]:
     """`decode_steps` of one step for every row of the request, but for its contexts."""
     numbers = child_numbers(structure, request)
     starts = rows.step_starts(structure)
@@ -179,7 +190,7 @@ def _plan_steps(lm, cfg, keys, world, structure, request, rows) -> functools.par
         with_uncertainty=world.path_uncertainty is not None,
         tried=find_tried(cfg, world, structure, rows) if cfg.sampling.no_repeats else None,
         copies=find_copies(lm, cfg, world, structure, rows) if cfg.sampling.copy_returns else None,
-        allowed=find_allowed(lm, cfg, world, request) if cfg.sampling.legal_only else None,
+        allowed=allowed,
         first_bias=find_first_bias(lm, cfg, structure, rows),
     )
 
@@ -239,9 +250,9 @@ def find_copies(lm, cfg, world, structure, rows) -> Copies:
     return make_copies(task.returns(tables), task.marks(tables), world.tokens[at], length)
 
 
-def find_allowed(lm, cfg, world, request) -> Allowed:
+def find_allowed(lm, cfg, world, request) -> tuple[Allowed, Int32[Array, "B"]]:
     """The legal steps of each row, spelled once for all rows of a node; in a chain, beside those
-    that go back."""
+    that go back. And how many items were read of what they lead to."""
     task, tables = cfg.task, lm.task_tables
     assert task is not None
     assert task.moves is not None
@@ -249,13 +260,19 @@ def find_allowed(lm, cfg, world, request) -> Allowed:
     states = jax.tree.map(Rows(jnp.maximum(request.nodes, 0), 1).of_parent, world.task_state)
     room = min(lm.step_rule.max_tokens, world.tokens.shape[-1])
     spelled = jax.vmap(lambda state: spell(tables, state, room))(states)
+    bonus, num_seen = None, request.nodes[:, 0] * 0
+    if cfg.sampling.value_weight:
+        ahead = look_ahead(lm.state_value, task, states, request.grows.reshape(-1))
+        bonus = weigh_steps(ahead, cfg.sampling.value_weight)
+        bonus = jnp.repeat(bonus, request.num_children, axis=0)
+        num_seen = ahead.num_items.reshape(request.nodes.shape).sum(1)
     tokens, length = (jnp.repeat(array, request.num_children, axis=0) for array in spelled)
     ends = task.moves.ends(tables)
     # Of tokens without text only some end a step; spare rows of an embedding end none.
     rule = lm.step_rule.ends | lm.step_rule.final
     ends &= jnp.pad(rule, (0, ends.shape[0] - rule.shape[0]))
     besides = jnp.zeros_like(ends) if task.returns is None else task.returns(tables)
-    return make_allowed(tokens, length, ends, besides)
+    return make_allowed(tokens, length, ends, besides, bonus), num_seen
 
 
 def _find_children(structure, parents):

@@ -12,9 +12,7 @@ All values are in [0, 1] but for a value head or a `dead_value` of another range
   p_yes       the policy's own P(yes) when asked whether the reasoning so far is right
   value_head  a value head on the state after the step (spec B3)
   state_value a network of its own, on what the task says the state is (`models/state_value.py`)
-  state_lookahead the best that this network says of the states one step on, which the task lists:
-              what can be reached from them is easier to see (one-step lookahead with a known model:
-              Sutton and Barto 2018, chapter 8). It reads more states, and writes no token
+  state_lookahead the best that it says of the states one step on (`language_lookahead.py`)
   rollout     what comes of the path when the policy finishes it (`language_rollout.py`)
   none        0
 A score of p_yes, value_head, state_value or state_lookahead judges one step; `aggregate` makes the
@@ -35,6 +33,7 @@ from rlm_jax.inference.sampling import Uncertainty
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.models.state_value import StateValue, apply_state_value
+from rlm_jax.reasoning.language_lookahead import look_ahead
 from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency
 from rlm_jax.reasoning.structure import Structure
 from rlm_jax.tasks.device import DeviceTask
@@ -47,7 +46,6 @@ EVALUATORS = (
 UNCERTAINTIES = ("entropy", "varentropy")
 STATE_JUDGES = ("state_value", "state_lookahead")
 STEP_SCORES = ("p_yes", "value_head", *STATE_JUDGES)
-_ROWS_AHEAD = 512  # States that are read at once.
 ValueFn = Callable[[PyTree, Array], Array]
 
 
@@ -184,7 +182,7 @@ def evaluate_paths(
     elif evaluator == "state_value":
         score, scored = _judge_states(state_value, task, paths)
     elif evaluator == "state_lookahead":
-        score, scored = _look_ahead(state_value, task, paths)
+        score, scored = _judge_outcomes(state_value, task, paths)
     else:
         assert value_fn is not None
         score = value_fn(value_head, paths.hidden).astype(jnp.float32)
@@ -215,40 +213,15 @@ def _judge_states(
     return value, jnp.where(paths.fresh, num_items, 0)
 
 
-def _look_ahead(
+def _judge_outcomes(
     network: StateValue | None, task: DeviceTask | None, paths: Paths
 ) -> tuple[Array, Array]:
-    """The best that a network says of the states one step on, and the items it read of them.
-
-    Where the task lists none it says what it says of the state itself.
-    """
-    value, scored = _judge_states(network, task, paths)
-    assert network is not None
-    assert task is not None
-    assert task.outcomes is not None
-    seen = jax.vmap(task.outcomes)(paths.task_state)
-    wanted = (seen.items >= 0).any(-1) & paths.fresh[:, None]
-    num_rows, num_moves = wanted.shape
-    num_wanted = wanted.sum(dtype=jnp.int32)
-    items = seen.items.reshape(num_rows * num_moves, -1)
-    goals = seen.goal.reshape(-1)
-    # Most places of a list are empty: those that are not are read one batch after the other.
-    order = jnp.argsort(~wanted.reshape(-1), stable=True)
-    size = min(_ROWS_AHEAD, order.shape[0])
-
-    def read(carry):
-        start, best = carry
-        place = start + jnp.arange(size)
-        at = order[jnp.minimum(place, order.shape[0] - 1)]
-        row = jnp.where(place < num_wanted, at // num_moves, num_rows)
-        found = apply_state_value(network, items[at], goals[at])
-        return start + size, best.at[row].max(found, mode="drop")
-
-    begun = (jnp.zeros_like(num_wanted), jnp.zeros_like(value))
-    _, best = jax.lax.while_loop(lambda carry: carry[0] < num_wanted, read, begun)
-    num_items = jnp.where(wanted, 1 + (seen.items >= 0).sum(-1, dtype=jnp.int32), 0).sum(1)
-    is_ahead = wanted.any(1)
-    return jnp.where(is_ahead, best, value), jnp.where(is_ahead, num_items, scored)
+    """The best of the states one step on; where the task lists none, the state as it is."""
+    value, num_items = _judge_states(network, task, paths)
+    ahead = look_ahead(network, task, paths.task_state, paths.fresh)
+    listed = ahead.listed.any(1)
+    best = jnp.where(ahead.listed, ahead.value, 0.0).max(1)
+    return jnp.where(listed, best, value), jnp.where(listed, ahead.num_items, num_items)
 
 
 def _ask_judge(policy, judge, paths, contexts, model) -> tuple[Array, Array]:

@@ -81,9 +81,9 @@ class DeviceTask(NamedTuple):
         None where steps do not say what they leave.
       left: state -> `key` of the states [K] that a step may go back to, 0 where there is none.
       moves: how it lists all legal steps; None for a task that does not.
-      outcomes: state -> what `observe` says behind each of M legal steps, items [M, ...] and goals
-        [M]; no items where there is no step, or the task decides itself what lies behind it. None
-        for a task that does not say.
+      outcomes: state -> what `observe` says behind each of M legal steps, in the order of `moves`,
+        items [M, ...] and goals [M]; no items where there is no step, or the task decides itself
+        what lies behind it. None for a task that does not say.
     """
 
     make_tables: Callable[[Sequence[bytes]], PyTree]

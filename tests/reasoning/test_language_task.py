@@ -16,7 +16,7 @@ from test_language import LIMIT, PROMPTS, encode, keys_of, language
 from rlm_jax.inference.sampling import SamplingConfig
 from rlm_jax.models.heads import apply_value_head
 from rlm_jax.models.state_value import StateValueConfig, apply_state_value, init_state_value
-from rlm_jax.reasoning import language_values
+from rlm_jax.reasoning import language_lookahead
 from rlm_jax.reasoning.drive import Limits, run_compiled
 from rlm_jax.reasoning.language import begin, keep_world, make_expand
 from rlm_jax.reasoning.operators.structure import keep_subtree
@@ -360,7 +360,7 @@ def outcomes(state):
 
 @pytest.mark.parametrize("rows_ahead", [512, 5])
 def test_lookahead_is_worth_the_best_state_one_step_on(judging, monkeypatch, rows_ahead):
-    monkeypatch.setattr(language_values, "_ROWS_AHEAD", rows_ahead)
+    monkeypatch.setattr(language_lookahead, "_ROWS_AT_ONCE", rows_ahead)
     network = judging[0].state_value
     task = TASK._replace(observe=observe, outcomes=outcomes)
     structure, world, config = search(judging, evaluator="state_lookahead", task=task)

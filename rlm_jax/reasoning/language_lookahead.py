@@ -1,0 +1,72 @@
+"""What a network says of the states one step on: a look ahead that writes nothing.
+
+A state is hard to judge, and the states behind its steps are easier, the more so the nearer the end
+they are. Where a task lists them (`DeviceTask.outcomes`) the network for states reads them all,
+with two uses: the best of them says what the state is worth (evaluator "state_lookahead"; one-step
+lookahead by a known model, Sutton and Barto 2018, chapter 8), and each says what the step to it is
+worth, before the policy has written it (`sampling.value_weight`; controlled decoding, arXiv
+2310.17022: the policy's probability times the value of what it leads to).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
+from rlm_jax.models.state_value import StateValue, apply_state_value
+from rlm_jax.tasks.device import DeviceTask
+
+_ROWS_AT_ONCE = 512
+_LEAST_VALUE = 1e-3  # What is said to be lost may be mistaken.
+
+
+class Ahead(NamedTuple):
+    """Of R states: the values of what M steps lead to, and which of them the task lists.
+
+    num_items: how many items the network read of each state's outcomes.
+    """
+
+    value: Float32[Array, "R M"]
+    listed: Bool[Array, "R M"]
+    num_items: Int32[Array, "R"]
+
+
+def look_ahead(
+    network: StateValue | None,
+    task: DeviceTask | None,
+    states: PyTree,
+    wanted: Bool[Array, "R"],
+) -> Ahead:
+    """Reads what lies one step on from R states of a task; nothing of those that are not wanted."""
+    assert network is not None
+    assert task is not None
+    assert task.outcomes is not None
+    seen = jax.vmap(task.outcomes)(states)
+    present = seen.items >= 0
+    listed = present.any(-1) & wanted[:, None]
+    num_listed = listed.sum(dtype=jnp.int32)
+    items, goals = seen.items.reshape(listed.size, -1), seen.goal.reshape(-1)
+    # Most places of a list are empty: those that are not are read one batch after the other.
+    order = jnp.argsort(~listed.reshape(-1), stable=True)
+    size = min(_ROWS_AT_ONCE, listed.size)
+
+    def read(carry):
+        start, value = carry
+        place = start + jnp.arange(size)
+        at = order[jnp.minimum(place, listed.size - 1)]
+        found = apply_state_value(network, items[at], goals[at])
+        at = jnp.where(place < num_listed, at, listed.size)
+        return start + size, value.at[at].set(found, mode="drop")
+
+    begun = jnp.zeros_like(num_listed), jnp.zeros(listed.size, jnp.float32)
+    _, value = jax.lax.while_loop(lambda carry: carry[0] < num_listed, read, begun)
+    num_items = jnp.where(listed, 1 + present.sum(-1, dtype=jnp.int32), 0).sum(1)
+    return Ahead(value.reshape(listed.shape), listed, num_items)
+
+
+def weigh_steps(ahead: Ahead, weight: float) -> Float32[Array, "R M"]:
+    """What is added to the log-probability of each step, the best one's being 0."""
+    chance = jnp.where(ahead.listed, jnp.maximum(ahead.value, _LEAST_VALUE), 0.0)
+    best = jnp.maximum(chance.max(1, keepdims=True), _LEAST_VALUE)
+    return jnp.where(ahead.listed, weight * jnp.log(chance / best), 0.0)
