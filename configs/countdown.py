@@ -16,7 +16,10 @@ experiments/improve.py: what is left to learn it has to find by search.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-_CHAINS = ("greedy", "greedy_no_repeats", "greedy_guided", "greedy_legal", "best_of_n")
+_CHAINS = (
+    "greedy", "greedy_no_repeats", "greedy_guided", "greedy_controlled", "greedy_legal",
+    "best_of_n",
+)  # fmt: skip
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -48,7 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     sampling = {"method": "sample", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     sampling |= {"min_ratio": 0.0, "no_repeats": False, "copy_returns": False, "legal_only": False}
-    sampling["value_weight"] = 0.0
+    sampling["outcome_weight"] = 0.0
     sampling |= {"return_bias": 0.0, "doubt_weight": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
@@ -64,7 +67,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.greedy_guided = ConfigDict(
         {**chain, "sampling": {**careful, "return_bias": -6.0, "doubt_weight": 1.0}}
     )
-    # And where a line does not follow it writes another one.
+    # And it writes legal lines alone, weighed by what that network says of what they leave.
+    controlled = {"legal_only": True, "outcome_weight": 1.0}
+    config.greedy_controlled = ConfigDict(
+        {**chain, "sampling": {**config.greedy_guided.sampling, **controlled}}
+    )
+    # Or where a line does not follow it writes another one.
     config.greedy_legal = ConfigDict(
         {**chain, "max_refused": 16, "sampling": {**careful, "return_bias": -1.5}}
     )
@@ -82,6 +90,10 @@ def get_config(variant: str = "") -> ConfigDict:
     # One line at a time, the likeliest that its state has not written: few tokens, many expansions.
     config.best_first_widening = ConfigDict({**config.best_first, "widen": True, "num_children": 1})
     config.best_first_widening.sampling = ConfigDict(no_repeats)
+    # The same, where the network weighs the lines before one is written.
+    config.best_first_controlled = ConfigDict(
+        {**config.best_first_widening, "sampling": {**no_repeats, **controlled}}
+    )
     # A state is worth its best move: the mean over all of them hides the one that solves it.
     config.puct = ConfigDict({**tree, "exploration": 0.3, "backup": "max", "merge_states": False})
     config.uct = ConfigDict({**tree, "exploration": 1.0})
@@ -269,10 +281,13 @@ def _shrink(config: ConfigDict) -> None:
     for name in _CHAINS:
         config[name].max_depth = 3
     config.best_of_n.num_chains = 2
-    trees = ("best_first", "best_first_widening", "puct", "uct", "td_mcts", "beam", "gumbel")
-    for name in trees:
+    for name in ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel"):
         config[name].update({"num_nodes": 17, "num_children": 2})
-    config.best_first_widening.num_children = 1
+    for name in ("best_first_widening", "best_first_controlled"):
+        config[name].update({"num_nodes": 17, "num_children": 1})
+    # A random network's tokens do not spell a task's lines.
+    for name in ("greedy_controlled", "best_first_controlled"):
+        config[name].sampling.update({"legal_only": False, "outcome_weight": 0.0})
     config.beam.beam_width = 2
     config.gumbel.update({"num_simulations": 4, "num_lanes": 2, "max_considered": 2})
     train = config.train

@@ -50,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "no_repeats": False,
         "copy_returns": False,
         "legal_only": False,
-        "value_weight": 0.0,
+        "outcome_weight": 0.0,
         "return_bias": 0.0,
         "doubt_weight": 0.0,
     }
@@ -58,8 +58,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.greedy = ConfigDict({**chain, "sampling": {**sampling, "method": "greedy"}})
     no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
     config.greedy_no_repeats = ConfigDict({**chain, "sampling": no_repeats})
-    # The same, where no step goes back.
+    # The same, where no step goes back, and no task lists its steps.
     config.greedy_guided = ConfigDict({**chain, "sampling": no_repeats})
+    config.greedy_controlled = ConfigDict({**chain, "sampling": no_repeats})
     config.greedy_legal = ConfigDict({"max_refused": 8, "sampling": no_repeats})
     config.best_of_n = ConfigDict(
         {**chain, "num_chains": 8, "rule": "majority", "sampling": sampling}
@@ -159,6 +160,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     widening = {"widen": True, "num_children": 1, "prior_weight": 0.7, "sampling": no_repeats}
     config.best_first_widening = ConfigDict({**config.best_first, **widening})
+    config.best_first_controlled = ConfigDict({**config.best_first, **widening})
     if variant == "smoke":
         config.model = "random:tiny-llama"
         config.step.max_tokens = 8
@@ -166,11 +168,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.batch_size = 2
         config.max_depth = 4
         config.best_of_n.num_chains = 2
-        trees = ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first", "best_first_widening")
-        for name in trees:
-            config[name].num_nodes = 17
-            config[name].num_children = 2
-        config.best_first_widening.num_children = 1
+        for name in ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first"):
+            config[name].update({"num_nodes": 17, "num_children": 2})
+        for name in ("best_first_widening", "best_first_controlled"):
+            config[name].update({"num_nodes": 17, "num_children": 1})
         config.beam.beam_width = 2
         config.gumbel.update({"num_simulations": 6, "num_lanes": 2, "root_lanes": 2})
     return config

@@ -76,6 +76,7 @@ _BLIND_SETTINGS = {
     "gumbel": ("num_simulations", "max_considered"),
     "beam": ("beam_width",),
     "best_first_widening": ("widen", "prior_weight"),
+    "best_first_controlled": ("widen", "prior_weight"),
 }
 
 
@@ -327,7 +328,7 @@ def _make_blind(cell: Cell, settings: dict[str, Any]) -> Strategy:
         return make_best_of_n(settings["num_chains"], settings["max_depth"])
     names = ("num_children", "num_lanes", "max_depth", *_BLIND_SETTINGS.get(cell.strategy, ()))
     own = {name: settings[name] for name in names if name in settings}
-    if cell.strategy in ("best_first", "best_first_widening"):
+    if cell.strategy.startswith("best_first"):
         own["depth_bonus"] = BLIND_DEPTH_BONUS
     return build.TREE_SEARCHES[cell.strategy](**own)
 

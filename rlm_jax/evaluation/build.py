@@ -62,6 +62,7 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
     "beam": beam.make_beam,
     "best_first": best_first.make_best_first,
     "best_first_widening": best_first.make_best_first,
+    "best_first_controlled": best_first.make_best_first,
 }
 STRATEGIES = (*CHAINS, *TREE_SEARCHES)
 _TASK_MODULES = (
@@ -224,11 +225,11 @@ def build_solver(
             raise ValueError(f"evaluator 'value_head': {policy.version} comes without a value head")
         value_head = policy.value_head
     state_value = None
-    if needs_state_value(language.evaluator) or language.sampling.value_weight:
+    if needs_state_value(language.evaluator) or language.sampling.outcome_weight:
         if policy.state_value is None:
             setting = f"evaluator {language.evaluator!r}"
             if not needs_state_value(language.evaluator):
-                setting = f"sampling.value_weight={language.sampling.value_weight}"
+                setting = f"sampling.outcome_weight={language.sampling.outcome_weight}"
             raise ValueError(
                 f"{setting}: {policy.version} comes without a network for "
                 f"states ({STATE_VALUE}); accepted is what needs none, such as value_head"
@@ -297,10 +298,10 @@ def _check_legal_only(config: Mapping[str, Any], name: str, sampling: SamplingCo
     reason = _find_lack(config, "moves", "does not list its legal steps", "which steps are legal")
     if reason is not None:
         raise ValueError(f"{name}.sampling.legal_only=True: accepted is False, as {reason}")
-    if sampling.value_weight:
+    if sampling.outcome_weight:
         reason = _find_lack(config, "outcomes", "does not list the states one step on", "which")
     if reason is not None:
-        where = f"{name}.sampling.value_weight={sampling.value_weight}"
+        where = f"{name}.sampling.outcome_weight={sampling.outcome_weight}"
         raise ValueError(f"{where}: accepted is 0, as {reason}")
 
 

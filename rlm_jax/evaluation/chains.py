@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 from rlm_jax.data.records import Record
 
 # Strategies whose structures are chains; the others make trees.
-CHAINS = ("greedy", "greedy_no_repeats", "greedy_guided", "greedy_legal", "best_of_n")
+CHAINS = (
+    "greedy", "greedy_no_repeats", "greedy_guided", "greedy_controlled", "greedy_legal",
+    "best_of_n",
+)  # fmt: skip
 
 
 class Chain(NamedTuple):

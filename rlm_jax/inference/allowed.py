@@ -58,24 +58,29 @@ def hold_to_allowed(
     """
     token, follows = token_at(allowed.tokens, allowed.length, allowed.followed, index)
     goes_on = mark_tokens(token, follows, logits.shape[-1])
-    whole = (allowed.followed & (index == allowed.length) & (index > 0)).any(-1)[:, None]
-    goes_on |= whole & allowed.ends | (index == 0) & allowed.besides
-    held = whole | follows.any(-1)[:, None]
+    whole = allowed.followed & (index == allowed.length) & (index > 0)
+    ends = whole.any(-1)[:, None] & allowed.ends
     if allowed.bonus is not None:
-        logits += _token_bonus(token, follows, allowed.bonus, logits.shape[-1])
+        logits += _token_bonus(token, follows, whole, ends, allowed.bonus)
+    goes_on |= ends | (index == 0) & allowed.besides
+    held = (whole | follows).any(-1)[:, None]
     return jnp.where(held & ~goes_on, MASKED_SCORE, logits)
 
 
 def _token_bonus(
-    token: Int32[Array, "R M"], follows: Bool[Array, "R M"], bonus: Float32[Array, "R M"], size: int
+    token: Int32[Array, "R M"],
+    follows: Bool[Array, "R M"],
+    whole: Bool[Array, "R M"],
+    ends: Bool[Array, "R V"],
+    bonus: Float32[Array, "R M"],
 ) -> Float32[Array, "R V"]:
-    """The best bonus behind each of `size` tokens, beside the best of all; 0 of other tokens."""
-    bonus = jnp.where(follows, bonus, -jnp.inf)
-    best = bonus.max(1, keepdims=True)
-    rows = jnp.arange(token.shape[0])[:, None]
-    found = jnp.full((token.shape[0], size), -jnp.inf)
-    found = found.at[rows, jnp.where(follows, token, size)].max(bonus, mode="drop")
-    return jnp.where(found > -jnp.inf, found - best, 0.0)
+    """The best bonus of what each token leads to, less the best of all; 0 of tokens of no step."""
+    rows, size = jnp.arange(token.shape[0])[:, None], ends.shape[1]
+    found = jnp.full(ends.shape, -jnp.inf).at[rows, jnp.where(follows, token, size)]
+    found = found.max(jnp.where(follows, bonus, -jnp.inf), mode="drop")
+    ended = jnp.where(whole, bonus, -jnp.inf).max(1, keepdims=True)
+    found = jnp.where(ends, jnp.maximum(found, ended), found)
+    return jnp.where(found > -jnp.inf, found - found.max(1, keepdims=True), 0.0)
 
 
 def follow_allowed(allowed: Allowed, index: Int32[Array, ""], token: Int32[Array, "R"]) -> Allowed:

@@ -42,9 +42,9 @@ class SamplingConfig:
     writes no step twice from one state, a tree none from one node (`tried.py`); not for beams.
     copy_returns: a step of a chain that takes earlier ones back spells a state that the chain has
     left, as it stands in its text (`copying.py`); not for beams.
-    legal_only: steps are held to those that the task lists as legal (`allowed.py`). value_weight w:
-    and their probabilities are multiplied by what the network for states says of the state behind
-    each, to the power of w.
+    legal_only: steps are held to those that the task lists as legal (`allowed.py`). outcome_weight
+    w: and their probabilities are multiplied by what the network for states says of the state
+    behind each, to the power of w.
     return_bias: added to the logit of the token that a step of a chain begins with which takes
     earlier ones back (`DeviceTask.returns`): below 0 a chain goes back less readily. doubt_weight
     w: and w times the log-odds that its evaluator gives to the state being lost, behind every step
@@ -62,7 +62,7 @@ class SamplingConfig:
     no_repeats: bool = False
     copy_returns: bool = False
     legal_only: bool = False
-    value_weight: float = 0.0
+    outcome_weight: float = 0.0
     return_bias: float = 0.0
     doubt_weight: float = 0.0
 
@@ -87,8 +87,9 @@ class SamplingConfig:
                 not self.copy_returns or self.method in ("sample", "greedy"),
                 "false, or method 'sample' or 'greedy'",
             ),
-            "value_weight": (
-                0 <= self.value_weight < math.inf and (not self.value_weight or self.legal_only),
+            "outcome_weight": (
+                0 <= self.outcome_weight < math.inf
+                and (not self.outcome_weight or self.legal_only),
                 "a number >= 0, and 0 without legal_only",
             ),
             "return_bias": (math.isfinite(self.return_bias), "finite"),

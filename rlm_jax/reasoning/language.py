@@ -261,9 +261,9 @@ def find_allowed(lm, cfg, world, request) -> tuple[Allowed, Int32[Array, "B"]]:
     room = min(lm.step_rule.max_tokens, world.tokens.shape[-1])
     spelled = jax.vmap(lambda state: spell(tables, state, room))(states)
     bonus, num_seen = None, request.nodes[:, 0] * 0
-    if cfg.sampling.value_weight:
+    if cfg.sampling.outcome_weight:
         ahead = look_ahead(lm.state_value, task, states, request.grows.reshape(-1))
-        bonus = weigh_steps(ahead, cfg.sampling.value_weight)
+        bonus = weigh_steps(ahead, cfg.sampling.outcome_weight)
         bonus = jnp.repeat(bonus, request.num_children, axis=0)
         num_seen = ahead.num_items.reshape(request.nodes.shape).sum(1)
     tokens, length = (jnp.repeat(array, request.num_children, axis=0) for array in spelled)

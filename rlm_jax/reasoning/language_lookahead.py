@@ -4,7 +4,7 @@ A state is hard to judge, and the states behind its steps are easier, the more s
 they are. Where a task lists them (`DeviceTask.outcomes`) the network for states reads them all,
 with two uses: the best of them says what the state is worth (evaluator "state_lookahead"; one-step
 lookahead by a known model, Sutton and Barto 2018, chapter 8), and each says what the step to it is
-worth, before the policy has written it (`sampling.value_weight`; controlled decoding, arXiv
+worth, before the policy has written it (`sampling.outcome_weight`; controlled decoding, arXiv
 2310.17022: the policy's probability times the value of what it leads to).
 """
 

@@ -140,6 +140,11 @@ def test_use_verifier_is_yes_or_no():
             {"sampling.legal_only": True, "task": "countdown", "use_verifier": False},
             "legal_only=True: .* without use_verifier nothing says which steps are legal",
         ),
+        (
+            "greedy",
+            {"sampling.outcome_weight": 1.0},
+            "outcome_weight=1.0: accepted is a number >= 0, and 0 without legal_only",
+        ),
         ("greedy_legal", {"use_verifier": False}, "max_refused=8: accepted is 0 without"),
         ("greedy_legal", {"drop_illegal": False}, "max_refused=8: accepted is 0 without"),
         (
@@ -161,12 +166,17 @@ def test_settings_that_need_others_say_so(name, changes, message):
 def test_a_model_without_a_network_for_states_is_named(policy):
     with pytest.raises(ValueError, match="random:tiny-llama comes without a network for states"):
         make_solver(policy, task="game24", evaluator="state_value=1,likelihood=1")
+    held = make_config()["best_first"]
+    held["sampling"] |= {"legal_only": True, "outcome_weight": 0.5}
+    with pytest.raises(ValueError, match=r"outcome_weight=0\.5: random:tiny-llama comes without a"):
+        make_solver(policy, task="game24", best_first=held)
 
 
 MAKERS = {
     "greedy": greedy.make_greedy,
     "greedy_no_repeats": greedy.make_greedy,
     "greedy_guided": greedy.make_greedy,
+    "greedy_controlled": greedy.make_greedy,
     "greedy_legal": greedy.make_greedy,
     "best_of_n": best_of_n.make_best_of_n,
     **build.TREE_SEARCHES,

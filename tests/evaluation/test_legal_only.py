@@ -1,11 +1,13 @@
 """Steps held to what is legal, in whole searches by the network that ships."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.countdown import get_config
 from rlm_jax.evaluation import build, solver
-from rlm_jax.tasks import countdown
+from rlm_jax.models.state_value import apply_state_value
+from rlm_jax.tasks import countdown, countdown_solver
 from rlm_jax.tasks.base import Gold
 
 PUZZLES = [
@@ -67,6 +69,33 @@ def test_every_line_is_a_right_move(policy, name, sampling, settings):
     assert (~right[False]).sum() > 3
     assert right[True].all()
     assert len(right[True]) > 10
+
+
+def test_steps_are_weighed_by_what_the_network_says_of_their_outcomes(policy):
+    """Where that weighs more than the policy, a chain's steps are the network's favourites."""
+    config = get_config().to_dict()
+    config["greedy_controlled"]["max_depth"] = 2
+    config["greedy_controlled"]["sampling"] |= {"outcome_weight": 1e4, "doubt_weight": 0.0}
+    plan = build.plan_strategy(config, "greedy_controlled")
+    one = build.build_solver(config, plan, policy, seed=0, batch_size=len(PUZZLES))
+    encoded = [solver.encode(one, puzzle) for puzzle in PUZZLES]
+    golds = [Gold(puzzle.id) for puzzle in PUZZLES]
+    for solved in solver.solve_stream(one, encoded, golds):
+        numbers, target = PUZZLES[solved.place].data
+        scored = 0
+        for node in solved.record["nodes"][1:]:
+            listed = countdown_solver.list_moves(np.sort(numbers)[None])
+            outcomes = listed.states[0][listed.legal[0]].astype(np.int32)
+            goals = jnp.full(len(outcomes), target, jnp.int32)
+            values = apply_state_value(policy.state_value, jnp.asarray(outcomes), goals)
+            values = np.asarray(values)
+            line = countdown.read_line(node["text"].removesuffix("\n"))
+            (*_, numbers) = countdown.follow([sorted(numbers)], line)
+            of_line = values[(np.sort(outcomes) == np.sort(numbers)).all(1)]
+            assert of_line.max() == pytest.approx(values.max(), rel=1e-4)
+            scored += len(numbers)
+        assert len(numbers) == 2
+        assert solved.record["budget"]["scored_tokens"] > scored
 
 
 def test_another_vocabulary_is_named():

@@ -1,5 +1,7 @@
 """Steps held to a list: every step that is written is on it, and which one, the model says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,22 @@ def test_every_step_is_on_the_list_and_all_are_written():
     # Where nothing is listed, and behind a first token that the list says nothing of.
     assert len(free) > 100
     assert len(back) > 50
+
+
+def test_a_step_gains_its_bonus_and_no_more():
+    """Over all its tokens, beside the best step, whatever is shared with others on the way."""
+    bonus = jnp.array([[-1.0, -3.0, 0.5, -2.0]])
+    logits = jnp.linspace(0.0, 1.0, NUM_TOKENS)[None]
+    for place, step in enumerate(STEPS):
+        plain, gained = allowed_of([STEPS]), 0.0
+        weighed = dataclasses.replace(plain, bonus=bonus)
+        for index, token in enumerate((*step, END)):
+            ours, theirs = _hold(logits, weighed, index)[0], _hold(logits, plain, index)[0]
+            gained += float(ours[token] - theirs[token])
+            assert float(ours[BACK]) == float(theirs[BACK])
+            chosen = jnp.array([token])
+            plain, weighed = _follow(plain, index, chosen), _follow(weighed, index, chosen)
+        assert gained == pytest.approx(float(bonus[0, place]) - 0.5, abs=1e-5)
 
 
 def test_odds_are_those_of_the_logits():
