@@ -94,6 +94,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.best_first_controlled = ConfigDict(
         {**config.best_first_widening, "sampling": {**no_repeats, **controlled}}
     )
+    config.best_first_controlled.evaluator = "state_lookahead=0.5,value_head=0.5"
     # A state is worth its best move: the mean over all of them hides the one that solves it.
     config.puct = ConfigDict({**tree, "exploration": 0.3, "backup": "max", "merge_states": False})
     config.uct = ConfigDict({**tree, "exploration": 1.0})
@@ -288,6 +289,7 @@ def _shrink(config: ConfigDict) -> None:
     # A random network's tokens do not spell a task's lines.
     for name in ("greedy_controlled", "best_first_controlled"):
         config[name].sampling.update({"legal_only": False, "outcome_weight": 0.0})
+    config.best_first_controlled.evaluator = config.evaluator
     config.beam.beam_width = 2
     config.gumbel.update({"num_simulations": 4, "num_lanes": 2, "max_considered": 2})
     train = config.train

@@ -29,5 +29,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = "game24"
     config.max_depth = 3
     if variant == "smoke":
-        config.evaluator = "confidence"
+        config.evaluator = config.best_first_controlled.evaluator = "confidence"
     return config

@@ -70,7 +70,7 @@ _TASK_MODULES = (
 )  # fmt: skip
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _TASK_MODULES}
 _RANDOM = "random:"
-_NOT_SETTINGS = ("sampling",)
+_NOT_SETTINGS = ("sampling", "evaluator")
 _VALUES = (
     "evaluator", "aggregate", "mixture", "num_rollouts", "rollout_tokens", "rollout_discount",
     "dead_value", "drop_illegal",
@@ -152,6 +152,8 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
         missing += [f"{name}.{field}" for field in own_fields if field not in config[name]]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
+    # A strategy may be better off with another evaluator than the others.
+    config = {**config, "evaluator": config[name].get("evaluator", config["evaluator"])}
     float_dtype(config["dtype"])
     check_quantization(config["quantize"])
     check_sizes({size: config[size] for size in SIZES})

@@ -354,8 +354,8 @@ def _make_moves(state: State) -> Moves:
     quotient = left // jnp.maximum(right, 1)
     results = jnp.stack([left + right, left - right, left * right, quotient])
     result = results[sign, np.arange(len(sign))]
-    legal = (second < state.count) & (result < 10**MAX_DIGITS)
     sign = jnp.asarray(sign)
+    legal = (result < 10**MAX_DIGITS) & (second < state.count)
     legal &= jax.vmap(_is_right)(sign, left, right, result)
     place = np.arange(MAX_NUMBERS)
     used = (place == first[:, None]) | (place == second[:, None])

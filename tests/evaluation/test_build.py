@@ -192,6 +192,16 @@ def keywords(name):
     return found
 
 
+def test_a_strategy_may_have_an_evaluator_of_its_own():
+    config = make_config(evaluator="confidence")
+    config["puct"]["evaluator"] = "likelihood"
+    assert build.plan_strategy(config, "puct").settings["evaluator"] == "likelihood"
+    assert build.plan_strategy(config, "uct").language.evaluator == "confidence"
+    config["puct"]["evaluator"] = "luck"
+    with pytest.raises(ValueError, match="'luck': accepted are confidence"):
+        build.plan_strategy(config, "puct")
+
+
 @pytest.mark.parametrize("name", build.STRATEGIES)
 def test_every_option_of_a_strategy_stands_in_the_config(name):
     """Flags can only change what is there; the depth is the whole run's."""
