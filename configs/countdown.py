@@ -94,7 +94,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.best_first_controlled = ConfigDict(
         {**config.best_first_widening, "sampling": {**no_repeats, **controlled}}
     )
-    config.best_first_controlled.evaluator = "state_lookahead=0.5,value_head=0.5"
+    config.best_first_controlled.evaluator = "state_lookahead"
     # A state is worth its best move: the mean over all of them hides the one that solves it.
     config.puct = ConfigDict({**tree, "exploration": 0.3, "backup": "max", "merge_states": False})
     config.uct = ConfigDict({**tree, "exploration": 1.0})
