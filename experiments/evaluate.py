@@ -71,6 +71,8 @@ flags.adopt_module_key_flags(launching)
 # A blind search goes deep: by breadth it would find nothing within a few expansions.
 BLIND_DEPTH_BONUS = 1.0
 _BLIND_BATCH = 100
+# Of a record's budget, what a row of results has the mean of.
+_COSTS = ("generated_tokens", "scored_tokens", "expansions", "model_calls")
 # Beside children, lanes and depth.
 _BLIND_SETTINGS = {
     "gumbel": ("num_simulations", "max_considered"),
@@ -318,8 +320,8 @@ def _solve_blindly(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any
         for solved, expansions in zip(
             np.asarray(found.solved), np.asarray(found.expansions), strict=True
         ):
-            budget = {"expansions": int(expansions), "generated_tokens": 0, "model_calls": 0}
-            scores.append({"correct": bool(solved), **budget})
+            spent = {**dict.fromkeys(_COSTS, 0), "expansions": int(expansions)}
+            scores.append({"correct": bool(solved), **spent})
     return scores
 
 
@@ -365,8 +367,8 @@ def _round(estimate: Estimate) -> list[float] | None:
 def _score(
     cell: Cell, split: Split, problem: Problem, gold: Gold, record: Record
 ) -> dict[str, Any]:
-    names = ("generated_tokens", "expansions", "model_calls")
-    score = {"correct": record["correct"] is True, **{n: record["budget"][n] for n in names}}
+    spent = {name: record["budget"][name] for name in _COSTS}
+    score = {"correct": record["correct"] is True, **spent}
     task = build.TASKS[split.task]
     if cell.num_chains is not None and task.self_verifying:
         score["tokens_in_turn"] = count_tokens_in_turn(
@@ -397,10 +399,8 @@ def _describe(cell: Cell, config: dict[str, Any], scores: list[dict[str, Any]]) 
         "n": len(scores),
         "accuracy": round(right / len(scores), 4),
         "interval_95": [round(low, 4), round(high, 4)],
-        "generated_tokens": mean("generated_tokens"),
+        **{name: mean(name) for name in _COSTS},
         **in_turn,
-        "expansions": mean("expansions"),
-        "model_calls": mean("model_calls"),
         "command": " ".join(sys.argv),
     }
 

@@ -51,7 +51,9 @@ Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean p
   in parentheses over the row's own tokens; drawn together, then in turn. Between the measured N it
   is interpolated, linear in the logarithm of tokens; `<` and `>` are bounds by the smallest and the
   largest N measured.
-- Value networks write nothing: what they read is not among the tokens, nor is a prompt.
+- Value networks write nothing: what they read is not among the tokens, nor is a prompt. "Read" is
+  what evaluators read, in tokens, a mean per problem; a state of four numbers counts five. Rows of
+  earlier versions do not say.
 - `blind` is the same strategy over random legal moves, without a network, at the same expansions.
 """
 CALIBRATION_HEAD = """## Value calibration
@@ -120,7 +122,7 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
 def _write_table(rows: list[dict[str, Any]]) -> str:
     heads = (
         "strategy", "expansions at most", "tokens at most", "n", "accuracy", "95%", "expansions",
-        "tokens", "best of N needs", "seed",
+        "tokens", "read", "best of N needs", "seed",
     )  # fmt: skip
     lines = []
     for row in sorted(rows, key=_order):
@@ -135,6 +137,7 @@ def _write_table(rows: list[dict[str, Any]]) -> str:
                 f"{100 * low:.1f}-{100 * high:.1f}",
                 f"{row['expansions']:.1f}",
                 _write_tokens(row),
+                _write_read(row),
                 _write_prices(row, rows),
                 row["seed"],
             )
@@ -148,6 +151,11 @@ def _write_tokens(row: dict[str, Any]) -> str:
     tokens = f"{row['generated_tokens']:.0f}"
     in_turn = row.get("tokens_in_turn")
     return tokens if in_turn is None else f"{tokens}; in turn {in_turn:.0f}"
+
+
+def _write_read(row: dict[str, Any]) -> str:
+    read = row.get("scored_tokens")
+    return "-" if read is None or row["blind"] else f"{read:.0f}"
 
 
 def _write_prices(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:

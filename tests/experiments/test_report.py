@@ -16,7 +16,7 @@ FIGURES = {
 RESULTS = [
     {**CELL, **FIGURES, "strategy": "greedy", "accuracy": 0.4, "generated_tokens": 12.0},
     {**CELL, **FIGURES, "strategy": "best_first", "max_expansions": 8, "accuracy": 0.75,
-     "generated_tokens": 50.0},
+     "generated_tokens": 50.0, "scored_tokens": 30.4},
     {**CELL, **FIGURES, "strategy": "best_first", "max_expansions": 8, "accuracy": 0.2,
      "generated_tokens": 0.0, "blind": True},
     {**CELL, **FIGURES, "strategy": "best_of_n", "num_chains": 32, "accuracy": 0.9,
@@ -63,6 +63,7 @@ def test_chains_stand_beside_searches_with_their_price(tmp_path):
     assert (search["accuracy"], search["95%"], search["tokens"]) == ("75.0", "50.0-90.0", "50")
     # Halfway in accuracy is the geometric mean in tokens.
     assert search["best of N needs"] == "200 (4.0x); in turn 63 (1.3x)"
+    assert [found[name]["read"] for name in ("best_first", "greedy")] == ["30", "-"]
     assert (search["expansions at most"], search["tokens at most"]) == ("8", "2000")
     for name in ("greedy", "best of 8", "blind best_first"):
         assert found[name]["best of N needs"] == "-"
