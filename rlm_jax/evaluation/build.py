@@ -170,6 +170,11 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     _check_going_back(config, name, sampling)
     _check_legal_only(config, name, sampling)
     _check_states(config)
+    if sampling.method == "greedy" and own.get("num_children", 1) > 1:
+        raise ValueError(
+            f"{name}.num_children={own['num_children']}: accepted is 1 with sampling.method="
+            "'greedy', or a node's children are the same step"
+        )
     if own.get("widen") and not sampling.no_repeats:
         raise ValueError(
             f"{name}.widen=True: accepted is sampling.no_repeats=True with it, or a node writes "

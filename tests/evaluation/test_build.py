@@ -141,6 +141,11 @@ def test_use_verifier_is_yes_or_no():
             "legal_only=True: .* without use_verifier nothing says which steps are legal",
         ),
         (
+            "puct",
+            {"sampling.method": "greedy"},
+            "puct.num_children=2: accepted is 1 with sampling.method='greedy'",
+        ),
+        (
             "greedy",
             {"sampling.outcome_weight": 1.0},
             "outcome_weight=1.0: accepted is a number >= 0, and 0 without legal_only",
@@ -236,6 +241,8 @@ def test_every_option_of_a_strategy_can_be_changed(name):
         config, new = get_config("smoke"), other_value(option, old)
         if option == "root_lanes":
             config[name].num_lanes = 4
+        if option == "num_children":
+            config[name].sampling.method = "sample"
         if option == "widen" and new:
             config[name].prior_weight = 0.5
             config[name].sampling.no_repeats = True
