@@ -71,6 +71,7 @@ _TASK_MODULES = (
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _TASK_MODULES}
 _RANDOM = "random:"
 _NOT_SETTINGS = ("sampling", "evaluator")
+_NOT_AHEAD = "does not list the states one step on"
 _VALUES = (
     "evaluator", "aggregate", "mixture", "num_rollouts", "rollout_tokens", "rollout_discount",
     "dead_value", "drop_illegal",
@@ -238,8 +239,8 @@ def build_solver(
             if not needs_state_value(language.evaluator):
                 setting = f"sampling.outcome_weight={language.sampling.outcome_weight}"
             raise ValueError(
-                f"{setting}: {policy.version} comes without a network for "
-                f"states ({STATE_VALUE}); accepted is what needs none, such as value_head"
+                f"{setting}: {policy.version} comes without a network for states "
+                f"({STATE_VALUE}); accepted is what needs none, such as value_head"
             )
         state_value = policy.state_value
     task = TASKS[config["task"]]
@@ -306,7 +307,7 @@ def _check_legal_only(config: Mapping[str, Any], name: str, sampling: SamplingCo
     if reason is not None:
         raise ValueError(f"{name}.sampling.legal_only=True: accepted is False, as {reason}")
     if sampling.outcome_weight:
-        reason = _find_lack(config, "outcomes", "does not list the states one step on", "which")
+        reason = _find_lack(config, "outcomes", _NOT_AHEAD, "what they are")
     if reason is not None:
         where = f"{name}.sampling.outcome_weight={sampling.outcome_weight}"
         raise ValueError(f"{where}: accepted is 0, as {reason}")
@@ -319,7 +320,7 @@ def _check_states(config: Mapping[str, Any]) -> None:
     lack = "does not say what its states are"
     reason = _find_lack(config, "observe", lack, "what the states are")
     if reason is None and "state_lookahead" in parse_evaluator(config["evaluator"]):
-        reason = _find_lack(config, "outcomes", "does not list the states one step on", "which")
+        reason = _find_lack(config, "outcomes", _NOT_AHEAD, "what they are")
     if reason is not None:
         raise ValueError(f"evaluator {config['evaluator']!r}: {reason}")
 

@@ -22,7 +22,7 @@ _LEAST_VALUE = 1e-3  # What is said to be lost may be mistaken.
 
 
 class Ahead(NamedTuple):
-    """Of R states: the values of what M steps lead to, and which of them the task lists.
+    """Of R states: which of M steps the task lists, and the values of what they lead to, else 0.
 
     num_items: how many items the network read of each state's outcomes.
     """
@@ -67,6 +67,6 @@ def look_ahead(
 
 def weigh_steps(ahead: Ahead, weight: float) -> Float32[Array, "R M"]:
     """What is added to the log-probability of each step, the best one's being 0."""
-    chance = jnp.where(ahead.listed, jnp.maximum(ahead.value, _LEAST_VALUE), 0.0)
-    best = jnp.maximum(chance.max(1, keepdims=True), _LEAST_VALUE)
+    chance = jnp.maximum(ahead.value, _LEAST_VALUE)
+    best = chance.max(1, keepdims=True)
     return jnp.where(ahead.listed, weight * jnp.log(chance / best), 0.0)

@@ -220,8 +220,9 @@ def _judge_outcomes(
     value, num_items = _judge_states(network, task, paths)
     ahead = look_ahead(network, task, paths.task_state, paths.fresh)
     listed = ahead.listed.any(1)
-    best = jnp.where(ahead.listed, ahead.value, 0.0).max(1)
-    return jnp.where(listed, best, value), jnp.where(listed, ahead.num_items, num_items)
+    return jnp.where(listed, ahead.value.max(1), value), jnp.where(
+        listed, ahead.num_items, num_items
+    )
 
 
 def _ask_judge(policy, judge, paths, contexts, model) -> tuple[Array, Array]:
