@@ -52,8 +52,8 @@ Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean p
   is interpolated, linear in the logarithm of tokens; `<` and `>` are bounds by the smallest and the
   largest N measured.
 - Value networks write nothing: what they read is not among the tokens, nor is a prompt. "Read" is
-  what evaluators read, in tokens, a mean per problem; a state of four numbers counts five. Rows of
-  earlier versions do not say.
+  what evaluators read, in tokens, a mean per problem; a state of four numbers counts five, each
+  time it is read. Rows of earlier versions do not say.
 - `blind` is the same strategy over random legal moves, without a network, at the same expansions.
 """
 CALIBRATION_HEAD = """## Value calibration
