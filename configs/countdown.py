@@ -21,6 +21,8 @@ _CHAINS = (
     "best_of_n",
 )  # fmt: skip
 
+_LOOK_AHEAD = ("best_first_controlled", "best_first_widening_controlled")
+
 
 def get_config(variant: str = "") -> ConfigDict:
     """The settings of train.py (`train`), and of solve.py and evaluate.py (all others)."""
@@ -90,11 +92,17 @@ def get_config(variant: str = "") -> ConfigDict:
     # One line at a time, the likeliest that its state has not written: few tokens, many expansions.
     config.best_first_widening = ConfigDict({**config.best_first, "widen": True, "num_children": 1})
     config.best_first_widening.sampling = ConfigDict(no_repeats)
-    # The same, where the network weighs the lines before one is written.
+    # Both, where the network weighs the lines before they are written. It is surer than the policy,
+    # so lines that it thinks little of are tried too.
+    ahead = {**controlled, "min_ratio": 0.003}
     config.best_first_controlled = ConfigDict(
+        {**config.best_first, "sampling": {**likeliest, **ahead}}
+    )
+    config.best_first_widening_controlled = ConfigDict(
         {**config.best_first_widening, "sampling": {**no_repeats, **controlled}}
     )
-    config.best_first_controlled.evaluator = "state_lookahead"
+    for name in _LOOK_AHEAD:
+        config[name].evaluator = "state_lookahead"
     # A state is worth its best move: the mean over all of them hides the one that solves it.
     config.puct = ConfigDict({**tree, "exploration": 0.3, "backup": "max", "merge_states": False})
     config.uct = ConfigDict({**tree, "exploration": 1.0})
@@ -134,13 +142,20 @@ def _training() -> dict:
         # Before all else, and by itself: a value network that reads what is left, and no more.
         "state_value": {
             "num_steps": 9_000,
-            "network": {"num_layers": 4, "model_dim": 128, "num_heads": 4, "ffn_dim": 320},
+            "network": {
+                "num_layers": 4,
+                "model_dim": 128,
+                "num_heads": 4,
+                "ffn_dim": 320,
+                "num_numbers": 8192,  # With rows of their own: most products of two numbers.
+            },
             "data": {
                 "num_states": 192,
                 "sizes": ((2, 0.1), (3, 0.62), (4, 0.24), (5, 0.04)),
                 "small_share": 0.15,
                 "deep_share": 0.2,
                 "whole_share": 0.05,
+                "quotient_share": 0.25,
             },
             "optimizer": _muon(
                 learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=50, decay_share=0.5
@@ -282,14 +297,16 @@ def _shrink(config: ConfigDict) -> None:
     for name in _CHAINS:
         config[name].max_depth = 3
     config.best_of_n.num_chains = 2
-    for name in ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel"):
+    several = ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel")
+    for name in (*several, "best_first_controlled"):
         config[name].update({"num_nodes": 17, "num_children": 2})
-    for name in ("best_first_widening", "best_first_controlled"):
+    for name in ("best_first_widening", "best_first_widening_controlled"):
         config[name].update({"num_nodes": 17, "num_children": 1})
     # A random network's tokens do not spell a task's lines.
-    for name in ("greedy_controlled", "best_first_controlled"):
+    for name in ("greedy_controlled", *_LOOK_AHEAD):
         config[name].sampling.update({"legal_only": False, "outcome_weight": 0.0})
-    config.best_first_controlled.evaluator = config.evaluator
+    for name in _LOOK_AHEAD:
+        config[name].evaluator = config.evaluator
     config.beam.beam_width = 2
     config.gumbel.update({"num_simulations": 4, "num_lanes": 2, "max_considered": 2})
     train = config.train
@@ -297,7 +314,7 @@ def _shrink(config: ConfigDict) -> None:
     train.state_value.num_steps = 4
     train.state_value.data.num_states = 32
     train.state_value.network.update(
-        {"num_layers": 1, "model_dim": 32, "num_heads": 2, "ffn_dim": 48}
+        {"num_layers": 1, "model_dim": 32, "num_heads": 2, "ffn_dim": 48, "num_numbers": 1024}
     )
     train.state_value.optimizer.warmup_steps = 2
     train.network.update({"num_layers": 2, "model_dim": 32, "num_heads": 2, "ffn_dim": 48})

@@ -29,5 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = "game24"
     config.max_depth = 3
     if variant == "smoke":
-        config.evaluator = config.best_first_controlled.evaluator = "confidence"
+        config.evaluator = "confidence"
+        for name in ("best_first_controlled", "best_first_widening_controlled"):
+            config[name].evaluator = config.evaluator
     return config

@@ -160,7 +160,8 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     widening = {"widen": True, "num_children": 1, "prior_weight": 0.7, "sampling": no_repeats}
     config.best_first_widening = ConfigDict({**config.best_first, **widening})
-    config.best_first_controlled = ConfigDict({**config.best_first, **widening})
+    config.best_first_controlled = ConfigDict(config.best_first)
+    config.best_first_widening_controlled = ConfigDict(config.best_first_widening)
     if variant == "smoke":
         config.model = "random:tiny-llama"
         config.step.max_tokens = 8
@@ -168,9 +169,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.batch_size = 2
         config.max_depth = 4
         config.best_of_n.num_chains = 2
-        for name in ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first"):
+        several = ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first")
+        for name in (*several, "best_first_controlled"):
             config[name].update({"num_nodes": 17, "num_children": 2})
-        for name in ("best_first_widening", "best_first_controlled"):
+        for name in ("best_first_widening", "best_first_widening_controlled"):
             config[name].update({"num_nodes": 17, "num_children": 1})
         config.beam.beam_width = 2
         config.gumbel.update({"num_simulations": 6, "num_lanes": 2, "root_lanes": 2})

@@ -78,7 +78,7 @@ _BLIND_SETTINGS = {
     "gumbel": ("num_simulations", "max_considered"),
     "beam": ("beam_width",),
     "best_first_widening": ("widen", "prior_weight"),
-    "best_first_controlled": ("widen", "prior_weight"),
+    "best_first_widening_controlled": ("widen", "prior_weight"),
 }
 
 

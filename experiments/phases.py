@@ -41,7 +41,7 @@ from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import init_value_head
 from rlm_jax.models.lora import LoraConfig, lora_axes
 from rlm_jax.models.params import Params, param_axes
-from rlm_jax.models.state_value import StateValue, init_state_value
+from rlm_jax.models.state_value import StateValue, init_state_value, widen_numbers
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
 from rlm_jax.tasks.base import Problem
 from rlm_jax.text.tokenizer import Tokenizer
@@ -172,8 +172,9 @@ def make_state_value(run: Run) -> Phase:
     if run.state_value is None:
         network = init_state_value(jax.random.key(run.train["seed"]), settings.network)
     else:
+        network = widen_numbers(run.state_value, settings.network.num_numbers)
         # A copy: what is learned is donated to the first update.
-        network = jax.tree.map(jnp.copy, run.state_value)
+        network = jax.tree.map(jnp.copy, network)
     optimizer = make_optimizer(settings.optimizer, network)
     state = _spread(run, init_state(network, optimizer))
     update = _compile_update(

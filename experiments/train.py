@@ -160,11 +160,14 @@ def _check_state_value(
     """Raises ValueError where a network for states is needed that is not there, or does not fit."""
     asked = settings.state_value
     begun = None if start is None else start.state_value
-    if asked is not None and begun is not None and begun.cfg != asked.network:
-        raise ValueError(
-            f"train.begin_with={config['train']['begin_with']}: its network for states is "
-            f"{begun.cfg}, train.state_value.network asks for {asked.network}"
-        )
+    if asked is not None and begun is not None:
+        # More numbers may have rows of their own than before; all else is as it was.
+        rows = max(begun.cfg.num_numbers, asked.network.num_numbers)
+        if dataclasses.replace(begun.cfg, num_numbers=rows) != asked.network:
+            raise ValueError(
+                f"train.begin_with={config['train']['begin_with']}: its network for states is "
+                f"{begun.cfg}, train.state_value.network asks for {asked.network}"
+            )
     wanted = needs_state_value(config["evaluator"])
     if wanted and asked is None and begun is None:
         raise ValueError(

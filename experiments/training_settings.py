@@ -20,6 +20,9 @@ from rlm_jax.models.state_value import StateValueConfig
 from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.tasks.countdown import NUM_GOALS
 
+# Siblings that are compared for each one that a search which widens writes at once.
+_MOST_WIDENED = 16
+
 
 class StateValued(NamedTuple):
     """Settings of the phase in which a state value network learns."""
@@ -162,10 +165,11 @@ def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
     step = make_named("train.search.step", SearchStepConfig, search["step"])
     _check_split("train.search.num_problems", search["num_problems"], mesh)
     _check_split("train.search.step.batch_rows", step.batch_rows, mesh)
-    shape = {
-        "num_children": plan.strategy.num_children,
-        "max_depth": plan.language.max_depth,
-    }
+    num_children = plan.strategy.num_children
+    if plan.settings.get("widen"):
+        # A node gets them one after the other, as many as the search thinks worth it.
+        num_children *= _MOST_WIDENED
+    shape = {"num_children": num_children, "max_depth": plan.language.max_depth}
     loss = make_named("train.search.loss", LossConfig, train["loss"], search["loss"])
     _read_head(train, loss.value_loss)
     updates = {"num_steps": search["num_steps"] * step.num_updates}

@@ -63,6 +63,7 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
     "best_first": best_first.make_best_first,
     "best_first_widening": best_first.make_best_first,
     "best_first_controlled": best_first.make_best_first,
+    "best_first_widening_controlled": best_first.make_best_first,
 }
 STRATEGIES = (*CHAINS, *TREE_SEARCHES)
 _TASK_MODULES = (

@@ -101,6 +101,25 @@ def init_state_value(key: Key[Array, ""], cfg: StateValueConfig) -> StateValue:
     return dataclasses.replace(network, trunk=dataclasses.replace(network.trunk, embed=embed))
 
 
+def widen_numbers(network: StateValue, num_numbers: int) -> StateValue:
+    """The same network with rows of their own for more numbers, which begin as the one they shared.
+
+    So it says of every state what it said before, until it learns on.
+
+    Raises:
+      ValueError: it has more rows already.
+    """
+    more = num_numbers - network.cfg.num_numbers
+    if more < 0:
+        raise ValueError(
+            f"num_numbers={num_numbers}: the network has {network.cfg.num_numbers} already"
+        )
+    embed = network.trunk.embed
+    rows = jnp.concatenate([embed[:-2], jnp.repeat(embed[-2:-1], more, axis=0), embed[-2:]])
+    cfg = dataclasses.replace(network.cfg, num_numbers=num_numbers)
+    return StateValue(dataclasses.replace(network.trunk, embed=rows), network.goals, cfg)
+
+
 @jax.named_scope("state_value")
 def state_goal_logits(network: StateValue, items: Int32[Array, "R M"]) -> Float32[Array, "R G"]:
     """The logit of success for each goal, of R states.

@@ -90,6 +90,24 @@ def test_a_batch_is_a_function_of_its_number():
     assert (first.items.max(axis=1) > 99).any()
 
 
+def test_quotients_lead_on():
+    """A share of the states are large products that divide evenly, or numbers on the way there."""
+    mix = StateMix(seed=0, num_states=300, sizes=((2, 0.4), (3, 0.4), (4, 0.2)), quotient_share=1.0)
+    rest = StateMix(seed=0, num_states=300, sizes=mix.sizes)
+    for number in range(2):
+        items, goals = make_states(mix, number)
+        for state in items[(items >= 0).sum(axis=1) == 2].tolist():
+            high, low = sorted(state, reverse=True)[:2]
+            assert high % low == 0
+            assert high // low <= 200
+            assert (high > 99) & (2 <= low <= 99)
+        assert (items.max(axis=1) > 2048).mean() > 0.2
+        assert (goals[items.max(axis=1) > 2048] > 0).any(axis=1).mean() > 0.5
+        ordinary = make_states(rest, number)
+        large = ordinary.items.max(axis=1) > 2048
+        assert large.mean() < 0.05
+
+
 def test_another_process_makes_the_same_batches():
     with make_ahead(_number_states, 2, num_ahead=2) as batches:
         for number, batch in zip(range(2, 5), batches, strict=False):
@@ -107,6 +125,7 @@ def _number_states(number):
         ({"sizes": ((6, 1.0),)}, "a state of 6 numbers: accepted are 2 to 5"),
         ({"num_states": 0}, "num_states must be >= 1, got 0"),
         ({"small_share": 1.5}, r"small_share must lie in \[0, 1\], got 1.5"),
+        ({"quotient_share": -0.1}, r"quotient_share must lie in \[0, 1\], got -0.1"),
         ({"deep_share": 0.7, "whole_share": 0.6}, "their sum is at most 1"),
     ],
 )

@@ -112,14 +112,19 @@ def test_a_run_begins_with_networks_that_were_trained(trained, tmp_path):
     assert done.status == 0, done.err[-2000:]
     assert _weights(tmp_path) == _weights(trained)
     assert (tmp_path / "tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes()
-    # The network for states goes on too, where it has the shape that is asked for.
-    done = _train(tmp_path / "longer", begin, *phases[1:])
+    # The network for states goes on too, here with rows for more numbers.
+    rows = "--config.train.state_value.network.num_numbers={}"
+    done = _train(tmp_path / "longer", begin, *phases[1:], rows.format(1100))
     assert done.status == 0, done.err[-2000:]
     ours, theirs = (
         load_state_value(folder / "policy") for folder in (tmp_path / "longer", trained)
     )
-    step = np.abs(np.asarray(ours.trunk.embed) - np.asarray(theirs.trunk.embed)).max()
-    assert 0 < step < 0.1
+    assert (ours.cfg.num_numbers, theirs.cfg.num_numbers) == (1100, 1024)
+    step = np.asarray(ours.trunk.embed)[:1024] - np.asarray(theirs.trunk.embed)[:1024]
+    assert 0 < np.abs(step).max() < 0.1
+    done = _train(tmp_path / "narrower", begin, *phases[1:], rows.format(1000))
+    assert done.status == 2
+    assert "train.state_value.network asks for StateValueConfig(" in done.err
     done = _train(
         tmp_path / "wider", begin, *phases[1:], "--config.train.state_value.network.ffn_dim=16"
     )

@@ -17,6 +17,7 @@ from rlm_jax.models.state_value import (
     load_state_value,
     save_state_value,
     state_goal_logits,
+    widen_numbers,
 )
 
 CFG = StateValueConfig(
@@ -53,6 +54,18 @@ def test_numbers_beyond_the_table_share_a_row(network, judge):
     large, larger = (judge(network, ITEMS.at[0, 0].set(number)) for number in (32, 10**9))
     np.testing.assert_array_equal(large, larger)
     assert np.abs(np.asarray(large - judge(network, ITEMS.at[0, 0].set(31))))[0].max() > 1e-3
+
+
+def test_more_numbers_get_rows_of_their_own(network, judge):
+    """A wider network says what the one before said, and can learn more."""
+    wide = widen_numbers(network, 50)
+    assert wide.cfg == dataclasses.replace(CFG, num_numbers=50)
+    items = jnp.asarray([[3, 5, 8, -1], [49, 1, 33, -1], [50, 10**9, 32, 31]], jnp.int32)
+    np.testing.assert_array_equal(judge(wide, items), judge(network, items))
+    embed = jax.grad(lambda network: judge(network, items)[1, 0])(wide).trunk.embed
+    assert set(np.flatnonzero(np.asarray(embed).any(axis=1))) == {49, 1, 33, 51}
+    with pytest.raises(ValueError, match="num_numbers=31: the network has 32 already"):
+        widen_numbers(network, 31)
 
 
 def test_the_value_is_that_of_the_goal(network, judge):
