@@ -2,7 +2,7 @@
 
 Command:  python experiments/train.py --config=configs/countdown.py --workdir=DIR
 Hardware: two CPU cores, 3 GB of memory.
-Expected: 9,000 updates of the value network, of the policy 4,000 supervised ones and 3,000 on
+Expected: 12,000 updates of the value network, of the policy 4,000 supervised ones and 3,000 on
 corrected walks; by its rates (8, 2 and 1 updates a second) about two hours where float32 products
 reach 180 GFLOP/s, more on slower machines; accuracies in docs/results.md. Then
 python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy \
@@ -141,7 +141,7 @@ def _training() -> dict:
         "num_steps": 4_000,
         # Before all else, and by itself: a value network that reads what is left, and no more.
         "state_value": {
-            "num_steps": 9_000,
+            "num_steps": 12_000,
             "network": {
                 "num_layers": 4,
                 "model_dim": 128,

@@ -19,7 +19,13 @@ import jax.numpy as jnp
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float, Float32, Int32, Key
 from rlm_jax.inference.allowed import Allowed, follow_allowed, hold_to_allowed
-from rlm_jax.inference.attention import Context, make_decode_attend
+from rlm_jax.inference.attention import (
+    Context,
+    StepCache,
+    empty_step_cache,
+    join_step_cache,
+    make_decode_attend,
+)
 from rlm_jax.inference.beam import BEAM_METHODS, Growth, begin_beams, follow, grow_beams
 from rlm_jax.inference.copying import Copies, follow_copies, hold_to_copies
 from rlm_jax.inference.sampling import (
@@ -75,10 +81,13 @@ class DecodedSteps:
 
 @struct
 class _Loop:
+    """`out` is without caches, which stand beside it as they are while steps grow."""
+
     index: Int32[Array, ""]
     ended: Bool[Array, "R"]
     step: StepState
     out: DecodedSteps
+    caches: tuple[StepCache, ...]
     tried: Tried | None = None
     copies: Copies | None = None
     allowed: Allowed | None = None
@@ -180,23 +189,35 @@ def decode_steps(
             jax.lax.dynamic_slice_in_dim(positions, loop.index, 1, axis=1),
             cfg=cfg,
             attend=attend,
-            state=loop.out.caches,
+            state=loop.caches,
         )
         step, ended, terminal = update_step(rule, loop.step, token)
         answers = _keep(active, update_answer(answer_rule, loop.out.answers, token), loop)
-        out = _add_token(
-            loop, active, choice, unsure, token, terminal, new_hidden[:, 0], answers, caches
-        )
+        out = _add_token(loop, active, choice, unsure, token, terminal, new_hidden[:, 0], answers)
         ended = ~active | ended | (out.length >= limits)
         tried = None if loop.tried is None else follow_tried(loop.tried, loop.index, token)
         copies = None if loop.copies is None else follow_copies(loop.copies, loop.index, token)
         allowed = None if loop.allowed is None else follow_allowed(loop.allowed, loop.index, token)
-        return _Loop(loop.index + 1, ended, step, out, tried, copies, allowed)
+        return _Loop(loop.index + 1, ended, step, out, caches, tried, copies, allowed)
 
-    with_logprobs = tried is not None
-    loop = _begin(hidden, answers, limits, score, cfg, num_slots, with_uncertainty, with_logprobs)
-    loop = dataclasses.replace(loop, tried=tried, copies=copies, allowed=allowed)
-    return jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop).out
+    def decode(apart: bool) -> DecodedSteps:
+        cache = empty_step_cache(hidden, cfg, num_slots, apart=apart)
+        loop = _begin(
+            hidden, answers, limits, score, num_slots, with_uncertainty, tried is not None
+        )
+        loop = dataclasses.replace(
+            loop,
+            caches=(cache,) * cfg.num_layers,
+            tried=tried,
+            copies=copies,
+            allowed=allowed,
+        )
+        loop = jax.lax.while_loop(lambda loop: ~loop.ended.all(), body, loop)
+        return dataclasses.replace(loop.out, caches=tuple(map(join_step_cache, loop.caches)))
+
+    return jax.lax.platform_dependent(
+        cpu=functools.partial(decode, True), default=functools.partial(decode, False)
+    )
 
 
 def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
@@ -212,7 +233,6 @@ def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
     moved = (growth.parent != own_rows).any() & (loop.index > 0)
     out = dataclasses.replace(
         old,
-        caches=jax.lax.cond(moved, move, lambda tree: tree, old.caches),
         score=growth.score,
         **{name: move(getattr(old, name)) for name in _BEAM_FIELDS},
     )
@@ -229,11 +249,12 @@ def _move_beams(loop: _Loop, growth: Growth) -> _Loop:
     allowed = loop.allowed
     if allowed is not None:
         allowed = dataclasses.replace(allowed, followed=move(allowed.followed))
-    return dataclasses.replace(loop, step=move(loop.step), out=out, allowed=allowed)
+    caches = jax.lax.cond(moved, move, lambda tree: tree, loop.caches)
+    return dataclasses.replace(loop, step=move(loop.step), out=out, caches=caches, allowed=allowed)
 
 
 def _add_token(
-    loop: _Loop, active, choice: Choice, unsure, token, terminal, hidden, answers, caches
+    loop: _Loop, active, choice: Choice, unsure, token, terminal, hidden, answers
 ) -> DecodedSteps:
     """The steps with the new token behind them in active rows."""
     old, kept = loop.out, active.astype(jnp.float32)
@@ -254,7 +275,6 @@ def _add_token(
             old.token_logprobs,
         ),
         hidden=jnp.where(active[:, None], hidden, old.hidden),
-        caches=caches,
         answers=answers,
         num_calls=old.num_calls + 1,
         forwarded_tokens=old.forwarded_tokens + active,
@@ -270,14 +290,10 @@ def _keep(active, new: AnswerState, loop: _Loop) -> AnswerState:
     return jax.tree.map(pick, new, loop.out.answers)
 
 
-def _begin(
-    hidden, answers, limits, score, cfg, num_slots, with_uncertainty, with_logprobs
-) -> _Loop:
+def _begin(hidden, answers, limits, score, num_slots, with_uncertainty, with_logprobs) -> _Loop:
     rows = limits.shape[0]
     number = jnp.zeros_like(limits)
     real = number.astype(jnp.float32)
-    shape = (rows, cfg.num_kv_heads, num_slots, 2 * cfg.head_dim)
-    empty = jnp.broadcast_to(hidden[:, :1, None, None] * 0, shape)
     out = DecodedSteps(
         tokens=jnp.broadcast_to(number[:, None], (rows, num_slots)),
         length=number,
@@ -286,7 +302,7 @@ def _begin(
         behaviour_logprob=real,
         confidence=real,
         hidden=hidden,
-        caches=(empty,) * cfg.num_layers,
+        caches=(),
         answers=answers,
         num_calls=number.sum(),
         forwarded_tokens=number,
@@ -295,4 +311,4 @@ def _begin(
         token_logprobs=real[:, None] + jnp.zeros(num_slots) if with_logprobs else None,
     )
     idle = limits <= 0 if score is None else score == -jnp.inf
-    return _Loop(number.sum(), idle, init_step_state(number), out)
+    return _Loop(number.sum(), idle, init_step_state(number), out, caches=())

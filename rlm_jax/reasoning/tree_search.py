@@ -178,6 +178,8 @@ def make_tree_search(name: str, cfg: TreeConfig, score_fn: ScoreFn) -> Strategy:
         answer=functools.partial(select_answer, rule=cfg.answer_rule),
         num_lanes=cfg.num_lanes,
         num_children=cfg.num_children,
+        # Rounds of roots alone spare the other lanes: compiled where those are most of a round.
+        widths=(cfg.num_lanes, cfg.root_lanes) if cfg.num_lanes >= 4 * cfg.root_lanes else (),
     )
 
 
@@ -360,8 +362,8 @@ def update_tree(
         discount=cfg.discount,
         learning_rate=cfg.learning_rate,
     )
-    simulated = (request.active & (request.nodes > 0)).sum(-1).astype(jnp.int32)
-    simulations = state.simulations + simulated
+    selected = request.active & (request.nodes > 0)
+    simulations = state.simulations + selected.sum(-1, dtype=jnp.int32)
     state = State(first_child, open_leaves, simulations, state.noise, state.extra)
     return state, structure, top
 
@@ -451,8 +453,7 @@ def _judge(structure, request, outcome, counted, lead, cfg):
     at = jnp.where(told, request.nodes, structure.capacity)
     noted = structure.model_value.at[rows, at].set(own, mode="drop")
     structure = dataclasses.replace(structure, model_value=noted)
-    count = lead.astype(jnp.float32)
-    total = jnp.where(lead, own, 0.0)
+    count, total = lead.astype(jnp.float32), jnp.where(lead, own, 0.0)
     if cfg.judge == "expansion" and cfg.backup == "mean":
         # Each of the K values is a simulation of its own.
         many = request.grows & ~barren
@@ -476,9 +477,8 @@ def _descend_beside(paths, state, structure, root, keys, *, cfg, score_fn):
         )
         best = _choose(score_fn(siblings), siblings.available, structure, keys, cfg)
         below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
-        inner = first >= 0
-        path = path.at[:, level + 1].set(jnp.where(inner, below, NO_NODE)[:, 0])
-        nodes = jnp.where(inner, below, nodes)
+        path = path.at[:, level + 1].set(jnp.where(first >= 0, below, NO_NODE)[:, 0])
+        nodes = jnp.where(first >= 0, below, nodes)
         return level + 1, nodes, find_first(state, nodes), path
 
     path = jnp.broadcast_to(root + NO_NODE, (root.shape[0], cfg.max_depth + 1)).at[:, 0].set(0)

@@ -155,9 +155,16 @@ def test_structures_at_their_own_pace_are_the_same_structures():
         run_apart(strategy, remote, None, keys, worlds[:5], structure, in_flight=1)
 
 
-@pytest.mark.slow
-def test_a_narrow_round_has_a_narrow_program():
-    assert WIDE.widths == (4, 3, 2, 1)
+@pytest.mark.parametrize(
+    ("strategy", "planned", "first"),
+    [
+        pytest.param(WIDE, (4, 3, 2, 1), 2, marks=pytest.mark.slow),
+        (puct.make_puct(num_children=3, num_lanes=4, max_depth=4), (4, 1), 1),
+    ],
+    ids=["gumbel", "puct"],
+)
+def test_a_narrow_round_has_a_narrow_program(strategy, planned, first):
+    assert strategy.widths == planned
     widths = []
 
     def expand(params, keys, world, structure, request):
@@ -165,13 +172,17 @@ def test_a_narrow_round_has_a_narrow_program():
         return make_expand()(params, keys, world, structure, request)
 
     keys, world, structure = begin(range(2))
-    done, _ = jax.jit(functools.partial(run_compiled, WIDE, expand, None))(keys, world, structure)
+    run = functools.partial(run_compiled, strategy, expand, None)
+    done, _ = jax.jit(run)(keys, world, structure)
     jax.effects_barrier()
-    run = jax.jit(functools.partial(run_compiled, WIDE, make_expand(), None))
-    assert widths[0] == 2
-    assert set(widths) <= set(WIDE.widths)
+    assert widths[0] == first
+    assert set(widths) <= set(planned)
     assert len(set(widths)) > 1
+    run = jax.jit(functools.partial(run_compiled, strategy, make_expand(), None))
     assert_equal(done, rows_of(run(*begin(range(6)))[0], [0, 1]))
+    wide = jax.jit(functools.partial(run_compiled, strategy._replace(widths=()), expand, None))
+    if strategy.count_lanes is None:
+        assert_equal(done, wide(keys, world, structure)[0])
 
 
 @pytest.mark.parametrize(
