@@ -83,6 +83,9 @@ _ALONE = flags.DEFINE_integer(
 _EXPANSIONS = flags.DEFINE_integer("expansions", 32, "Expansions per problem.", lower_bound=1)
 _CHILDREN = flags.DEFINE_integer("children", 4, "Children per expansion.", lower_bound=1)
 _STEP = flags.DEFINE_integer("step_tokens", 32, "Tokens of a step.", lower_bound=1)
+_HOST_MODES = flags.DEFINE_list(
+    "host_modes", list(bench_search.MODES), "How the other side calls its model.",
+)  # fmt: skip
 _HOST_LEAVES = flags.DEFINE_list("host_leaves", ["1", "4"], "Leaves in one call, ours.")
 
 # Suite memory.
@@ -148,6 +151,7 @@ def _search_cases() -> Iterator[dict[str, Any]]:
         num_children=_CHILDREN.value,
         step_tokens=_STEP.value,
         leaves=_read_numbers(_HOST_LEAVES),
+        modes=_HOST_MODES.value,
         context_tokens=_CONTEXT.value,
         new_tokens=_NEW.value,
     )

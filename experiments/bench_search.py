@@ -52,8 +52,8 @@ class HostSizes:
 
     problems: a file of GSM8K's form, None for made-up sums. num_problems: searched side by side.
     num_alone: those of them in the modes that take one after the other, whose rate does not depend
-    on their number. leaves: W of ours, one case each. rows, context_tokens, new_tokens: of
-    llama.cpp's decoding.
+    on their number. leaves: W of ours, one case each. modes: of `MODES`, the other side's. rows,
+    context_tokens, new_tokens: of llama.cpp's decoding.
     """
 
     problems: str | None = None
@@ -64,9 +64,15 @@ class HostSizes:
     step_tokens: int = 32
     max_depth: int = 16
     leaves: Sequence[int] = (1, 4)
+    modes: Sequence[str] = MODES
     rows: int = 16
     context_tokens: int = 192
     new_tokens: int = 32
+
+    def __post_init__(self):
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ValueError(f"host_modes={mode}: accepted are {', '.join(MODES)}")
 
 
 def run_search(
@@ -123,7 +129,7 @@ def run_questions(
         if config["model"].startswith("random:"):
             raise RuntimeError("a random model has no file for the other side")
         with open_host(other_python, find_model(config["model"])) as other:
-            for mode in MODES:
+            for mode in sizes.modes:
                 for lanes in sizes.leaves:
                     yield _compare_host(
                         policy, sizes, prompts, patience, calls[lanes], lanes, mode, other

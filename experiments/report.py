@@ -35,9 +35,10 @@ Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean p
   that are left no chance, the chain goes back. No verdict here either.
   `greedy_controlled` is the guided chain held to the lines that the task lists as legal, each of
   them weighed by what the network for states says of the numbers that it would leave, before it is
-  written; `best_first_controlled` is `best_first_widening` so decoded. The task gives the rules, no
-  verdict and no answer. What the network reads for it is no token and no expansion, so compare
-  these rows with the others by what they may use, not by tokens alone.
+  written; `best_first_controlled` and `best_first_widening_controlled` are those searches so
+  decoded. The task gives the rules, no verdict and no answer. What the network reads for it is no
+  token and no expansion, so compare these rows with the others by what they may use, not by tokens
+  alone.
   `greedy_legal` is a chain without repeats where the task referees: a step that does not follow is
   refused, costs its tokens, and another one is written in its place; of legal steps the task says
   nothing.
