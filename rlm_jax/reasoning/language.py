@@ -30,7 +30,7 @@ from rlm_jax.inference.pages import (
 from rlm_jax.inference.tried import Tried, make_tried
 from rlm_jax.models.attention import MASKED_SCORE
 from rlm_jax.reasoning.language_evaluate import Judged, NewSteps, evaluate, stated_answers
-from rlm_jax.reasoning.language_lookahead import look_ahead, weigh_steps
+from rlm_jax.reasoning.language_lookahead import UNREAD, look_ahead, recall, weigh_steps
 from rlm_jax.reasoning.language_task import Verdicts, check_steps
 from rlm_jax.reasoning.language_values import needs_contexts
 from rlm_jax.reasoning.language_world import (
@@ -85,7 +85,7 @@ def make_expand(cfg: LanguageConfig) -> Expand:
 
         allowed, num_seen = None, tokens_left(structure) * 0
         if cfg.sampling.legal_only:
-            allowed, num_seen = find_allowed(lm, cfg, world, request)
+            allowed, num_seen, world = find_allowed(lm, cfg, world, structure, request)
         decode = _plan_steps(lm, cfg, keys, world, structure, request, rows, allowed)
 
         def judge(steps: DecodedSteps, contexts: tuple[Context, ...]) -> tuple[NewSteps, Judged]:
@@ -121,7 +121,8 @@ def make_expand(cfg: LanguageConfig) -> Expand:
         )
         outcome = _outcome(cfg, structure, request, steps, verdicts, judged, duplicate)
         keep = outcome.valid & ~duplicate
-        return outcome, _store(world, structure, rows, slots, steps, verdicts, keep)
+        ahead = judged.ahead if cfg.judge == "expansion" else None
+        return outcome, _store(world, structure, rows, slots, steps, verdicts, ahead, keep)
 
     return expand
 
@@ -250,9 +251,9 @@ def find_copies(lm, cfg, world, structure, rows) -> Copies:
     return make_copies(task.returns(tables), task.marks(tables), world.tokens[at], length)
 
 
-def find_allowed(lm, cfg, world, request) -> tuple[Allowed, Int32[Array, "B"]]:
+def find_allowed(lm, cfg, world, structure, request) -> tuple[Allowed, Int32[Array, "B"], World]:
     """The legal steps of each row, spelled once for all rows of a node; in a chain, beside those
-    that go back. And how many items were read of what they lead to."""
+    that go back. And how many items were read of what they lead to, and the world that knows."""
     task, tables = cfg.task, lm.task_tables
     assert task is not None
     assert task.moves is not None
@@ -262,7 +263,10 @@ def find_allowed(lm, cfg, world, request) -> tuple[Allowed, Int32[Array, "B"]]:
     spelled = jax.vmap(lambda state: spell(tables, state, room))(states)
     bonus, num_seen = None, request.nodes[:, 0] * 0
     if cfg.sampling.outcome_weight:
-        ahead = look_ahead(lm.state_value, task, states, request.grows.reshape(-1))
+        keys = jnp.take_along_axis(structure.state_key, jnp.maximum(request.nodes, 0), 1)
+        known = recall(world.ahead, structure, keys)
+        ahead = look_ahead(lm.state_value, task, states, request.grows.reshape(-1), known)
+        world = _keep_ahead(world, jnp.where(request.grows, request.nodes, NO_NODE), ahead.value)
         bonus = weigh_steps(ahead, cfg.sampling.outcome_weight)
         bonus = jnp.repeat(bonus, request.num_children, axis=0)
         num_seen = ahead.num_items.reshape(request.nodes.shape).sum(1)
@@ -272,7 +276,16 @@ def find_allowed(lm, cfg, world, request) -> tuple[Allowed, Int32[Array, "B"]]:
     rule = lm.step_rule.ends | lm.step_rule.final
     ends &= jnp.pad(rule, (0, ends.shape[0] - rule.shape[0]))
     besides = jnp.zeros_like(ends) if task.returns is None else task.returns(tables)
-    return make_allowed(tokens, length, ends, besides, bonus), num_seen
+    return make_allowed(tokens, length, ends, besides, bonus), num_seen, world
+
+
+def _keep_ahead(world, nodes, values) -> World:
+    """What was read of the states one step on from nodes [B, L]; NO_NODE: nothing is kept."""
+    assert world.ahead is not None
+    at = jnp.where(nodes >= 0, nodes, world.ahead.shape[1])
+    values = values.reshape(*nodes.shape, -1)
+    ahead = world.ahead.at[jnp.arange(nodes.shape[0])[:, None], at].set(values, mode="drop")
+    return dataclasses.replace(world, ahead=ahead)
 
 
 def _find_children(structure, parents):
@@ -359,8 +372,12 @@ def _outcome(cfg, structure, request, steps, verdicts, judged, duplicate) -> Out
     )
 
 
-def _store(world, structure, rows, slots, steps, verdicts, keep) -> World:
-    """Writes what the new nodes say under their indices."""
+def _store(world, structure, rows, slots, steps, verdicts, ahead, keep) -> World:
+    """Writes what the new nodes say under their indices.
+
+    Args:
+      ahead: what was read of the states one step on from them; None if nothing was.
+    """
     batch = slots.shape[0]
     flat = slots.reshape(batch, -1)
     index = jnp.arange(batch)[:, None]
@@ -369,6 +386,10 @@ def _store(world, structure, rows, slots, steps, verdicts, keep) -> World:
         values = values.reshape(*flat.shape, *values.shape[1:])
         return array.at[index, flat].set(values, mode="drop")
 
+    known = world.ahead
+    if known is not None:
+        new = UNREAD if ahead is None else ahead.reshape(*flat.shape, -1)
+        known = known.at[index, flat].set(new, mode="drop")
     pages = write_steps(
         world.pages,
         steps.caches,
@@ -395,4 +416,5 @@ def _store(world, structure, rows, slots, steps, verdicts, keep) -> World:
         token_logprobs=jax.tree.map(put, world.token_logprobs, steps.token_logprobs),
         answers=jax.tree.map(put, world.answers, steps.answers),
         task_state=jax.tree.map(put, world.task_state, verdicts.state),
+        ahead=known,
     )

@@ -15,9 +15,15 @@ from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, Key, UInt32
 from rlm_jax.inference.attention import Context
 from rlm_jax.inference.decode import DecodedSteps
+from rlm_jax.reasoning.language_lookahead import look_ahead, recall
 from rlm_jax.reasoning.language_rollout import value_by_rollouts
 from rlm_jax.reasoning.language_task import Verdicts, decided_values
-from rlm_jax.reasoning.language_values import Paths, evaluate_paths, parse_evaluator
+from rlm_jax.reasoning.language_values import (
+    Paths,
+    evaluate_paths,
+    looks_ahead,
+    parse_evaluator,
+)
 from rlm_jax.reasoning.language_world import LanguageConfig, LanguageModel, Rows, World
 from rlm_jax.reasoning.operators.evaluate import mix_values
 from rlm_jax.reasoning.operators.structure import child_numbers
@@ -41,6 +47,7 @@ class Judged:
     """Values of new steps [R] and of requested nodes [Q = B * W], and what they cost.
 
     scored_tokens: given tokens that were forwarded. rollout_tokens: tokens that were sampled.
+    ahead: what was read of the states one step on from what was judged; None if nothing was.
     """
 
     value: Float32[Array, "R"]
@@ -49,6 +56,7 @@ class Judged:
     rollout_tokens: Int32[Array, "B"]
     model_calls: Int32[Array, "B"]
     verifier_calls: Int32[Array, "B"]
+    ahead: Float32[Array, "P M"] | None = None
 
 
 def evaluate(
@@ -74,7 +82,8 @@ def evaluate(
     none = jnp.zeros_like(new.steps.logprob)
     if cfg.judge == "visit":
         paths = _paths_of_nodes(cfg, keys, world, structure, request)
-        judged = _judge(lm, cfg, paths, structure, contexts, tokens_left)
+        keys = jnp.take_along_axis(structure.state_key, at, 1)
+        judged = _judge(lm, cfg, world, paths, keys, structure, contexts, tokens_left)
         value = jnp.where(paths.fresh, judged.value, known)
         solved = jnp.take_along_axis(structure.proven, at, 1).reshape(-1)
         decided = paths.terminal & (cfg.task is not None)
@@ -89,7 +98,8 @@ def evaluate(
         positions=rows.step_starts(structure)[:, None] + offset,
         valid=offset < new.steps.length[:, None],
     )
-    judged = _judge(lm, cfg, paths, structure, (*contexts, own), tokens_left)
+    keys = new.verdicts.state_key.reshape(at.shape[0], -1)
+    judged = _judge(lm, cfg, world, paths, keys, structure, (*contexts, own), tokens_left)
     value = new.verdicts.values(judged.value, cfg.dead_value)
     return dataclasses.replace(judged, value=value, node_value=known)
 
@@ -100,10 +110,15 @@ def stated_answers(steps: DecodedSteps, verdicts: Verdicts) -> UInt32[Array, "R"
     return jnp.where(refuted, 0, answer_key(steps.answers)).astype(jnp.uint32)
 
 
-def _judge(lm, cfg, paths, structure, contexts, tokens_left) -> Judged:
-    """Values of the paths by the evaluators of `cfg`, mixed."""
+def _judge(lm, cfg, world, paths, state_keys, structure, contexts, tokens_left) -> Judged:
+    """Values of the paths, which end in states of these keys, by the evaluators of `cfg`, mixed."""
     batch = structure.depth.shape[0]
     weights = parse_evaluator(cfg.evaluator)
+    ahead = None
+    if looks_ahead(cfg.evaluator):
+        known = recall(world.ahead, structure, state_keys)
+        seen = look_ahead(lm.state_value, cfg.task, paths.task_state, paths.fresh, known)
+        ahead, paths = seen.value, dataclasses.replace(paths, ahead=seen)
     nothing = tokens_left * 0
     scored = rollout_tokens = calls = checks = nothing
     values = []
@@ -132,7 +147,7 @@ def _judge(lm, cfg, paths, structure, contexts, tokens_left) -> Judged:
             calls += tokens > 0
         values.append(value)
     value = values[0] if len(values) == 1 else mix_values(values, [*weights.values()], cfg.mixture)
-    return Judged(value, value, scored, rollout_tokens, calls, checks)
+    return Judged(value, value, scored, rollout_tokens, calls, checks, ahead)
 
 
 def _path_keys(keys: Key[Array, "B"], numbers: Int32[Array, "B M"]) -> Key[Array, "R"]:

@@ -6,6 +6,9 @@ with two uses: the best of them says what the state is worth (evaluator "state_l
 lookahead by a known model, Sutton and Barto 2018, chapter 8), and each says what the step to it is
 worth, before the policy has written it (`sampling.outcome_weight`; controlled decoding, arXiv
 2310.17022: the policy's probability times the value of what it leads to).
+
+No state is looked ahead from twice in a structure: what was read is kept with its nodes, and found
+by the key of the state, wherever it comes up again.
 """
 
 from typing import NamedTuple
@@ -13,18 +16,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
+from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree, UInt32
 from rlm_jax.models.state_value import StateValue, apply_state_value
+from rlm_jax.reasoning.structure import Structure
 from rlm_jax.tasks.device import DeviceTask
 
 _ROWS_AT_ONCE = 512
 _LEAST_VALUE = 1e-3  # What is said to be lost may be mistaken.
+UNREAD = -1.0
 
 
 class Ahead(NamedTuple):
     """Of R states: which of M steps the task lists, and the values of what they lead to, else 0.
 
-    num_items: how many items the network read of each state's outcomes.
+    value: `UNREAD` in all of a state that was not looked ahead from. num_items: how many items the
+    network read of each state's outcomes.
     """
 
     value: Float32[Array, "R M"]
@@ -37,18 +43,25 @@ def look_ahead(
     task: DeviceTask | None,
     states: PyTree,
     wanted: Bool[Array, "R"],
+    known: Float32[Array, "R M"],
 ) -> Ahead:
-    """Reads what lies one step on from R states of a task; nothing of those that are not wanted."""
+    """Reads what lies one step on from R states of a task; nothing of those that are not wanted.
+
+    Args:
+      known: what was read of the states before, `UNREAD` where nothing was.
+    """
     assert network is not None
     assert task is not None
     assert task.outcomes is not None
     seen = jax.vmap(task.outcomes)(states)
     present = seen.items >= 0
     listed = present.any(-1) & wanted[:, None]
-    num_listed = listed.sum(dtype=jnp.int32)
+    is_known = known[:, :1] >= 0
+    unread = listed & ~is_known
+    num_unread = unread.sum(dtype=jnp.int32)
     items, goals = seen.items.reshape(listed.size, -1), seen.goal.reshape(-1)
     # Most places of a list are empty: those that are not are read one batch after the other.
-    order = jnp.argsort(~listed.reshape(-1), stable=True)
+    order = jnp.argsort(~unread.reshape(-1), stable=True)
     size = min(_ROWS_AT_ONCE, listed.size)
 
     def read(carry):
@@ -56,13 +69,31 @@ def look_ahead(
         place = start + jnp.arange(size)
         at = order[jnp.minimum(place, listed.size - 1)]
         found = apply_state_value(network, items[at], goals[at])
-        at = jnp.where(place < num_listed, at, listed.size)
+        at = jnp.where(place < num_unread, at, listed.size)
         return start + size, value.at[at].set(found, mode="drop")
 
-    begun = jnp.zeros_like(num_listed), jnp.zeros(listed.size, jnp.float32)
-    _, value = jax.lax.while_loop(lambda carry: carry[0] < num_listed, read, begun)
-    num_items = jnp.where(listed, 1 + present.sum(-1, dtype=jnp.int32), 0).sum(1)
-    return Ahead(value.reshape(listed.shape), listed, num_items)
+    begun = jnp.zeros_like(num_unread), jnp.zeros(listed.size, jnp.float32)
+    _, value = jax.lax.while_loop(lambda carry: carry[0] < num_unread, read, begun)
+    value = jnp.where(is_known, known, value.reshape(listed.shape))
+    num_items = jnp.where(unread, 1 + present.sum(-1, dtype=jnp.int32), 0).sum(1)
+    return Ahead(jnp.where(wanted[:, None], value, UNREAD), listed, num_items)
+
+
+def recall(
+    ahead: Float32[Array, "B N M"], structure: Structure, keys: UInt32[Array, "B L"]
+) -> Float32[Array, "R M"]:
+    """What was read of states with these keys, R = B * L of them; `UNREAD` where nothing was.
+
+    Args:
+      ahead: `Ahead.value` of the nodes.
+    """
+    there = jnp.arange(structure.capacity) < structure.num_nodes[:, None]
+    there &= ahead[..., 0] >= 0
+    same = (structure.state_key[:, None] == keys[..., None]) & (keys[..., None] != 0)
+    same &= there[:, None]
+    found = jnp.take_along_axis(ahead, same.argmax(-1)[..., None], axis=1)
+    found = jnp.where(same.any(-1, keepdims=True), found, UNREAD)
+    return found.reshape(-1, ahead.shape[-1])
 
 
 def weigh_steps(ahead: Ahead, weight: float) -> Float32[Array, "R M"]:

@@ -112,6 +112,18 @@ def begin_keys(
     return jax.vmap(task.key)(states)
 
 
+def count_outcomes(task: DeviceTask | None, states: PyTree) -> int:
+    """M, the steps from one state that the task has places for.
+
+    Args:
+      states: leaves [B, N, ...].
+    """
+    assert task is not None
+    assert task.outcomes is not None
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), states)
+    return jax.eval_shape(task.outcomes, state).goal.shape[0]
+
+
 def empty_states(
     task: DeviceTask | None, tables: PyTree, width: int, like: Int32[Array, "B N"]
 ) -> PyTree:

@@ -33,7 +33,7 @@ from rlm_jax.inference.sampling import Uncertainty
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.models.state_value import StateValue, apply_state_value
-from rlm_jax.reasoning.language_lookahead import look_ahead
+from rlm_jax.reasoning.language_lookahead import Ahead
 from rlm_jax.reasoning.operators.evaluate import accumulate_score, self_consistency
 from rlm_jax.reasoning.structure import Structure
 from rlm_jax.tasks.device import DeviceTask
@@ -74,6 +74,7 @@ class Paths:
     the path less its last step. ends: position behind the last token. fresh: worth judging at all.
     answers, task_state: where the answer's automaton and the task stand. keys: one per path.
     uncertainty: a sum like the first two; None if no evaluator of `UNCERTAINTIES` is in use.
+    ahead: what lies one step on; None if no evaluator asks.
     """
 
     logprob: Float32[Array, "R"]
@@ -90,6 +91,7 @@ class Paths:
     task_state: PyTree
     keys: Key[Array, "R"]
     uncertainty: Uncertainty | None = None
+    ahead: Ahead | None = None
 
 
 def parse_evaluator(evaluator: str | Mapping[str, float]) -> dict[str, float]:
@@ -130,6 +132,11 @@ def needs_uncertainty(evaluator: str) -> bool:
 def needs_state_value(evaluator: str | Mapping[str, float]) -> bool:
     """Whether a setting names an evaluator that asks the network for states."""
     return not set(STATE_JUDGES).isdisjoint(parse_evaluator(evaluator))
+
+
+def looks_ahead(evaluator: str | Mapping[str, float]) -> bool:
+    """Whether a setting names an evaluator that reads the states one step on."""
+    return "state_lookahead" in parse_evaluator(evaluator)
 
 
 def needs_contexts(evaluator: str) -> bool:
@@ -217,11 +224,11 @@ def _judge_outcomes(
     network: StateValue | None, task: DeviceTask | None, paths: Paths
 ) -> tuple[Array, Array]:
     """The best of the states one step on; where the task lists none, the state as it is."""
+    assert paths.ahead is not None
     value, num_items = _judge_states(network, task, paths)
-    ahead = look_ahead(network, task, paths.task_state, paths.fresh)
-    listed = ahead.listed.any(1)
-    return jnp.where(listed, ahead.value.max(1), value), jnp.where(
-        listed, ahead.num_items, num_items
+    listed = paths.ahead.listed.any(1)
+    return jnp.where(listed, paths.ahead.value.max(1), value), jnp.where(
+        listed, paths.ahead.num_items, num_items
     )
 
 

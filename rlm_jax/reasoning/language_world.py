@@ -26,11 +26,13 @@ from rlm_jax.inference.sampling import SamplingConfig, Uncertainty
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.params import Params
 from rlm_jax.models.state_value import StateValue
-from rlm_jax.reasoning.language_task import begin_keys, begin_states, empty_states
+from rlm_jax.reasoning.language_lookahead import UNREAD
+from rlm_jax.reasoning.language_task import begin_keys, begin_states, count_outcomes, empty_states
 from rlm_jax.reasoning.language_values import (
     STEP_SCORES,
     Judge,
     ValueFn,
+    looks_ahead,
     needs_uncertainty,
     parse_evaluator,
 )
@@ -103,6 +105,11 @@ class LanguageConfig:
         if not 0 <= self.rollout_discount <= 1:
             raise ValueError(f"rollout_discount must be in [0, 1], got {self.rollout_discount}")
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether states one step on are read, to judge states or to weigh steps."""
+        return bool(self.sampling.outcome_weight) or looks_ahead(self.evaluator)
+
 
 @struct
 class LanguageModel:
@@ -131,7 +138,8 @@ class World:
     path has stated. prompt_length: tokens of the problem's prompt. task_state: the task's state
     behind each node, leaves [B, N, ...]; None without a task. path_uncertainty: a sum over the path
     like the others, [B, N]; None if no evaluator needs it. token_logprobs: of each token; None
-    where steps may be repeated.
+    where steps may be repeated. ahead: what was read of the states one step on from each node
+    (`language_lookahead.Ahead.value`); None if nothing looks ahead.
     """
 
     pages: KVPages
@@ -144,6 +152,7 @@ class World:
     task_state: PyTree = None
     path_uncertainty: Uncertainty | None = None
     token_logprobs: Float32[Array, "B N S"] | None = None
+    ahead: Float32[Array, "B N M"] | None = None
 
 
 class Rows:
@@ -224,6 +233,7 @@ def make_world(
     )
     zero = structure.value * 0
     size = cfg.model.model_dim
+    states = empty_states(cfg.task, lm.task_tables, width, structure.depth)
     return structure, World(
         pages=pages,
         tokens=jnp.broadcast_to(structure.depth[..., None] * 0, (*zero.shape, slots)),
@@ -232,12 +242,15 @@ def make_world(
         path_confidence=zero + 0,
         answers=_state_nothing(structure.depth),
         prompt_length=none,
-        task_state=empty_states(cfg.task, lm.task_tables, width, structure.depth),
+        task_state=states,
         path_uncertainty=Uncertainty(zero + 0, zero + 0)
         if needs_uncertainty(cfg.evaluator)
         else None,
         token_logprobs=jnp.broadcast_to(zero[..., None], (*zero.shape, slots))
         if cfg.sampling.no_repeats
+        else None,
+        ahead=zero[..., None] + jnp.full(count_outcomes(cfg.task, states), UNREAD)
+        if cfg.looks_ahead
         else None,
     )
 
@@ -281,6 +294,7 @@ def admit(
         path_confidence=put(world.path_confidence, fresh.value),
         answers=jax.tree.map(put, world.answers, _state_nothing(fresh.depth)),
         path_uncertainty=jax.tree.map(lambda old: put(old, fresh.value), world.path_uncertainty),
+        ahead=jax.tree.map(lambda old: old.at[rows].set(UNREAD, mode="drop"), world.ahead),
     )
     return jax.tree.map(put, structure, fresh), world
 
@@ -368,6 +382,7 @@ def keep_world(world: World, nodes: Int32[Array, "B"], order: Int32[Array, "B N"
             lambda array: take_nodes(array, order), world.path_uncertainty
         ),
         token_logprobs=jax.tree.map(lambda array: take_nodes(array, order), world.token_logprobs),
+        ahead=jax.tree.map(lambda array: take_nodes(array, order), world.ahead),
     )
 
 

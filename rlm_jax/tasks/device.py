@@ -83,7 +83,7 @@ class DeviceTask(NamedTuple):
       moves: how it lists all legal steps; None for a task that does not.
       outcomes: state -> what `observe` says behind each of M legal steps, in the order of `moves`,
         items [M, ...] and goals [M]; no items where there is no step, or the task decides itself
-        what lies behind it. None for a task that does not say.
+        what lies behind it. The same for states of one key. None for a task that does not say.
     """
 
     make_tables: Callable[[Sequence[bytes]], PyTree]

@@ -362,7 +362,14 @@ def outcomes(state):
 def test_lookahead_is_worth_the_best_state_one_step_on(judging, monkeypatch, rows_ahead):
     monkeypatch.setattr(language_lookahead, "_ROWS_AT_ONCE", rows_ahead)
     network = judging[0].state_value
-    task = TASK._replace(observe=observe, outcomes=outcomes)
+
+    def check(*arguments):
+        """States that differ in their steps differ in what lies ahead, so they have other keys."""
+        found = check_step(*arguments)
+        apart = (MODULUS * found.state["steps"]).astype(jnp.uint32)
+        return found._replace(key=found.key + apart)
+
+    task = TASK._replace(step=check, observe=observe, outcomes=outcomes)
     structure, world, config = search(judging, evaluator="state_lookahead", task=task)
     states = jax.device_get(world.task_state)
 
@@ -372,14 +379,18 @@ def test_lookahead_is_worth_the_best_state_one_step_on(judging, monkeypatch, row
 
     looked = collections.Counter()
     for row, oracle in enumerate(oracles(judging, structure, world, config)):
-        scored = 0
+        scored, first = 0, {}
         for node in oracle.made:
             if not (oracle.alive[node] and oracle.goes_on(node)):
                 continue
             total, steps = (int(states[name][row, node]) for name in ("sum", "steps"))
             ahead = [[total + more] for more in range(1, 4 if steps < 2 else 3)]
             read = ahead if steps < 3 else [[total, steps]]
-            scored += sum(1 + len(items) for items in read)
+            # A state that was looked ahead from in an earlier round is not again.
+            round_made = first.setdefault((total, steps), oracle.s.created_at[node])
+            is_known = steps < 3 and round_made < oracle.s.created_at[node]
+            looked["again"] += is_known
+            scored += 0 if is_known else sum(1 + len(items) for items in read)
             looked[steps] += 1
             below = [i for i in oracle.made if oracle.s.parent[i] == node]
             dead_end = bool(below) and all(map(oracle.illegal.get, below))
@@ -387,6 +398,7 @@ def test_lookahead_is_worth_the_best_state_one_step_on(judging, monkeypatch, row
             np.testing.assert_allclose(oracle.s.model_value[node], expected, atol=1e-6)
         assert oracle.s.budget.scored_tokens == scored
     assert min(looked[steps] for steps in (1, 2, 3)) > 3, looked
+    assert looked["again"], looked
 
 
 def test_chains_go_back_where_their_evaluator_sees_no_way_on(judging):
