@@ -82,8 +82,8 @@ def evaluate(
     none = jnp.zeros_like(new.steps.logprob)
     if cfg.judge == "visit":
         paths = _paths_of_nodes(cfg, keys, world, structure, request)
-        keys = jnp.take_along_axis(structure.state_key, at, 1)
-        judged = _judge(lm, cfg, world, paths, keys, structure, contexts, tokens_left)
+        states = jnp.take_along_axis(structure.state_key, at, 1)
+        judged = _judge(lm, cfg, world, paths, states, structure, contexts, tokens_left)
         value = jnp.where(paths.fresh, judged.value, known)
         solved = jnp.take_along_axis(structure.proven, at, 1).reshape(-1)
         decided = paths.terminal & (cfg.task is not None)
@@ -98,8 +98,8 @@ def evaluate(
         positions=rows.step_starts(structure)[:, None] + offset,
         valid=offset < new.steps.length[:, None],
     )
-    keys = new.verdicts.state_key.reshape(at.shape[0], -1)
-    judged = _judge(lm, cfg, world, paths, keys, structure, (*contexts, own), tokens_left)
+    states = new.verdicts.state_key.reshape(at.shape[0], -1)
+    judged = _judge(lm, cfg, world, paths, states, structure, (*contexts, own), tokens_left)
     value = new.verdicts.values(judged.value, cfg.dead_value)
     return dataclasses.replace(judged, value=value, node_value=known)
 
