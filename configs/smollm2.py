@@ -160,8 +160,9 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     widening = {"widen": True, "num_children": 1, "prior_weight": 0.7, "sampling": no_repeats}
     config.best_first_widening = ConfigDict({**config.best_first, **widening})
-    config.best_first_controlled = ConfigDict(config.best_first)
-    config.best_first_widening_controlled = ConfigDict(config.best_first_widening)
+    # The same again: no task here lists its steps.
+    config.best_first_controlled = ConfigDict({**config.best_first, "sampling": sampling})
+    config.best_first_widening_controlled = ConfigDict({**config.best_first, **widening})
     if variant == "smoke":
         config.model = "random:tiny-llama"
         config.step.max_tokens = 8
