@@ -21,7 +21,7 @@ _CHAINS = (
     "best_of_n",
 )  # fmt: skip
 
-_LOOK_AHEAD = ("best_first_controlled", "best_first_widening_controlled")
+LOOK_AHEAD = ("best_first_controlled", "best_first_widening_controlled")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -101,7 +101,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.best_first_widening_controlled = ConfigDict(
         {**config.best_first_widening, "sampling": {**no_repeats, **controlled}}
     )
-    for name in _LOOK_AHEAD:
+    for name in LOOK_AHEAD:
         config[name].evaluator = "state_lookahead"
     # A state is worth its best move: the mean over all of them hides the one that solves it.
     config.puct = ConfigDict({**tree, "exploration": 0.3, "backup": "max", "merge_states": False})
@@ -303,9 +303,9 @@ def _shrink(config: ConfigDict) -> None:
     for name in ("best_first_widening", "best_first_widening_controlled"):
         config[name].update({"num_nodes": 17, "num_children": 1})
     # A random network's tokens do not spell a task's lines.
-    for name in ("greedy_controlled", *_LOOK_AHEAD):
+    for name in ("greedy_controlled", *LOOK_AHEAD):
         config[name].sampling.update({"legal_only": False, "outcome_weight": 0.0})
-    for name in _LOOK_AHEAD:
+    for name in LOOK_AHEAD:
         config[name].evaluator = config.evaluator
     config.beam.beam_width = 2
     config.gumbel.update({"num_simulations": 4, "num_lanes": 2, "max_considered": 2})

@@ -30,6 +30,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.max_depth = 3
     if variant == "smoke":
         config.evaluator = "confidence"
-        for name in ("best_first_controlled", "best_first_widening_controlled"):
+        for name in module.LOOK_AHEAD:
             config[name].evaluator = config.evaluator
     return config

@@ -7,8 +7,8 @@ lookahead by a known model, Sutton and Barto 2018, chapter 8), and each says wha
 worth, before the policy has written it (`sampling.outcome_weight`; controlled decoding, arXiv
 2310.17022: the policy's probability times the value of what it leads to).
 
-No state is looked ahead from twice in a structure: what was read is kept with its nodes, and found
-by the key of the state, wherever it comes up again.
+A state that comes up again in a later round is not looked ahead from again: what was read is kept
+with its node, and found by the key of the state. (What nodes judged on visit read is not kept.)
 """
 
 from typing import NamedTuple
