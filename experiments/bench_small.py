@@ -4,7 +4,9 @@ Policy, value and dynamics are the same small networks on both sides, K actions,
 judges children on visit, as mctx does: one simulation is one network call for one new node on both
 sides, the root's call apart. PUCT is MuZero's with the same constants and no noise, so its visit
 counts are mctx's own with one leaf a round; Gumbel has no noise on either side and differs by what
-a round does not know yet. `leaves` (W) of one structure go into one call; mctx has one.
+a round does not know yet. `leaves` (W) of one structure go into one call; mctx has one. Gumbel's
+rounds visit each considered child once and get narrow as these get few; "gumbel_filled" gives each
+as many visits as fill the W leaves.
 """
 
 import functools
@@ -45,7 +47,7 @@ def run_small(
     """Simulations per second of PUCT and Gumbel, one case per size."""
     params = init_networks(jax.random.key(0))
     found = importlib.util.find_spec("mctx") is not None
-    for name in ("puct", "gumbel"):
+    for name in ("puct", "gumbel", "gumbel_filled"):
         for num_simulations in simulations:
             for batch in batches:
                 states = jax.random.normal(jax.random.key(1), (batch, WIDTH))
@@ -55,6 +57,8 @@ def run_small(
                         functools.partial(search_mctx, name, num_simulations), params, states
                     )
                 for num_lanes in leaves:
+                    if name == "gumbel_filled" and num_lanes == 1:
+                        continue  # That is "gumbel".
                     yield {
                         "case": f"small_{name}",
                         **_compare(
@@ -140,6 +144,8 @@ def make_strategy(name: str, num_simulations: int, num_lanes: int) -> Strategy:
     }
     if name == "puct":
         return make_puct(base=19652.0, q="siblings", **settings)
+    if name == "gumbel_filled":
+        settings["visits_per_round"] = num_lanes
     return make_gumbel(max_considered=NUM_ACTIONS, gumbel_scale=0.0, **settings)
 
 

@@ -5,9 +5,9 @@ sampled steps, evaluate, back the values up. Decisions where the sources differ 
 settings of `TreeConfig`; these hold for all:
 
 - A node's K children are consecutive slots, and `open_leaves` counts what is left to grow at or
-  below each node, so a descent never enters a subtree that is exhausted and never ends in one.
+  below each node.
 - W leaves a round: each lane passes as a virtual visit over its path and takes one open leaf away
-  from it, for the lanes after it. Nothing of that is stored.
+  from it, for the lanes after it (`tree_descent.py`). Nothing of that is stored.
 - Nothing ever grows below a terminal node or beyond max_depth.
 - A node whose steps were all written and refused is a dead end: worth what they are, not what the
   evaluator thought of it.
@@ -21,143 +21,20 @@ selected, as in MuZero: that is mctx's search, one simulation a leaf.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlm_jax.core.masked import masked_argmax
 from rlm_jax.core.order import zero_behind
-from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
+from rlm_jax.core.types import Array, Float32, Int32
 from rlm_jax.reasoning.operators.evaluate import mix_noise, sibling_prior, step_prior
 from rlm_jax.reasoning.operators.structure import generate, merge_children, put_children
-from rlm_jax.reasoning.operators.traversal import ANSWER_RULES, AnswerRule, select_answer
-from rlm_jax.reasoning.operators.update import (
-    BACKUPS,
-    Backup,
-    BackupRule,
-    add_to_paths,
-    backpropagate,
-)
-from rlm_jax.reasoning.protocol import JUDGEMENTS, Keys, Outcome, Request, Strategy
+from rlm_jax.reasoning.operators.traversal import select_answer
+from rlm_jax.reasoning.operators.update import Backup, add_to_paths, backpropagate
+from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
 from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
-
-TERMINAL_RULES = ("exclude", "revisit", "stop")
-TIE_BREAKS = ("first", "random")
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeConfig:
-    """Settings that all tree searches share.
-
-    num_children: K steps sampled per leaf. num_lanes: W leaves per structure and round.
-    max_depth: steps from the problem to the deepest node. num_simulations: leaves to select after
-      the root was grown; None leaves the end to budget and capacity.
-    judge: when nodes are evaluated, "expansion" or "visit". backup, discount, learning_rate: see
-      `backpropagate`.
-    terminal: a terminal node, once judged, is left alone ("exclude": AlphaMath, rStar-Math), may be
-      selected again to back its value up once more ("revisit"; needs num_simulations), or ends the
-      search of its structure when it is selected ("stop": x1).
-    resample: sample the root anew when nothing is left to grow.
-    root_lanes: how many lanes of K children the root gets.
-    merge_states: a child whose state the structure holds already is merged with it and not searched
-      twice; the expander names states by `state_key`. Room for the edges: `num_parents` > 1.
-    tie_break: among equal scores the step sampled "first" (rStar-Math), or a "random" one
-      (ReST-MCTS*, AlphaMath).
-    length_power, normalise_prior: see `step_prior`. root_noise, root_alpha: weight and
-      concentration of Dirichlet noise on the root's prior (AlphaZero; TS-LLM: 0.25, 0.3).
-    answer_rule: how the finished solutions vote, see `select_answer`.
-    """
-
-    num_children: int = 4
-    num_lanes: int = 1
-    max_depth: int = 16
-    num_simulations: int | None = None
-    judge: str = "expansion"
-    backup: BackupRule = "mean"
-    discount: float = 1.0
-    learning_rate: float = 1.0
-    terminal: str = "exclude"
-    resample: bool = True
-    root_lanes: int = 1
-    merge_states: bool = False
-    tie_break: str = "first"
-    length_power: float = 1.0
-    normalise_prior: bool = True
-    root_noise: float = 0.0
-    root_alpha: float = 0.3
-    answer_rule: AnswerRule = "weighted"
-
-    def __post_init__(self):
-        for name in ("num_children", "num_lanes", "max_depth", "root_lanes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        choices = {
-            "judge": JUDGEMENTS,
-            "backup": BACKUPS,
-            "terminal": TERMINAL_RULES,
-            "tie_break": TIE_BREAKS,
-            "answer_rule": ANSWER_RULES,
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} {getattr(self, name)!r}: accepted are {accepted}")
-        for name in ("discount", "learning_rate", "root_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.root_alpha <= 0:
-            raise ValueError(f"root_alpha must be > 0, got {self.root_alpha}")
-        if self.root_lanes > self.num_lanes:
-            asked, most = self.root_lanes, self.num_lanes
-            raise ValueError(f"root_lanes={asked} of num_lanes={most}: accepted is at most that")
-        if self.num_simulations is not None and self.num_simulations < 1:
-            raise ValueError(f"num_simulations must be >= 1 or None, got {self.num_simulations}")
-        if self.terminal == "revisit" and self.num_simulations is None:
-            raise ValueError("terminal 'revisit' needs num_simulations, or it never ends")
-
-    @property
-    def num_root_children(self) -> int:
-        """Children that the root is given at once."""
-        return self.root_lanes * self.num_children
-
-
-@struct
-class State:
-    """first_child: a node's first child (its children are consecutive), -1 for a leaf.
-
-    open_leaves: leaves at or below the node that can still be selected. simulations: leaves
-    selected so far, the root apart. noise: to be mixed into the root's prior. extra: what one
-    strategy adds.
-    """
-
-    first_child: Int32[Array, "B N"]
-    open_leaves: Int32[Array, "B N"]
-    simulations: Int32[Array, "B"]
-    noise: Float32[Array, "B R"] | None = None
-    extra: PyTree = None
-
-
-class Siblings(NamedTuple):
-    """What a score sees: K children [B, L, K] of the nodes [B, L].
-
-    q: reward + discount * value; undiscounted: reward + value. visits: virtual visits among them.
-    node_*: of the parent. available: children that may be selected; alive: children there are.
-    """
-
-    q: Float32[Array, "B L K"]
-    undiscounted: Float32[Array, "B L K"]
-    visits: Float32[Array, "B L K"]
-    prior: Float32[Array, "B L K"]
-    available: Bool[Array, "B L K"]
-    alive: Bool[Array, "B L K"]
-    node_value: Float32[Array, "B L"]
-    node_visits: Float32[Array, "B L"]
-    node_model_value: Float32[Array, "B L"]
-
-
-ScoreFn = Callable[[Siblings], Float32[Array, "B L K"]]
+from rlm_jax.reasoning.tree_config import TreeConfig
+from rlm_jax.reasoning.tree_descent import ScoreFn, State, descend, descend_in_passes
 
 
 def make_tree_search(name: str, cfg: TreeConfig, score_fn: ScoreFn) -> Strategy:
@@ -205,87 +82,14 @@ def select_leaves(
 ) -> Int32[Array, "B W"]:
     """W leaves per structure, best first, each under the virtual visits of those before it."""
     root = structure.num_nodes[:, None] * 0
-    lanes = jnp.arange(cfg.num_lanes, dtype=jnp.int32)
+    settings = {"cfg": cfg, "score_fn": score_fn}
     if cfg.num_lanes == 1:
-        nodes = descend(state, structure, root, keys, cfg=cfg, score_fn=score_fn)
-    else:
-
-        def add_lane(paths, lane):
-            leaf, path = _descend_beside(
-                paths, state, structure, root, keys, cfg=cfg, score_fn=score_fn
-            )
-            return paths.at[:, lane].set(path), leaf[:, 0]
-
-        shape = (root.shape[0], cfg.num_lanes, cfg.max_depth + 1)
-        paths = jnp.broadcast_to(root[..., None] + NO_NODE, shape)
-        nodes = jax.lax.scan(add_lane, paths, lanes)[1].T
-    return jnp.where(lanes[None] < state.open_leaves[:, :1], nodes, NO_NODE)
-
-
-def descend(
-    state: State,
-    structure: Structure,
-    nodes: Int32[Array, "B L"],
-    keys: Keys,
-    *,
-    cfg: TreeConfig,
-    score_fn: ScoreFn,
-) -> Int32[Array, "B L"]:
-    """From each node down to a leaf, all lanes at once: they must start in disjoint subtrees."""
-
-    def step(carry):
-        nodes, first = carry
-        kids, siblings = look_below(state, structure, nodes, cfg, first)
-        scores = score_fn(siblings)
-        best = _choose(scores, siblings.available, structure, keys, cfg)
-        below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
-        nodes = jnp.where(first >= 0, below, nodes)
-        return nodes, find_first(state, nodes)
-
-    start = (nodes, find_first(state, nodes))
-    return jax.lax.while_loop(lambda carry: (carry[1] >= 0).any(), step, start)[0]
-
-
-def find_first(state: State, nodes: Int32[Array, "B L"]) -> Int32[Array, "B L"]:
-    """The first child of each node; -1 for a leaf, and for node -1."""
-    rows = jnp.arange(nodes.shape[0])[:, None]
-    return jnp.where(nodes >= 0, state.first_child[rows, jnp.maximum(nodes, 0)], NO_NODE)
-
-
-def look_below(
-    state: State,
-    structure: Structure,
-    nodes: Int32[Array, "B L"],
-    cfg: TreeConfig,
-    first: Int32[Array, "B L"],
-) -> tuple[Int32[Array, "B L K"], Siblings]:
-    """The children of each node and what is known of them; none is available below a leaf.
-
-    Args:
-      first: `find_first` of the nodes.
-    """
-    rows = jnp.arange(nodes.shape[0])[:, None]
-    safe = jnp.maximum(nodes, 0)
-    kids = jnp.maximum(first, 0)[..., None] + jnp.arange(cfg.num_root_children, dtype=jnp.int32)
-    at = rows[..., None]
-    available = state.open_leaves[at, kids] > 0
-    if cfg.root_lanes > 1:
-        # The window is the root's; other nodes have fewer children.
-        kids = jnp.minimum(kids, structure.capacity - 1)
-        available &= structure.parent[at, kids] == safe[..., None]
-    value, reward = structure.value[at, kids], structure.reward[at, kids]
-    siblings = Siblings(
-        q=reward + cfg.discount * value,
-        undiscounted=reward + value,
-        visits=structure.visits[at, kids],
-        prior=structure.prior[at, kids],
-        available=available,
-        alive=structure.alive[at, kids],
-        node_value=structure.value[rows, safe],
-        node_visits=structure.visits[rows, safe],
-        node_model_value=structure.model_value[rows, safe],
-    )
-    return kids, siblings
+        nodes = descend(state, structure, root, keys, **settings)
+        return jnp.where(state.open_leaves[:, :1] > 0, nodes, NO_NODE)
+    passes = jnp.minimum(state.open_leaves[:, 0], cfg.num_lanes)
+    return descend_in_passes(
+        state, structure, root, keys, passes, num_passes=cfg.num_lanes, **settings
+    )[..., 0]
 
 
 def make_request(
@@ -368,8 +172,7 @@ def update_tree(
     return state, structure, top
 
 
-_NOISE = 2**31 - 1  # Numbers that no node has: strategies draw from the problem's key too.
-_TIES = 2**31 - 2
+_NOISE = 2**31 - 1  # A number that no node has: strategies draw from the problem's key too.
 
 
 def _sample_root_noise(keys: Keys, cfg: TreeConfig) -> Float32[Array, "B R"] | None:
@@ -460,40 +263,3 @@ def _judge(structure, request, outcome, counted, lead, cfg):
         total = jnp.where(many, jnp.where(counted, value, 0.0).sum(-1), total)
         count = jnp.where(many, counted.sum(-1).astype(jnp.float32), count)
     return structure, count, total
-
-
-def _descend_beside(paths, state, structure, root, keys, *, cfg, score_fn):
-    """One more lane: its leaf and its path, under a virtual visit over each path before it."""
-
-    def step(carry):
-        level, nodes, first, path = carry
-        kids, siblings = look_below(state, structure, nodes, cfg, first)
-        passed = (paths[:, :, level + 1, None, None] == kids[:, None]).sum(1)
-        rows = jnp.arange(nodes.shape[0])[:, None, None]
-        siblings = siblings._replace(
-            visits=siblings.visits + passed,
-            node_visits=siblings.node_visits + (paths[:, :, level] == nodes).sum(1, keepdims=True),
-            available=siblings.available & (state.open_leaves[rows, kids] > passed),
-        )
-        best = _choose(score_fn(siblings), siblings.available, structure, keys, cfg)
-        below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
-        path = path.at[:, level + 1].set(jnp.where(first >= 0, below, NO_NODE)[:, 0])
-        nodes = jnp.where(first >= 0, below, nodes)
-        return level + 1, nodes, find_first(state, nodes), path
-
-    path = jnp.broadcast_to(root + NO_NODE, (root.shape[0], cfg.max_depth + 1)).at[:, 0].set(0)
-    start = (jnp.zeros((), jnp.int32), root, find_first(state, root), path)
-    _, leaf, _, path = jax.lax.while_loop(lambda carry: (carry[2] >= 0).any(), step, start)
-    return leaf, path
-
-
-def _choose(scores, available, structure, keys, cfg):
-    """The best available child; equal scores go to the first, or to a random one."""
-    if cfg.tie_break == "first":
-        return masked_argmax(scores, available)[0]
-    scores = jnp.where(available, scores, -jnp.inf)
-    best = scores == scores.max(-1, keepdims=True)
-    fold = jax.vmap(jax.random.fold_in)
-    ties = fold(fold(keys, jnp.full_like(structure.num_created, _TIES)), structure.num_created)
-    lots = jax.vmap(lambda key: jax.random.uniform(key, scores.shape[1:]))(ties)
-    return masked_argmax(lots, best & available)[0]

@@ -10,7 +10,7 @@ import pytest
 from configs.smollm2 import get_config
 from rlm_jax.evaluation import build, solver
 from rlm_jax.reasoning.strategies import best_of_n, greedy
-from rlm_jax.reasoning.tree_search import TreeConfig
+from rlm_jax.reasoning.tree_config import TreeConfig
 from rlm_jax.tasks import arithmetic
 from rlm_jax.tasks.base import Gold, Problem
 from rlm_jax.tasks.device import DeviceTask, StepCheck

@@ -19,7 +19,9 @@ from rlm_jax.reasoning.protocol import Outcome
 from rlm_jax.reasoning.strategies.gumbel import improve_prior, make_gumbel, scale_q
 from rlm_jax.reasoning.strategies.puct import make_puct
 from rlm_jax.reasoning.structure import check, make_structure
-from rlm_jax.reasoning.tree_search import TreeConfig, find_first, init_state, look_below
+from rlm_jax.reasoning.tree_config import TreeConfig
+from rlm_jax.reasoning.tree_descent import find_first, look_below
+from rlm_jax.reasoning.tree_search import init_state
 
 mctx = pytest.importorskip("mctx", reason="pip install 'rlm_jax[test]' brings mctx")
 
@@ -164,6 +166,16 @@ def test_visit_counts_equal(kind, num_actions, num_simulations, num_lanes):
     output = run_mctx(kind, num_actions, num_simulations)
     strategy = make_ours(kind, **settings(num_actions, num_simulations, num_lanes))
     assert_same_visits(run_ours(strategy, num_actions, num_simulations), output)
+
+
+@pytest.mark.parametrize("num_actions", [8, 16])
+def test_several_visits_a_round_halve_alike(num_actions):
+    """Visits of the root's children are mctx's: what a round gives them, they had anyway."""
+    output = run_mctx("gumbel", num_actions, 128)
+    tree = settings(num_actions, 128, num_lanes=16)
+    structure = run_ours(make_ours("gumbel", visits_per_round=8, **tree), num_actions, 128)
+    theirs = np.asarray(output.search_tree.summary().visit_counts)
+    np.testing.assert_array_equal(structure.visits[:, 1 : 1 + num_actions], theirs)
 
 
 def test_visit_counts_equal_under_the_same_gumbel_noise():

@@ -27,7 +27,8 @@ from rlm_jax.reasoning.strategies.puct import make_puct
 from rlm_jax.reasoning.strategies.td_mcts import DEFAULTS, make_td_mcts
 from rlm_jax.reasoning.strategies.uct import make_uct
 from rlm_jax.reasoning.structure import check, make_structure
-from rlm_jax.reasoning.tree_search import TreeConfig, init_state, update_tree
+from rlm_jax.reasoning.tree_config import TreeConfig
+from rlm_jax.reasoning.tree_search import init_state, update_tree
 
 # Of each strategy one variant with a lane and one with several; between them, every setting.
 CHAINS = {

@@ -10,7 +10,9 @@ from typing import Any
 from rlm_jax.core.types import Array
 from rlm_jax.reasoning.operators.traversal import puct_score, rescale_by_siblings
 from rlm_jax.reasoning.protocol import Strategy
-from rlm_jax.reasoning.tree_search import Siblings, TreeConfig, make_tree_search
+from rlm_jax.reasoning.tree_config import TreeConfig
+from rlm_jax.reasoning.tree_descent import Siblings
+from rlm_jax.reasoning.tree_search import make_tree_search
 
 Q_SCALES = ("raw", "siblings")
 
