@@ -27,7 +27,7 @@ from rlm_jax.reasoning.operators.structure import child_slots
 from rlm_jax.reasoning.protocol import Outcome, Strategy
 from rlm_jax.reasoning.strategies.gumbel import make_gumbel
 from rlm_jax.reasoning.strategies.puct import make_puct
-from rlm_jax.reasoning.structure import make_structure
+from rlm_jax.reasoning.structure import at_nodes, make_structure
 
 HOW_TO_GET_MCTX = "pip install mctx"
 NUM_ACTIONS = 16
@@ -107,7 +107,7 @@ def expand(params, keys, world, structure, request):
     shape = (*request.nodes.shape, NUM_ACTIONS)
     rows = jnp.arange(shape[0])[:, None]
     node = jnp.maximum(request.nodes, 0)
-    above = world[rows, jnp.maximum(node - 1, 0) // NUM_ACTIONS]
+    above = at_nodes(world, jnp.maximum(node - 1, 0) // NUM_ACTIONS)
     state = step(params, above, (node - 1) % NUM_ACTIONS)
     state = jnp.where((node == 0)[..., None], above, state)
     logits, value = predict(params, state)

@@ -18,7 +18,7 @@ import numpy as np
 
 from rlm_jax.core.budget import Budget, zero_budget
 from rlm_jax.core.struct import struct
-from rlm_jax.core.types import Bool, Float32, Int32, UInt32
+from rlm_jax.core.types import Bool, Float32, Int32, Shaped, UInt32
 
 NO_NODE = -1
 UNLIMITED = np.iinfo(np.int32).max
@@ -165,6 +165,22 @@ def make_structure(
         token_limit=row + jnp.asarray(token_limit, jnp.int32),
         expansion_limit=row + jnp.asarray(expansion_limit, jnp.int32),
     )
+
+
+def at_nodes(
+    array: Shaped[jax.Array, "B N ..."], nodes: Int32[jax.Array, "B L ..."]
+) -> Shaped[jax.Array, "B L ..."]:
+    """What an array holds at nodes; at the root for node -1.
+
+    A single node is read twice: a gather of one index becomes a slice, which XLA reads anew
+    wherever it is used, after the array was written too, and for that copies it in every round.
+    """
+    rows = jnp.arange(nodes.shape[0]).reshape(-1, *(1,) * (nodes.ndim - 1))
+    safe = jnp.maximum(nodes, 0)
+    if nodes.size == 1:
+        safe = jnp.concatenate([safe, safe], 1)
+    found = array.at[rows, safe].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return found[:, : nodes.shape[1]]
 
 
 def tokens_left(structure: Structure) -> Int32[jax.Array, "B"]:

@@ -15,7 +15,7 @@ from rlm_jax.core.masked import masked_argmax
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
 from rlm_jax.reasoning.protocol import Keys
-from rlm_jax.reasoning.structure import NO_NODE, Structure
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes
 from rlm_jax.reasoning.tree_config import TreeConfig
 
 _TIES = 2**31 - 2  # A number that no node has: ties are drawn from the problem's key too.
@@ -119,8 +119,7 @@ def descend_in_passes(
 
 def find_first(state: State, nodes: Int32[Array, "B L"]) -> Int32[Array, "B L"]:
     """The first child of each node; -1 for a leaf, and for node -1."""
-    rows = jnp.arange(nodes.shape[0])[:, None]
-    return jnp.where(nodes >= 0, state.first_child[rows, jnp.maximum(nodes, 0)], NO_NODE)
+    return jnp.where(nodes >= 0, at_nodes(state.first_child, nodes), NO_NODE)
 
 
 def look_below(
@@ -135,28 +134,33 @@ def look_below(
     Args:
       first: `find_first` of the nodes.
     """
-    rows = jnp.arange(nodes.shape[0])[:, None]
-    safe = jnp.maximum(nodes, 0)
     kids = jnp.maximum(first, 0)[..., None] + jnp.arange(cfg.num_root_children, dtype=jnp.int32)
-    at = rows[..., None]
-    available = state.open_leaves[at, kids] > 0
+    available = at_nodes(state.open_leaves, kids) > 0
     if cfg.root_lanes > 1:
         # The window is the root's; other nodes have fewer children.
         kids = jnp.minimum(kids, structure.capacity - 1)
-        available &= structure.parent[at, kids] == safe[..., None]
-    value, reward = structure.value[at, kids], structure.reward[at, kids]
-    visits = structure.visits[at, kids]
+        available &= at_nodes(structure.parent, kids) == jnp.maximum(nodes, 0)[..., None]
+    value, reward, visits, prior, alive = (
+        at_nodes(array, kids)
+        for array in (
+            structure.value,
+            structure.reward,
+            structure.visits,
+            structure.prior,
+            structure.alive,
+        )
+    )
     siblings = Siblings(
         q=reward + cfg.discount * value,
         undiscounted=reward + value,
         visits=visits,
         virtual=jnp.zeros_like(visits),
-        prior=structure.prior[at, kids],
+        prior=prior,
         available=available,
-        alive=structure.alive[at, kids],
-        node_value=structure.value[rows, safe],
-        node_visits=structure.visits[rows, safe],
-        node_model_value=structure.model_value[rows, safe],
+        alive=alive,
+        node_value=at_nodes(structure.value, nodes),
+        node_visits=at_nodes(structure.visits, nodes),
+        node_model_value=at_nodes(structure.model_value, nodes),
     )
     return kids, siblings
 
@@ -177,12 +181,11 @@ def _descend_beside(
         level, nodes, first, path = carry
         kids, siblings = look_below(state, structure, nodes, cfg, first)
         passed = (paths[..., level + 1, None] == kids[:, None]).sum(1)
-        rows = jnp.arange(nodes.shape[0])[:, None, None]
         siblings = siblings._replace(
             visits=siblings.visits + passed,
             virtual=siblings.virtual + passed,
             node_visits=siblings.node_visits + (paths[..., level] == nodes[:, None]).sum(1),
-            available=siblings.available & (state.open_leaves[rows, kids] > passed),
+            available=siblings.available & (at_nodes(state.open_leaves, kids) > passed),
         )
         best = _choose(score_fn(siblings), siblings.available, structure, keys, cfg)
         below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]

@@ -32,7 +32,7 @@ from rlm_jax.reasoning.operators.structure import generate, merge_children, put_
 from rlm_jax.reasoning.operators.traversal import select_answer
 from rlm_jax.reasoning.operators.update import Backup, add_to_paths, backpropagate
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes
 from rlm_jax.reasoning.tree_config import TreeConfig
 from rlm_jax.reasoning.tree_descent import ScoreFn, State, descend, descend_in_passes
 
@@ -97,7 +97,6 @@ def make_request(
 ) -> Request:
     """A request for selected leaves: the root comes first, and num_simulations is kept to."""
     lane = jnp.arange(nodes.shape[1], dtype=jnp.int32)[None]
-    rows = jnp.arange(nodes.shape[0])[:, None]
     fresh = state.first_child[:, :1] < 0
     if cfg.resample:
         fresh |= state.open_leaves[:, :1] <= 0
@@ -105,11 +104,11 @@ def make_request(
         left = cfg.num_simulations - state.simulations[:, None]
         nodes = jnp.where(lane < left, nodes, NO_NODE)
         fresh &= left > 0
-    terminal = structure.terminal[rows, jnp.maximum(nodes, 0)] & (nodes >= 0)
+    terminal = at_nodes(structure.terminal, nodes) & (nodes >= 0)
     if cfg.terminal == "stop":
         nodes = jnp.where(terminal.any(-1, keepdims=True), NO_NODE, nodes)
     nodes = jnp.where(fresh, jnp.where(lane < cfg.root_lanes, 0, NO_NODE), nodes)
-    ended = _has_ended(terminal, structure.depth[rows, jnp.maximum(nodes, 0)], cfg)
+    ended = _has_ended(terminal, at_nodes(structure.depth, nodes), cfg)
     operator = jnp.where(ended & ~fresh, Operator.EVALUATE, Operator.GENERATE)
     return Request(nodes.astype(jnp.int32), operator.astype(jnp.int32), cfg.num_children)
 
@@ -134,9 +133,8 @@ def update_tree(
     on_visit = cfg.judge == "visit"
     structure, slots = generate(structure, request, outcome, prior, visits=1.0 - on_visit)
     rows = jnp.arange(slots.shape[0])[:, None]
-    safe = jnp.maximum(request.nodes, 0)
     lead = request.leads
-    before = state.first_child[rows, safe]
+    before = at_nodes(state.first_child, request.nodes)
     was_leaf = before < 0
     at = jnp.where(request.grows & lead, request.nodes, structure.capacity)
     first = slots[..., 0] + zero_behind(before)
@@ -145,7 +143,7 @@ def update_tree(
     opening = counted
     if not on_visit:
         # Judged already: beyond that, only what can grow or be selected again is worth a visit.
-        depth = structure.depth[rows, safe][..., None] + 1
+        depth = at_nodes(structure.depth, request.nodes)[..., None] + 1
         again = _selectable_again(outcome.terminal, cfg)
         opening &= ~_has_ended(outcome.terminal, depth, cfg) | again
     closing = lead & was_leaf & request.grows
@@ -240,8 +238,7 @@ def _judge(structure, request, outcome, counted, lead, cfg):
     """How many visits each lane backs up and what they are worth; notes what is now known of the
     nodes themselves: values judged on visit, and dead ends."""
     rows = jnp.arange(request.nodes.shape[0])[:, None]
-    safe = jnp.maximum(request.nodes, 0)
-    own = structure.model_value[rows, safe]
+    own = at_nodes(structure.model_value, request.nodes)
     # Steps all written and refused say what the node is worth, not what was thought of it.
     written = outcome.length > 0
     barren = lead & request.grows & written.any(-1) & ~outcome.valid.any(-1)
@@ -249,7 +246,7 @@ def _judge(structure, request, outcome, counted, lead, cfg):
     refused = jnp.where(written, value, 0.0).sum(-1) / jnp.maximum(written.sum(-1), 1)
     told = barren
     if cfg.judge == "visit":
-        first_time = lead & (structure.visits[rows, safe] == 0)
+        first_time = lead & (at_nodes(structure.visits, request.nodes) == 0)
         own = jnp.where(first_time, outcome.node_value, own)
         told |= first_time
     own = jnp.where(barren, refused, own)

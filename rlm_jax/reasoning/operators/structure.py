@@ -16,7 +16,7 @@ from rlm_jax.core.budget import add_budgets
 from rlm_jax.core.order import zero_behind
 from rlm_jax.core.types import Array, Bool, Float32, Int32, UInt32
 from rlm_jax.reasoning.protocol import Outcome, Request
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, subtree
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes, subtree
 
 _WINDOW = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(2,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
@@ -66,12 +66,11 @@ def generate(
     taken = jnp.broadcast_to(request.grows[..., None], slots.shape)
     alive = taken & outcome.valid & ~outcome.duplicate
     budget = add_budgets(structure.budget, outcome.cost)
-    lanes = jnp.maximum(request.nodes, 0)
     live = alive.astype(jnp.float32)
     num_new = taken.sum((1, 2)).astype(jnp.int32)
 
     def of_parent(array: Array) -> Array:
-        return jnp.broadcast_to(jnp.take_along_axis(array, lanes, 1)[..., None], slots.shape)
+        return jnp.broadcast_to(at_nodes(array, request.nodes)[..., None], slots.shape)
 
     def write(array: Array, values: Array) -> Array:
         return put_children(array, slots, jnp.broadcast_to(values, slots.shape))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.types import Array, Bool, Float32, Int32
-from rlm_jax.reasoning.structure import NO_NODE, Structure
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes
 
 BACKUPS = ("mean", "max", "weighted", "td")
 BackupRule = str  # one of BACKUPS
@@ -60,33 +60,31 @@ def backpropagate(
     rows = jnp.arange(nodes.shape[0])[:, None]
     parents = structure.parent
     # Levels count from each structure's own root, whose depth is not 0 once a subtree was kept.
-    depth = structure.depth[rows, jnp.maximum(nodes, 0)] - structure.depth[:, :1]
+    depth = at_nodes(structure.depth, nodes) - structure.depth[:, :1]
     levels = jnp.where(nodes >= 0, depth, -1)
 
     def climb(carry):
         level, lanes, levels, top, total, visits, value, opened = carry
         here = levels == level
         at = jnp.where(here, lanes, structure.capacity)
-        safe = jnp.maximum(lanes, 0)
         visits = visits.at[rows, at].add(backup.count, mode="drop")
         opened = opened.at[rows, at].add(backup.opened, mode="drop")
         if rule == "mean":
             # Linear in the lanes, so that lanes which meet add up.
-            missing = (total - value[rows, safe] * backup.count) / jnp.maximum(
-                visits[rows, safe], 1.0
-            )
+            missing = total - at_nodes(value, lanes) * backup.count
+            missing /= jnp.maximum(at_nodes(visits, lanes), 1.0)
             value = value.at[rows, at].add(missing, mode="drop")
-            reward = structure.reward[rows, safe]
+            reward = at_nodes(structure.reward, lanes)
             total = jnp.where(here, backup.count * reward + discount * total, total)
         else:
-            children = _Children(structure, first_child, safe, num_children)
+            children = _Children(structure, first_child, lanes, num_children)
             seen, new = children.combine(visits, value, rule, discount)
             if rule == "td":
-                new = (1.0 - learning_rate) * value[rows, safe] + learning_rate * new
+                new = (1.0 - learning_rate) * at_nodes(value, lanes) + learning_rate * new
             own = total / jnp.maximum(backup.count, 1.0)
             value = value.at[rows, at].set(jnp.where(seen, new, own), mode="drop")
         top = jnp.where(here & (level > 0), lanes, top)
-        lanes = jnp.where(here, parents[rows, safe], lanes)
+        lanes = jnp.where(here, at_nodes(parents, lanes), lanes)
         levels = jnp.where(here, levels - 1, levels)
         return level - 1, lanes, levels, top, total, visits, value, opened
 
@@ -111,7 +109,7 @@ def add_to_paths(
         lanes, counts = carry
         at = jnp.where(lanes >= 0, lanes, structure.capacity)
         counts = counts.at[rows, at].add(change, mode="drop")
-        above = structure.parent[rows, jnp.maximum(lanes, 0)]
+        above = at_nodes(structure.parent, lanes)
         return jnp.where(lanes >= 0, above, -1), counts
 
     return jax.lax.while_loop(lambda carry: (carry[0] >= 0).any(), climb, (nodes, counts))[1]
@@ -133,18 +131,17 @@ class _Children:
     """The children of nodes [B, W], and a value made of theirs."""
 
     def __init__(self, structure, first_child, nodes, num_children):
-        self.rows = jnp.arange(nodes.shape[0])[:, None, None]
-        first = jnp.take_along_axis(first_child, nodes, 1)
+        first = at_nodes(first_child, nodes)
         kids = jnp.maximum(first, 0)[..., None] + jnp.arange(num_children)
         self.kids = jnp.minimum(kids, structure.capacity - 1)
         # A window may be wider than a node's own children.
-        own = structure.parent[self.rows, self.kids] == nodes[..., None]
-        self.real = own & structure.alive[self.rows, self.kids] & (first >= 0)[..., None]
-        self.reward = structure.reward[self.rows, self.kids]
+        own = at_nodes(structure.parent, self.kids) == jnp.maximum(nodes, 0)[..., None]
+        self.real = own & at_nodes(structure.alive, self.kids) & (first >= 0)[..., None]
+        self.reward = at_nodes(structure.reward, self.kids)
 
     def combine(self, visits, value, rule, discount):
         """Whether any child was visited, and the max or weighted mean of their Q."""
-        count = jnp.where(self.real, visits[self.rows, self.kids], 0.0)
-        q = self.reward + discount * value[self.rows, self.kids]
+        count = jnp.where(self.real, at_nodes(visits, self.kids), 0.0)
+        q = self.reward + discount * at_nodes(value, self.kids)
         best = jnp.where(count > 0, q, -jnp.inf).max(-1)
         return (count > 0).any(-1), best if rule == "max" else weighted_mean(q, count)

@@ -37,7 +37,7 @@ from rlm_jax.reasoning.operators.traversal import (
     visit_deficit,
 )
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Structure
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes
 from rlm_jax.reasoning.tree_config import TreeConfig
 from rlm_jax.reasoning.tree_descent import (
     ScoreFn,
@@ -156,8 +156,7 @@ def ask(
         nodes = jnp.pad(nodes, ((0, 0), (0, num_lanes - lanes)), constant_values=NO_NODE)
     else:
         # As many visits of each as all of them have leaves for, if all have their turn.
-        rows = jnp.arange(chosen.shape[0])[:, None]
-        leaves = jnp.where(serve, state.open_leaves[rows, jnp.maximum(chosen, 0)], num_lanes)
+        leaves = jnp.where(serve, at_nodes(state.open_leaves, chosen), num_lanes)
         passes = jnp.where(serve.sum(-1) < width, 1, jnp.minimum(passes, leaves.min(-1)))
         shapes = [shape for shape in _list_shapes(rounds) if shape[0] * shape[1] <= num_lanes]
         nodes = _descend_in_shapes(
