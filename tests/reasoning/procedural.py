@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
 from rlm_jax.reasoning.protocol import Outcome
-from rlm_jax.reasoning.structure import tokens_left
+from rlm_jax.reasoning.structure import at_nodes, tokens_left
 
 
 def make_world(keys, capacity):
@@ -60,7 +60,7 @@ def make_expand(
             child_numbers(structure, request),
             jnp.arange(1, request.num_children + 1),
         )
-        parent = jnp.take_along_axis(world, jnp.maximum(request.nodes, 0), 1)
+        parent = at_nodes(world, request.nodes)
         parent = jnp.broadcast_to(parent[..., None], slots.shape)
         made = make_children(parent, ranks)
         grown = jnp.broadcast_to(request.grows[..., None], slots.shape)
@@ -87,7 +87,7 @@ def make_expand(
             answer_key=made["answer"],
             state_key=made["state"],
             proven=valid & made["terminal"] & (made["answer"] == proven_answer),
-            node_value=value_of(jnp.take_along_axis(world, jnp.maximum(request.nodes, 0), 1)),
+            node_value=value_of(at_nodes(world, request.nodes)),
             cost=cost,
         )
         return outcome, world

@@ -146,15 +146,17 @@ def test_a_search_ends_when_everything_is_closed():
 
 
 @pytest.mark.parametrize(
-    ("num_simulations", "considered", "calls"), [(32, 16, 4), (128, 32, 27), (800, 32, 155)]
+    ("num_simulations", "considered", "visits_per_round", "calls"),
+    [(32, 16, 1, 4), (128, 32, 1, 27), (800, 32, 1, 155), (128, 16, 16, 8)],
 )
-def test_rounds_of_gumbel_search(num_simulations, considered, calls):
+def test_rounds_of_gumbel_search(num_simulations, considered, visits_per_round, calls):
     """Sequential calls of the network, counted by running; the root's own comes on top."""
     num_children = 4
     root_lanes = considered // num_children
     strategy = make_gumbel(
         num_simulations=num_simulations,
         max_considered=considered,
+        visits_per_round=visits_per_round,
         num_children=num_children,
         num_lanes=considered,
         root_lanes=root_lanes,
@@ -167,5 +169,5 @@ def test_rounds_of_gumbel_search(num_simulations, considered, calls):
     structure = run(keys, make_world(keys, size), structure)
     assert int(structure.num_nodes[0]) == size
     assert int(structure.budget.model_calls[0]) - 1 <= calls
-    if num_simulations == 32:
+    if calls < 10:
         assert int(structure.budget.model_calls[0]) - 1 == calls

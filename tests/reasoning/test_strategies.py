@@ -59,6 +59,10 @@ TREES = {
     ],
     "gumbel": [
         (make_gumbel, SMALL | {"num_simulations": 9}),
+        (
+            functools.partial(make_gumbel, visits_per_round=4),
+            SMALL | {"num_simulations": 20, "num_lanes": 5, "root_lanes": 2},
+        ),
         (make_gumbel, SMALL | {"num_simulations": 14, "num_lanes": 2, "judge": "visit"}),
     ],
     "td_mcts": [
@@ -502,6 +506,7 @@ def test_a_chain_writes_on_where_a_step_was_refused(num_chains, max_refused):
         (lambda: make_td_mcts(value_low=1.0), "value_low must be < value_high, got 1.0, 1.0"),
         (lambda: make_td_mcts(discount=1.5), "discount"),
         (lambda: make_gumbel(max_considered=0), "max_considered"),
+        (lambda: make_gumbel(visits_per_round=0), "visits_per_round must be >= 1, got 0"),
         (lambda: make_gumbel(gumbel_scale=-1.0), "gumbel_scale"),
         (lambda: make_beam(beam_width=0), "beam_width must be >= 1, got 0"),
         (lambda: make_beam(num_solutions=-2), "num_solutions must be >= 1, got -2"),
