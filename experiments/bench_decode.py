@@ -1,9 +1,9 @@
 """Suite "decode" of bench.py: step decoding against transformers, its roofs, and token accounting.
 
-Ours is `decode_steps`, with the contexts, step rule and answer rule that a search gives it, greedy,
-every row running to the end; the other side is `bench_transformers.py`, a process of its own. The
-two alternate (A/B/A/B) in one run. Both forward the same prompt once outside of the clock and then
-the same number of tokens per row.
+Ours is `decode_steps`, with the step rule and answer rule that a search gives it, greedy, as the
+root is grown: behind the prompt there is no path yet. Every row runs to the end. The other side is
+`bench_transformers.py`, a process of its own. The two alternate (A/B/A/B) in one run. Both forward
+the same prompt once outside of the clock and then the same number of tokens per row.
 """
 
 import dataclasses
@@ -24,10 +24,8 @@ from rlm_jax.inference.decode import decode_steps
 from rlm_jax.inference.extend import extend, last_hidden
 from rlm_jax.inference.pages import (
     count_pages,
-    gather_paths,
     gather_prompts,
     make_pages,
-    path_buckets,
     write_prompts,
 )
 from rlm_jax.inference.sampling import SamplingConfig
@@ -149,14 +147,13 @@ def make_decoder(
     @jax.jit
     def decode(params, pages, hidden, rule, answer_rule):
         zeros = jnp.zeros(num_rows, jnp.int32)
-        lanes = jnp.zeros((1, 1), jnp.int32)
         steps = decode_steps(
             params,
             jax.random.split(jax.random.key(0), num_rows),
             jnp.broadcast_to(hidden, (num_rows, hidden.shape[-1])),
             init_answer_state(zeros),
             cfg=cfg,
-            contexts=(gather_prompts(pages), gather_paths(pages, lanes, path_buckets(pages)[0])),
+            contexts=(gather_prompts(pages),),
             starts=zeros + len(prompt),
             limits=zeros + new_tokens,
             rule=rule,
