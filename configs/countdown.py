@@ -115,7 +115,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_simulations": 32,
             "num_lanes": 4,
             "max_considered": 8,
-            "visits_per_round": 1,  # More fill the lanes of late rounds: fewer calls, staler values.
+            "visits_per_round": 1,  # More fill late rounds: fewer calls, staler values.
             "gumbel_scale": 0.0,
             "value_scale": 1.0,
         }
