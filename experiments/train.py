@@ -162,12 +162,14 @@ def _check_state_value(
     begun = None if start is None else start.state_value
     if asked is not None and begun is not None:
         # More numbers may have rows of their own than before; all else is as it was.
-        rows = max(begun.cfg.num_numbers, asked.network.num_numbers)
-        if dataclasses.replace(begun.cfg, num_numbers=rows) != asked.network:
-            raise ValueError(
-                f"train.begin_with={config['train']['begin_with']}: its network for states is "
-                f"{begun.cfg}, train.state_value.network asks for {asked.network}"
-            )
+        for name, has in dataclasses.asdict(begun.cfg).items():
+            wants, more = getattr(asked.network, name), name == "num_numbers"
+            if wants < has or (wants > has and not more):
+                raise ValueError(
+                    f"train.state_value.network.{name}={wants}: accepted is "
+                    f"{'at least ' * more}{has}, as the network for states of "
+                    f"train.begin_with={config['train']['begin_with']} has it"
+                )
     wanted = needs_state_value(config["evaluator"])
     if wanted and asked is None and begun is None:
         raise ValueError(

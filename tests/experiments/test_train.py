@@ -124,12 +124,12 @@ def test_a_run_begins_with_networks_that_were_trained(trained, tmp_path):
     assert 0 < np.abs(step).max() < 0.1
     done = _train(tmp_path / "narrower", begin, *phases[1:], rows.format(1000))
     assert done.status == 2
-    assert "train.state_value.network asks for StateValueConfig(" in done.err
+    assert "train.state_value.network.num_numbers=1000: accepted is at least 1024, " in done.err
     done = _train(
         tmp_path / "wider", begin, *phases[1:], "--config.train.state_value.network.ffn_dim=16"
     )
     assert done.status == 2
-    assert "its network for states is StateValueConfig(" in done.err
+    assert "train.state_value.network.ffn_dim=16: accepted is " in done.err
 
 
 def test_a_head_for_one_goal_goes_on_as_one_for_many(trained, tmp_path):
