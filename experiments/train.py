@@ -163,12 +163,12 @@ def _check_state_value(
     if asked is not None and begun is not None:
         # More numbers may have rows of their own than before; all else is as it was.
         for name, has in dataclasses.asdict(begun.cfg).items():
-            wants, more = getattr(asked.network, name), name == "num_numbers"
-            if wants < has or (wants > has and not more):
+            wants, may_grow = getattr(asked.network, name), name == "num_numbers"
+            if wants < has or (wants > has and not may_grow):
+                accepted = f"at least {has}" if may_grow else has
                 raise ValueError(
-                    f"train.state_value.network.{name}={wants}: accepted is "
-                    f"{'at least ' * more}{has}, as the network for states of "
-                    f"train.begin_with={config['train']['begin_with']} has it"
+                    f"train.state_value.network.{name}={wants}: accepted is {accepted}, as the "
+                    f"network for states of train.begin_with={config['train']['begin_with']} has it"
                 )
     wanted = needs_state_value(config["evaluator"])
     if wanted and asked is None and begun is None:

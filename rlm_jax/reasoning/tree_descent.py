@@ -74,9 +74,7 @@ def descend(
     def step(carry):
         nodes, first = carry
         kids, siblings = look_below(state, structure, nodes, cfg, first)
-        scores = score_fn(siblings)
-        best = _choose(scores, siblings.available, structure, keys, cfg)
-        below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
+        below = _choose_child(kids, siblings, structure, keys, cfg, score_fn)
         nodes = jnp.where(first >= 0, below, nodes)
         return nodes, find_first(state, nodes)
 
@@ -140,24 +138,16 @@ def look_below(
         # The window is the root's; other nodes have fewer children.
         kids = jnp.minimum(kids, structure.capacity - 1)
         available &= at_nodes(structure.parent, kids) == jnp.maximum(nodes, 0)[..., None]
-    value, reward, visits, prior, alive = (
-        at_nodes(array, kids)
-        for array in (
-            structure.value,
-            structure.reward,
-            structure.visits,
-            structure.prior,
-            structure.alive,
-        )
-    )
+    value, reward = at_nodes(structure.value, kids), at_nodes(structure.reward, kids)
+    visits = at_nodes(structure.visits, kids)
     siblings = Siblings(
         q=reward + cfg.discount * value,
         undiscounted=reward + value,
         visits=visits,
         virtual=jnp.zeros_like(visits),
-        prior=prior,
+        prior=at_nodes(structure.prior, kids),
         available=available,
-        alive=alive,
+        alive=at_nodes(structure.alive, kids),
         node_value=at_nodes(structure.value, nodes),
         node_visits=at_nodes(structure.visits, nodes),
         node_model_value=at_nodes(structure.model_value, nodes),
@@ -187,8 +177,7 @@ def _descend_beside(
             node_visits=siblings.node_visits + (paths[..., level] == nodes[:, None]).sum(1),
             available=siblings.available & (at_nodes(state.open_leaves, kids) > passed),
         )
-        best = _choose(score_fn(siblings), siblings.available, structure, keys, cfg)
-        below = jnp.take_along_axis(kids, best[..., None], -1)[..., 0]
+        below = _choose_child(kids, siblings, structure, keys, cfg, score_fn)
         path = path.at[..., level + 1].set(jnp.where(first >= 0, below, NO_NODE))
         nodes = jnp.where(first >= 0, below, nodes)
         return level + 1, nodes, find_first(state, nodes), path
@@ -199,13 +188,14 @@ def _descend_beside(
     return leaves, path
 
 
-def _choose(scores, available, structure, keys, cfg):
+def _choose_child(kids, siblings, structure, keys, cfg, score_fn):
     """The best available child; equal scores go to the first, or to a random one."""
-    if cfg.tie_break == "first":
-        return masked_argmax(scores, available)[0]
-    scores = jnp.where(available, scores, -jnp.inf)
-    best = scores == scores.max(-1, keepdims=True)
-    fold = jax.vmap(jax.random.fold_in)
-    ties = fold(fold(keys, jnp.full_like(structure.num_created, _TIES)), structure.num_created)
-    lots = jax.vmap(lambda key: jax.random.uniform(key, scores.shape[1:]))(ties)
-    return masked_argmax(lots, best & available)[0]
+    scores, available = score_fn(siblings), siblings.available
+    if cfg.tie_break == "random":
+        scores = jnp.where(available, scores, -jnp.inf)
+        available &= scores == scores.max(-1, keepdims=True)
+        fold = jax.vmap(jax.random.fold_in)
+        ties = fold(fold(keys, jnp.full_like(structure.num_created, _TIES)), structure.num_created)
+        scores = jax.vmap(lambda key: jax.random.uniform(key, scores.shape[1:]))(ties)
+    best = masked_argmax(scores, available)[0]
+    return jnp.take_along_axis(kids, best[..., None], -1)[..., 0]

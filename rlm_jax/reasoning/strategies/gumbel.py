@@ -21,6 +21,7 @@ K * root_lanes sampled steps and their logits the log of the prior over them.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -206,17 +207,17 @@ def plan_rounds(
     """
     table = np.zeros((3, max_considered + 1, num_simulations + 1), np.int32)
     for considered in range(1, max_considered + 1):
-        levels = _plan_levels(considered, num_simulations)
-        done = 0
-        for visits, width in enumerate(levels):
-            # Within a level every round gives one visit, and so does the first: to a leaf.
-            alike = [other == width for other in levels[visits:]] + [False]
-            most = min(visits_per_round, max(num_lanes // width, 1)) if visits else 1
-            for place in range(width):
-                passes = 1 if place else min(most, alike.index(False))
-                planned = min(width - place, num_lanes), visits, passes
-                table[:, considered, done + place] = planned
-            done += width
+        done = visits = 0
+        for width, alike in itertools.groupby(_plan_levels(considered, num_simulations)):
+            most = min(visits_per_round, max(num_lanes // width, 1))
+            for levels in range(len(list(alike)), 0, -1):
+                level = table[:, considered, done : done + width]
+                level[0] = np.minimum(np.arange(width, 0, -1), num_lanes)
+                # Within a level every round gives one visit, and so does the first: to a leaf.
+                level[1:] = [[visits], [1]]
+                if visits > 0:
+                    level[2, 0] = min(most, levels)
+                done, visits = done + width, visits + 1
     return table
 
 
@@ -267,8 +268,7 @@ def count_lanes(
 def _this_round(rounds, alive, simulations):
     considered = jnp.minimum(alive.sum(-1), rounds.shape[1] - 1)
     at = jnp.minimum(simulations, rounds.shape[2] - 1)
-    table = jnp.asarray(rounds)
-    return table[0, considered, at], table[1, considered, at], table[2, considered, at]
+    return tuple(jnp.asarray(rounds)[:, considered, at])
 
 
 def _descend_in_shapes(
