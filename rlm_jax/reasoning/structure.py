@@ -202,10 +202,9 @@ def paths_up(
 ) -> Int32[jax.Array, "B L P"]:
     """The first P = `num_nodes` nodes from each node to the root, itself first, along first
     parents; -1 behind the root, and everywhere for node -1."""
-    rows = jnp.arange(nodes.shape[0])[:, None]
 
     def climb(node, _):
-        above = structure.parent[rows, jnp.maximum(node, 0)]
+        above = at_nodes(structure.parent, node)
         return jnp.where(node > 0, above, NO_NODE), node
 
     _, path = jax.lax.scan(climb, nodes, length=num_nodes)

@@ -152,14 +152,12 @@ def find_equal(
     """
     same = (keys[..., None] == structure.state_key[:, None, None, :]) & (keys[..., None] != 0)
     same &= structure.alive[:, None, None, :]
-    rows = jnp.arange(request.nodes.shape[0])[:, None]
-    parents = structure.parent
     index = jnp.arange(structure.capacity)
 
     def climb(carry):
         at, above = carry
         above |= at[..., None] == index
-        return jnp.where(at >= 0, parents[rows, jnp.maximum(at, 0)], NO_NODE), above
+        return jnp.where(at >= 0, at_nodes(structure.parent, at), NO_NODE), above
 
     none = jnp.zeros((*request.nodes.shape, structure.capacity), bool) & (
         request.nodes[..., None] > structure.capacity

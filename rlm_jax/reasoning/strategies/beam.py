@@ -32,7 +32,7 @@ from rlm_jax.reasoning.operators.traversal import (
 )
 from rlm_jax.reasoning.operators.update import add_to_paths
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes
 
 DROPPED = ("prune", "keep")
 
@@ -140,7 +140,6 @@ def tell(
     prior = sibling_prior(request.nodes, outcome.logprob, outcome.length, counted)
     structure, slots = generate(structure, request, outcome, prior)
     batch, num_beams = state.beams.shape
-    rows = jnp.arange(batch)[:, None]
     # The root waits only where nothing was served at all.
     waits = (state.beams >= 0) & ~request.active
     waits &= (state.beams > 0) | ~request.active.any(-1, keepdims=True)
@@ -149,11 +148,10 @@ def tell(
         return jnp.concatenate([of_beams, of_steps.reshape(batch, -1)], 1)
 
     fits = join(waits, counted if shrink else counted & ~outcome.terminal)
-    value = join(structure.value[rows, jnp.maximum(state.beams, 0)], outcome.value)
+    value = join(at_nodes(structure.value, state.beams), outcome.value)
     best, chosen = _pick(join(state.beams, slots), value, fits, state.width, num_beams)
-    safe = jnp.maximum(best, 0)
-    ended = structure.terminal[rows, safe] & (best >= 0)
-    beams = jnp.where(ended | (structure.depth[rows, safe] >= max_depth), NO_NODE, best)
+    ended = at_nodes(structure.terminal, best) & (best >= 0)
+    beams = jnp.where(ended | (at_nodes(structure.depth, best) >= max_depth), NO_NODE, best)
     width = state.width - ended.sum(-1).astype(jnp.int32) * shrink
     if dropped == "keep":
         return State(beams, width, state.leaves), structure

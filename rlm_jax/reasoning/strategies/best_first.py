@@ -42,7 +42,7 @@ from rlm_jax.reasoning.operators.traversal import (
     stop_when_solved,
 )
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes
 
 # Of nodes that are widened: the share of steps that are right where a node can be solved, and the
 # probability of its likeliest step, before anything is known; and a rest not worth another step.
@@ -224,7 +224,7 @@ def tell(
     rows = jnp.arange(request.nodes.shape[0])[:, None]
     at = jnp.where(request.grows, request.nodes, structure.capacity)
     opened = state.open.at[rows, at].set(False, mode="drop")
-    depth = structure.depth[rows, jnp.maximum(request.nodes, 0)][..., None] + 1
+    depth = at_nodes(structure.depth, request.nodes)[..., None] + 1
     new = counted & ~outcome.terminal & (depth < max_depth)
     old = state.unwritten
     if old is None:
@@ -234,7 +234,7 @@ def tell(
     rest = old.rest.at[rows, at].add(-chance.sum(-1), mode="drop")
     least = jnp.where(written, chance, 1.0).min(-1)
     last = old.last.at[rows, at].set(least, mode="drop")
-    more = written.any(-1) & (rest[rows, jnp.maximum(request.nodes, 0)] > _SPENT)
+    more = written.any(-1) & (at_nodes(rest, request.nodes) > _SPENT)
     opened = state.open.at[rows, at].set(more, mode="drop")
     return State(put_children(opened, slots, new), Unwritten(rest, last)), structure
 
