@@ -27,7 +27,7 @@ from rlm_jax.reasoning.operators.structure import child_slots
 from rlm_jax.reasoning.protocol import Outcome, Strategy
 from rlm_jax.reasoning.strategies.gumbel import make_gumbel
 from rlm_jax.reasoning.strategies.puct import make_puct
-from rlm_jax.reasoning.structure import at_nodes, make_structure
+from rlm_jax.reasoning.structure import at_nodes, make_structure, put_at
 
 HOW_TO_GET_MCTX = "pip install mctx"
 NUM_ACTIONS = 16
@@ -105,7 +105,6 @@ def expand(params, keys, world, structure, request):
     """
     del keys
     shape = (*request.nodes.shape, NUM_ACTIONS)
-    rows = jnp.arange(shape[0])[:, None]
     node = jnp.maximum(request.nodes, 0)
     above = at_nodes(world, jnp.maximum(node - 1, 0) // NUM_ACTIONS)
     state = step(params, above, (node - 1) % NUM_ACTIONS)
@@ -114,7 +113,7 @@ def expand(params, keys, world, structure, request):
     # Behind the root's own, which is there already, in the order of the slots of their children.
     block = (child_slots(structure, request)[..., 0] - 1) // NUM_ACTIONS
     at = jnp.where(request.nodes > 0, block, world.shape[1])
-    world = world.at[rows, at].set(state, mode="drop")
+    world = put_at(world, at, state)
     zero, no = jnp.zeros(shape), jnp.zeros(shape, bool)
     outcome = Outcome(
         valid=jnp.broadcast_to(request.grows[..., None], shape),

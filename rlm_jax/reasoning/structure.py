@@ -20,6 +20,9 @@ from rlm_jax.core.budget import Budget, zero_budget
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Bool, Float32, Int32, Shaped, UInt32
 
+_WINDOW = jax.lax.GatherDimensionNumbers(
+    offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+)
 NO_NODE = -1
 UNLIMITED = np.iinfo(np.int32).max
 
@@ -181,6 +184,60 @@ def at_nodes(
         safe = jnp.concatenate([safe, safe], 1)
     found = array.at[rows, safe].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return found[:, : nodes.shape[1]]
+
+
+def at_windows(
+    array: Shaped[jax.Array, "B N"], first: Int32[jax.Array, "B L"], size: int
+) -> Shaped[jax.Array, "B L K"]:
+    """What an array holds at `size` nodes from each first one on; first + size <= N.
+
+    One read for a window of neighbours. Of a single window it is a slice, so what is read must be
+    used up before the array is written again (see `at_nodes`).
+    """
+    rows = jax.lax.broadcasted_iota(first.dtype, first.shape, 0)
+    return jax.lax.gather(
+        array,
+        jnp.stack([rows, first], -1),
+        _WINDOW,
+        (1, size),
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+
+
+def put_at(
+    array: Shaped[jax.Array, "B N ..."],
+    nodes: Int32[jax.Array, "B L"],
+    values: Shaped[jax.Array, "B L ..."],
+    *,
+    add: bool = False,
+) -> Shaped[jax.Array, "B N ..."]:
+    """Writes values at nodes, or adds them to what is there; at node N, out of range, it does not.
+
+    Args:
+      nodes: all different where values are written, in any order where they are added.
+    """
+    if nodes.size == 1:
+        return put_window(array, nodes[0, 0], values, add=add)
+    at = array.at[jnp.arange(nodes.shape[0])[:, None], nodes]
+    return at.add(values, mode="drop") if add else at.set(values, mode="drop")
+
+
+def put_window(
+    array: Shaped[jax.Array, "1 N ..."],
+    first: Int32[jax.Array, ""],
+    values: Shaped[jax.Array, "1 K ..."],
+    *,
+    add: bool = False,
+) -> Shaped[jax.Array, "1 N ..."]:
+    """One structure's nodes from `first` on, as in `put_at`; a window that leaves the array is not
+    written. One update in place, where a scatter of one window looks at its bounds apart.
+    """
+    size = values.shape[1]
+    old = jax.lax.dynamic_slice_in_dim(array, first, size, axis=1)
+    new = old + values if add else values.astype(array.dtype)
+    inside = first <= array.shape[1] - size
+    new = jnp.where(inside, new, old)
+    return jax.lax.dynamic_update_slice_in_dim(array, new, first, axis=1)
 
 
 def tokens_left(structure: Structure) -> Int32[jax.Array, "B"]:

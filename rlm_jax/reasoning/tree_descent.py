@@ -5,6 +5,7 @@ again and again, each pass under virtual visits over the paths before it. A desc
 subtree that is exhausted and never ends in one (`State.open_leaves`). Nothing here changes a tree.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from rlm_jax.core.masked import masked_argmax
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
 from rlm_jax.reasoning.protocol import Keys
-from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, at_windows
 from rlm_jax.reasoning.tree_config import TreeConfig
 
 _TIES = 2**31 - 2  # A number that no node has: ties are drawn from the problem's key too.
@@ -133,21 +134,24 @@ def look_below(
       first: `find_first` of the nodes.
     """
     kids = jnp.maximum(first, 0)[..., None] + jnp.arange(cfg.num_root_children, dtype=jnp.int32)
-    available = at_nodes(state.open_leaves, kids) > 0
     if cfg.root_lanes > 1:
         # The window is the root's; other nodes have fewer children.
         kids = jnp.minimum(kids, structure.capacity - 1)
-        available &= at_nodes(structure.parent, kids) == jnp.maximum(nodes, 0)[..., None]
-    value, reward = at_nodes(structure.value, kids), at_nodes(structure.reward, kids)
-    visits = at_nodes(structure.visits, kids)
+        read = functools.partial(at_nodes, nodes=kids)
+        available = read(state.open_leaves) > 0
+        available &= read(structure.parent) == jnp.maximum(nodes, 0)[..., None]
+    else:
+        read = functools.partial(at_windows, first=kids[..., 0], size=cfg.num_children)
+        available = read(state.open_leaves) > 0
+    value, reward, visits = map(read, (structure.value, structure.reward, structure.visits))
     siblings = Siblings(
         q=reward + cfg.discount * value,
         undiscounted=reward + value,
         visits=visits,
         virtual=jnp.zeros_like(visits),
-        prior=at_nodes(structure.prior, kids),
+        prior=read(structure.prior),
         available=available,
-        alive=at_nodes(structure.alive, kids),
+        alive=read(structure.alive),
         node_value=at_nodes(structure.value, nodes),
         node_visits=at_nodes(structure.visits, nodes),
         node_model_value=at_nodes(structure.model_value, nodes),

@@ -32,7 +32,7 @@ from rlm_jax.reasoning.operators.structure import generate, merge_children, put_
 from rlm_jax.reasoning.operators.traversal import select_answer
 from rlm_jax.reasoning.operators.update import Backup, add_to_paths, backpropagate
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes, put_at
 from rlm_jax.reasoning.tree_config import TreeConfig
 from rlm_jax.reasoning.tree_descent import ScoreFn, State, descend, descend_in_passes
 
@@ -132,13 +132,12 @@ def update_tree(
     prior = _make_prior(request, outcome, counted, cfg, state.noise)
     on_visit = cfg.judge == "visit"
     structure, slots = generate(structure, request, outcome, prior, visits=1.0 - on_visit)
-    rows = jnp.arange(slots.shape[0])[:, None]
     lead = request.leads
     before = at_nodes(state.first_child, request.nodes)
     was_leaf = before < 0
     at = jnp.where(request.grows & lead, request.nodes, structure.capacity)
     first = slots[..., 0] + zero_behind(before)
-    first_child = state.first_child.at[rows, at].set(first, mode="drop")
+    first_child = put_at(state.first_child, at, first)
 
     opening = counted
     if not on_visit:
@@ -237,7 +236,6 @@ def _make_prior(request, outcome, counted, cfg, noise):
 def _judge(structure, request, outcome, counted, lead, cfg):
     """How many visits each lane backs up and what they are worth; notes what is now known of the
     nodes themselves: values judged on visit, and dead ends."""
-    rows = jnp.arange(request.nodes.shape[0])[:, None]
     own = at_nodes(structure.model_value, request.nodes)
     # Steps all written and refused say what the node is worth, not what was thought of it.
     written = outcome.length > 0
@@ -251,7 +249,7 @@ def _judge(structure, request, outcome, counted, lead, cfg):
         told |= first_time
     own = jnp.where(barren, refused, own)
     at = jnp.where(told, request.nodes, structure.capacity)
-    noted = structure.model_value.at[rows, at].set(own, mode="drop")
+    noted = put_at(structure.model_value, at, own)
     structure = dataclasses.replace(structure, model_value=noted)
     count, total = lead.astype(jnp.float32), jnp.where(lead, own, 0.0)
     if cfg.judge == "expansion" and cfg.backup == "mean":

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.types import Array, Bool, Float32, Int32
-from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, put_at
 
 BACKUPS = ("mean", "max", "weighted", "td")
 BackupRule = str  # one of BACKUPS
@@ -57,7 +57,6 @@ def backpropagate(
       The structure with new visits and values, the new `open_leaves`, and the child of the root
       at or above each lane's node (-1 for the root itself and for lanes that did nothing).
     """
-    rows = jnp.arange(nodes.shape[0])[:, None]
     parents = structure.parent
     # Levels count from each structure's own root, whose depth is not 0 once a subtree was kept.
     depth = at_nodes(structure.depth, nodes) - structure.depth[:, :1]
@@ -67,13 +66,13 @@ def backpropagate(
         level, lanes, levels, top, total, visits, value, opened = carry
         here = levels == level
         at = jnp.where(here, lanes, structure.capacity)
-        visits = visits.at[rows, at].add(backup.count, mode="drop")
-        opened = opened.at[rows, at].add(backup.opened, mode="drop")
+        visits = put_at(visits, at, backup.count, add=True)
+        opened = put_at(opened, at, backup.opened, add=True)
         if rule == "mean":
             # Linear in the lanes, so that lanes which meet add up.
             missing = total - at_nodes(value, lanes) * backup.count
             missing /= jnp.maximum(at_nodes(visits, lanes), 1.0)
-            value = value.at[rows, at].add(missing, mode="drop")
+            value = put_at(value, at, missing, add=True)
             reward = at_nodes(structure.reward, lanes)
             total = jnp.where(here, backup.count * reward + discount * total, total)
         else:
@@ -82,7 +81,7 @@ def backpropagate(
             if rule == "td":
                 new = (1.0 - learning_rate) * at_nodes(value, lanes) + learning_rate * new
             own = total / jnp.maximum(backup.count, 1.0)
-            value = value.at[rows, at].set(jnp.where(seen, new, own), mode="drop")
+            value = put_at(value, at, jnp.where(seen, new, own))
         top = jnp.where(here & (level > 0), lanes, top)
         lanes = jnp.where(here, at_nodes(parents, lanes), lanes)
         levels = jnp.where(here, levels - 1, levels)
@@ -102,13 +101,12 @@ def add_to_paths(
     change: Int32[Array, "B L"] | Bool[Array, "B L"],
 ) -> Int32[Array, "B N"]:
     """Adds each node's change to it and to all above it, along first parents; -1 adds nothing."""
-    rows = jnp.arange(nodes.shape[0])[:, None]
     change = change.astype(jnp.int32)
 
     def climb(carry):
         lanes, counts = carry
         at = jnp.where(lanes >= 0, lanes, structure.capacity)
-        counts = counts.at[rows, at].add(change, mode="drop")
+        counts = put_at(counts, at, change, add=True)
         above = at_nodes(structure.parent, lanes)
         return jnp.where(lanes >= 0, above, -1), counts
 

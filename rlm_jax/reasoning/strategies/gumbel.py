@@ -38,7 +38,7 @@ from rlm_jax.reasoning.operators.traversal import (
     visit_deficit,
 )
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, put_at
 from rlm_jax.reasoning.tree_config import TreeConfig
 from rlm_jax.reasoning.tree_descent import (
     ScoreFn,
@@ -171,10 +171,9 @@ def tell(
 ) -> tuple[State, Structure]:
     """Appends the children, backs values up and notes whose turn it was."""
     state, structure, top = update_tree(state, structure, request, outcome, cfg=cfg)
-    rows = jnp.arange(request.nodes.shape[0])[:, None]
     extra = state.extra
     at = jnp.where(request.nodes > 0, top - state.first_child[:, :1], extra.served.shape[1])
-    served = extra.served.at[rows, at].add(1, mode="drop")
+    served = put_at(extra.served, at, jnp.ones_like(at), add=True)
     sampled = (request.nodes == 0).any(-1)
     # Children sampled anew have had no turn.
     served = jnp.where(sampled[:, None], 0, served)
