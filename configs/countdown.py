@@ -10,7 +10,8 @@ python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy 
 
 `--config=configs/countdown.py:smoke` is the same program at a size that runs in seconds and learns
 nothing of use. `:scarce` is a smaller network with no more than 4,096 demonstrations, for
-experiments/improve.py: what is left to learn it has to find by search.
+experiments/improve.py: what is left to learn it has to find by search. `:scarce_legal` is the same
+where chains and searches are held to legal lines: the rules are known, which line leads on is not.
 """
 
 from ml_collections import ConfigDict
@@ -26,8 +27,10 @@ LOOK_AHEAD = ("best_first_controlled", "best_first_widening_controlled")
 
 def get_config(variant: str = "") -> ConfigDict:
     """The settings of train.py (`train`), and of solve.py and evaluate.py (all others)."""
-    if variant not in ("", "smoke", "scarce"):
-        raise ValueError(f"configs/countdown.py:{variant}: accepted are smoke, scarce, or nothing")
+    if variant not in ("", "smoke", "scarce", "scarce_legal"):
+        raise ValueError(
+            f"configs/countdown.py:{variant}: accepted are smoke, scarce, scarce_legal, or nothing"
+        )
     config = ConfigDict()
     config.model = "package:countdown"
     config.dtype = "float32"
@@ -123,8 +126,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = ConfigDict(_training())
     if variant == "smoke":
         _shrink(config)
-    elif variant == "scarce":
+    elif variant in ("scarce", "scarce_legal"):
         _make_scarce(config)
+        for name in ("greedy", "best_first", "puct"):
+            config[name].sampling.legal_only = variant == "scarce_legal"
     return config
 
 
