@@ -5,7 +5,7 @@ out, so its name alone says which problems it holds.
 
   countdown4-inputs    1,000 sets of four numbers that no training sees, targets that it does
   countdown4-targets   1,000 problems whose targets no training sees
-  countdown3, 5, 6     500 sets of numbers that no training sees
+  countdown5, 6        500 sets of numbers that no training sees
   game24               the 100 hard puzzles of the Tree-of-Thoughts paper
 """
 
@@ -28,11 +28,8 @@ class Split(NamedTuple):
     examples: tuple[Example, ...]
 
 
-# A set is drawn by its place here: new ones come last.
-SPLITS = (
-    "countdown4-inputs", "countdown4-targets", "countdown5", "countdown6", "game24", "countdown3",
-)  # fmt: skip
-_SIZES = {"countdown3": 3, "countdown5": 5, "countdown6": 6}
+SPLITS = ("countdown4-inputs", "countdown4-targets", "countdown5", "countdown6", "game24")
+_SIZES = {"countdown5": 5, "countdown6": 6}
 
 
 @functools.cache

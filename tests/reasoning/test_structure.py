@@ -20,6 +20,7 @@ from rlm_jax.reasoning.operators.structure import (
     keep_subtree,
     merge_equal,
     prune,
+    put_children,
     take_nodes,
 )
 from rlm_jax.reasoning.operators.traversal import (
@@ -31,16 +32,50 @@ from rlm_jax.reasoning.operators.traversal import (
 )
 from rlm_jax.reasoning.structure import (
     Operator,
+    at_windows,
     best_path,
     check,
     frontier,
     has_child,
     make_structure,
     path_to_root,
+    put_at,
     subtree,
 )
 
 CAPACITY = 18
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 1)])
+@pytest.mark.parametrize("add", [False, True])
+def test_writes_go_where_they_are_told_to_and_nowhere_out_of_range(shape, add):
+    """A single node, which is written as a slice, as several are."""
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 9, (shape[0], CAPACITY, 2)).astype(np.int32)
+    values = rng.integers(1, 9, (*shape, 2)).astype(np.int32)
+    for first in (0, 5, CAPACITY - 1, CAPACITY):
+        nodes = np.minimum(first + 2 * np.arange(shape[1]), CAPACITY)[None].repeat(shape[0], 0)
+        expected = array.copy()
+        for row, lane in itertools.product(*map(range, shape)):
+            if nodes[row, lane] < CAPACITY:
+                old = expected[row, nodes[row, lane]] * add
+                expected[row, nodes[row, lane]] = old + values[row, lane]
+        written = put_at(jnp.asarray(array), jnp.asarray(nodes), jnp.asarray(values), add=add)
+        np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("num_structures", [1, 2])
+@pytest.mark.parametrize("first", [0, 7, CAPACITY - 4, CAPACITY - 3, CAPACITY])
+def test_a_window_of_children_is_written_whole_or_not_at_all(num_structures, first):
+    array = jnp.arange(num_structures * CAPACITY).reshape(num_structures, CAPACITY)
+    slots = jnp.broadcast_to(first + jnp.arange(4), (num_structures, 1, 4))
+    written = np.asarray(put_children(array, slots, -jnp.ones_like(slots)))
+    expected = np.array(array)
+    if first <= CAPACITY - 4:
+        expected[:, first : first + 4] = -1
+        found = at_windows(jnp.asarray(written), slots[..., 0], 4)
+        np.testing.assert_array_equal(found, -np.ones((num_structures, 1, 4)))
+    np.testing.assert_array_equal(written, expected)
 
 
 def test_a_graph_node_may_have_several_parents():
