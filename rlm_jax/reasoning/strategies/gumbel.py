@@ -38,7 +38,7 @@ from rlm_jax.reasoning.operators.traversal import (
     visit_deficit,
 )
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, put_at
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes
 from rlm_jax.reasoning.tree_config import TreeConfig
 from rlm_jax.reasoning.tree_descent import (
     ScoreFn,
@@ -172,8 +172,9 @@ def tell(
     """Appends the children, backs values up and notes whose turn it was."""
     state, structure, top = update_tree(state, structure, request, outcome, cfg=cfg)
     extra = state.extra
-    at = jnp.where(request.nodes > 0, top - state.first_child[:, :1], extra.served.shape[1])
-    served = put_at(extra.served, at, jnp.ones_like(at), add=True)
+    child = state.first_child[:, :1, None] + jnp.arange(extra.served.shape[1])
+    below = (top[..., None] == child) & (request.nodes > 0)[..., None]
+    served = extra.served + below.sum(1)
     sampled = (request.nodes == 0).any(-1)
     # Children sampled anew have had no turn.
     served = jnp.where(sampled[:, None], 0, served)
