@@ -3,8 +3,8 @@
 python experiments/report.py --results=docs/results/results.jsonl --out=docs/results.md
 
 Value calibration comes from the calibration.jsonl beside the results, where there is one, and
-self-improvement from the improvement.jsonl of improve.py, where --improvement names it; without it
-the page keeps what it says of that.
+self-improvement from files of improve.py, where --improvement names them; without it the page keeps
+what it says of that.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ from rlm_jax.evaluation.results import name_row, price_by_chains, read_results
 
 _RESULTS = flags.DEFINE_string("results", None, "results.jsonl of evaluate.py.")
 _OUT = flags.DEFINE_string("out", None, "The page to write.")
-_IMPROVEMENT = flags.DEFINE_string("improvement", None, "improvement.jsonl of improve.py.")
+_IMPROVEMENT = flags.DEFINE_list("improvement", [], "Each an improvement.jsonl of improve.py.")
 flags.adopt_module_key_flags(launching)
 
 HEAD = """# Results
@@ -82,8 +82,8 @@ def main() -> None:
     for title, rows in _group(calibrations):
         parts.append(f"### {title}\n\n{_write_calibration(rows)}\n")
     if _IMPROVEMENT.value:
-        points = read_results(_find("improvement", _IMPROVEMENT.value))
-        parts.append(write_improvement(points))
+        courses = [read_results(_find("improvement", name)) for name in _IMPROVEMENT.value]
+        parts.append(write_improvement(*courses))
     elif kept := _read_section(pathlib.Path(_OUT.value), IMPROVEMENT_TITLE):
         parts.append(kept)
     commands = dict.fromkeys(result["command"] for result in results)

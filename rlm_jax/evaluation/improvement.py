@@ -28,8 +28,13 @@ own. AUC and ECE are of the values of all states that the searches saw, behind 1
 _DEPTHS = (1, 2)
 
 
-def write_improvement(points: Sequence[Point]) -> str:
-    """The section of a page; one row for each arm and round, means over the seeds."""
+def write_improvement(*courses: Sequence[Point]) -> str:
+    """The section of a page: a table for each course of improve.py."""
+    return "\n".join([HEAD, *map(_write_course, courses)])
+
+
+def _write_course(points: Sequence[Point]) -> str:
+    """One row for each arm and round, means over the seeds."""
     searches = sorted({name_row(row) for row in points[0]["results"]} - {"greedy"})
     heads = ["round", "arm", "steps", "minutes since the start"]
     for name in ("greedy", *searches):
@@ -54,7 +59,7 @@ def write_improvement(points: Sequence[Point]) -> str:
     )
     commands = dict.fromkeys(point["command"] for point in points)
     made_by = "\n".join(f"    python {command}" for command in commands)
-    return f"{HEAD}\n{about}\n\n{table}\n\n{made_by}\n"
+    return f"{about}\n\n{table}\n\n{made_by}\n"
 
 
 def _minutes(points: Sequence[Point], arm: str, number: int) -> float:

@@ -111,10 +111,14 @@ def test_self_improvement_stands_beside_it(tmp_path):
         "seed": 0, "arm": "start", "round": 0, "steps": 4, "seconds": 1.0,
         "results": RESULTS[:2], "calibration": CALIBRATIONS, "command": "improve.py --out=I",
     }  # fmt: skip
-    write(tmp_path / "improvement.jsonl", [point])
-    page = report(tmp_path, *RESULTS, flags=[f"--improvement={tmp_path}/improvement.jsonl"])
-    assert "## Self-improvement" in page
-    assert "    python improve.py --out=I\n" in page
+    write(tmp_path / "one.jsonl", [point])
+    write(tmp_path / "other.jsonl", [point | {"command": "improve.py --out=J"}])
+    files = f"{tmp_path}/one.jsonl,{tmp_path}/other.jsonl"
+    page = report(tmp_path, *RESULTS, flags=[f"--improvement={files}"])
+    assert page.count("## Self-improvement") == 1
+    assert page.index("    python improve.py --out=I\n") < page.index(
+        "    python improve.py --out=J\n"
+    )
     # Written anew without the measurements, the page keeps what it says of them.
     again = report(tmp_path, *RESULTS, *RESULTS[1:2])
     begin, end = "## Self-improvement", "## Commands"
