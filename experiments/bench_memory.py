@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_language import SAMPLING, load, make_language_model
-from bench_small import WIDTH, init_networks, make_strategy, search_ours
+from bench_small import WIDTH, init_networks, make_strategy, measure_depth, search_ours
 from bench_timing import Compiled, Patience, Prepared, compile_call, program_bytes, time_pair
 from side_process import SideProcess, serve
 
@@ -341,19 +341,24 @@ def measure_bookkeeping(
 
 
 def measure_linearity(sizes: MemorySizes, patience: Patience) -> Iterator[dict[str, Any]]:
-    """T(4N) / 4 T(N) of Gumbel over small networks, one lane per child."""
+    """T(4N) / 4 T(N) of Gumbel over small networks, one lane per child.
+
+    A larger tree is deeper, so each of its simulations descends and climbs more levels, which is
+    what small networks spend their time on; so the ratio stands there over that of depths too.
+    """
     params = init_networks(jax.random.key(0))
     for batch in sizes.batches:
         states = jax.random.normal(jax.random.key(1), (batch, WIDTH))
         for number in sizes.simulations:
+            settings = [(make_strategy("gumbel", n, 16), n) for n in (4 * number, number)]
             four, one = (
-                compile_call(
-                    functools.partial(search_ours, make_strategy("gumbel", count, 16), count),
-                    params,
-                    states,
-                )
-                for count in (4 * number, number)
+                compile_call(functools.partial(search_ours, *which), params, states)
+                for which in settings
             )
+            depths = [
+                float(jax.jit(functools.partial(measure_depth, *which))(params, states))
+                for which in settings
+            ]
             times = time_pair(four.call, one.call, patience)
             ours, other = min(times.ours), min(times.other)
             yield {
@@ -361,6 +366,8 @@ def measure_linearity(sizes: MemorySizes, patience: Patience) -> Iterator[dict[s
                 "ours": ours,
                 "other": 4 * other,
                 "ratio": ours / (4 * other),
+                "ratio_per_level": ours / (4 * other) * depths[1] / depths[0],
+                "mean_depths": depths,
                 "unit": "s (other: four searches of a quarter)",
                 "at_most": 1.1,
                 "batch": batch,

@@ -27,7 +27,7 @@ from rlm_jax.reasoning.operators.structure import child_slots
 from rlm_jax.reasoning.protocol import Outcome, Strategy
 from rlm_jax.reasoning.strategies.gumbel import make_gumbel
 from rlm_jax.reasoning.strategies.puct import make_puct
-from rlm_jax.reasoning.structure import at_nodes, make_structure, put_at
+from rlm_jax.reasoning.structure import Structure, at_nodes, make_structure, put_at
 
 HOW_TO_GET_MCTX = "pip install mctx"
 NUM_ACTIONS = 16
@@ -152,13 +152,26 @@ def search_ours(
     strategy: Strategy, num_simulations: int, params: Any, states: jax.Array
 ) -> jax.Array:
     """Visits of the root's children, [B, K]."""
+    structure = _grow(strategy, num_simulations, params, states)
+    return structure.visits[:, 1 : NUM_ACTIONS + 1]
+
+
+def measure_depth(
+    strategy: Strategy, num_simulations: int, params: Any, states: jax.Array
+) -> jax.Array:
+    """How deep the leaves lie that the same search selects, a mean: what it descends and climbs."""
+    structure = _grow(strategy, num_simulations, params, states)
+    selected = (structure.visits > 0) & (structure.depth > 0)
+    return (structure.depth * selected).sum() / selected.sum()
+
+
+def _grow(strategy: Strategy, num_simulations: int, params: Any, states: jax.Array) -> Structure:
     batch = states.shape[0]
     capacity = 1 + NUM_ACTIONS * (num_simulations + 1)
     structure = make_structure(jnp.ones(batch, jnp.int32), capacity)
     world = jnp.zeros((batch, 1 + num_simulations, WIDTH)).at[:, 0].set(states)
     keys = jax.random.split(jax.random.key(0), batch)
-    structure, _ = run_compiled(strategy, expand, params, keys, world, structure)
-    return structure.visits[:, 1 : NUM_ACTIONS + 1]
+    return run_compiled(strategy, expand, params, keys, world, structure)[0]
 
 
 def search_mctx(name: str, num_simulations: int, params: Any, states: jax.Array) -> jax.Array:

@@ -188,7 +188,7 @@ def tiny(program):
     return program("bench_memory").MemorySizes(
         depths=(4,), num_nodes=9, capacities=(9, 17), num_expansions=2, leaves=(2,),
         num_children=2, step_tokens=4, context_tokens=8, num_structures=2, large_nodes=11,
-        simulations=(4,), batches=(1,),
+        simulations=(8,), batches=(1,),
     )  # fmt: skip
 
 
@@ -226,8 +226,11 @@ def test_linearity_is_of_four_times_the_simulations(program, tiny):
     patience = program("bench_timing").Patience(1, 1.0, 0.0)
     (line,) = program("bench_memory").measure_linearity(tiny, patience)
     assert line.keys() >= FIELDS
-    assert line["simulations"] == 16
+    assert line["simulations"] == 32
     assert line["ratio"] == line["ours"] / line["other"]
+    deeper, shallower = line["mean_depths"]
+    assert deeper > shallower >= 1
+    assert line["ratio_per_level"] == pytest.approx(line["ratio"] * shallower / deeper)
 
 
 @pytest.mark.slow
