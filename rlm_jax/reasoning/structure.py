@@ -214,7 +214,7 @@ def put_at(
     """Writes values at nodes, or adds them to what is there; at node N, out of range, it does not.
 
     Args:
-      nodes: all different where values are written, in any order where they are added.
+      nodes: all different but for N where values are written; those that are added add up.
     """
     if nodes.size == 1:
         return put_window(array, nodes[0, 0], values, add=add)
@@ -234,9 +234,8 @@ def put_window(
     """
     size = values.shape[1]
     old = jax.lax.dynamic_slice_in_dim(array, first, size, axis=1)
-    new = old + values if add else values.astype(array.dtype)
-    inside = first <= array.shape[1] - size
-    new = jnp.where(inside, new, old)
+    new = (old + values if add else values).astype(array.dtype)
+    new = jnp.where(first <= array.shape[1] - size, new, old)
     return jax.lax.dynamic_update_slice_in_dim(array, new, first, axis=1)
 
 

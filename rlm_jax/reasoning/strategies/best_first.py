@@ -42,7 +42,7 @@ from rlm_jax.reasoning.operators.traversal import (
     stop_when_solved,
 )
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes, put_at
 
 # Of nodes that are widened: the share of steps that are right where a node can be solved, and the
 # probability of its likeliest step, before anything is known; and a rest not worth another step.
@@ -221,9 +221,8 @@ def tell(
         outcome = dataclasses.replace(outcome, valid=outcome.valid & counted)
     prior = sibling_prior(request.nodes, outcome.logprob, outcome.length, counted)
     structure, slots = generate(structure, request, outcome, prior)
-    rows = jnp.arange(request.nodes.shape[0])[:, None]
     at = jnp.where(request.grows, request.nodes, structure.capacity)
-    opened = state.open.at[rows, at].set(False, mode="drop")
+    opened = put_at(state.open, at, jnp.zeros_like(request.grows))
     depth = at_nodes(structure.depth, request.nodes)[..., None] + 1
     new = counted & ~outcome.terminal & (depth < max_depth)
     old = state.unwritten
@@ -231,11 +230,11 @@ def tell(
         return State(put_children(opened, slots, new)), structure
     written = request.grows[..., None] & (outcome.length > 0)
     chance = jnp.where(written, jnp.exp(outcome.logprob), 0.0)
-    rest = old.rest.at[rows, at].add(-chance.sum(-1), mode="drop")
+    rest = put_at(old.rest, at, -chance.sum(-1), add=True)
     least = jnp.where(written, chance, 1.0).min(-1)
-    last = old.last.at[rows, at].set(least, mode="drop")
+    last = put_at(old.last, at, least)
     more = written.any(-1) & (at_nodes(rest, request.nodes) > _SPENT)
-    opened = state.open.at[rows, at].set(more, mode="drop")
+    opened = put_at(state.open, at, more)
     return State(put_children(opened, slots, new), Unwritten(rest, last)), structure
 
 
