@@ -20,8 +20,11 @@ from rlm_jax.core.budget import Budget, zero_budget
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Bool, Float32, Int32, Shaped, UInt32
 
-_WINDOW = jax.lax.GatherDimensionNumbers(
+_READ_WINDOW = jax.lax.GatherDimensionNumbers(
     offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+)
+_WRITE_WINDOW = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(2,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
 )
 NO_NODE = -1
 UNLIMITED = np.iinfo(np.int32).max
@@ -194,11 +197,10 @@ def at_windows(
     One read for a window of neighbours. Of a single window it is a slice, so what is read must be
     used up before the array is written again (see `at_nodes`).
     """
-    rows = jax.lax.broadcasted_iota(first.dtype, first.shape, 0)
     return jax.lax.gather(
         array,
-        jnp.stack([rows, first], -1),
-        _WINDOW,
+        _index_windows(first),
+        _READ_WINDOW,
         (1, size),
         mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )
@@ -217,21 +219,36 @@ def put_at(
       nodes: all different but for N where values are written; those that are added add up.
     """
     if nodes.size == 1:
-        return put_window(array, nodes[0, 0], values, add=add)
+        return _put_slice(array, nodes[0, 0], values, add)
     at = array.at[jnp.arange(nodes.shape[0])[:, None], nodes]
     return at.add(values, mode="drop") if add else at.set(values, mode="drop")
 
 
-def put_window(
-    array: Shaped[jax.Array, "1 N ..."],
-    first: Int32[jax.Array, ""],
-    values: Shaped[jax.Array, "1 K ..."],
-    *,
-    add: bool = False,
-) -> Shaped[jax.Array, "1 N ..."]:
-    """One structure's nodes from `first` on, as in `put_at`; a window that leaves the array is not
-    written. One update in place, where a scatter of one window looks at its bounds apart.
-    """
+def put_windows(
+    array: Shaped[jax.Array, "B N"],
+    first: Int32[jax.Array, "B L"],
+    values: Shaped[jax.Array, "B L K"],
+) -> Shaped[jax.Array, "B N"]:
+    """Writes K values from each first node on, all of them or, where they do not fit, none."""
+    if first.size == 1:
+        return _put_slice(array, first[0, 0], values[:, 0])
+    return jax.lax.scatter(
+        array,
+        _index_windows(first),
+        values.astype(array.dtype),
+        _WRITE_WINDOW,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )
+
+
+def _index_windows(first):
+    rows = jax.lax.broadcasted_iota(first.dtype, first.shape, 0)
+    return jnp.stack([rows, first], -1)
+
+
+def _put_slice(array, first, values, add=False):
+    """A single window [1, K, ...], in place: a scatter of one looks at its bounds apart."""
     size = values.shape[1]
     old = jax.lax.dynamic_slice_in_dim(array, first, size, axis=1)
     new = (old + values if add else values).astype(array.dtype)

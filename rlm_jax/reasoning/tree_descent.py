@@ -42,8 +42,8 @@ class Siblings(NamedTuple):
     """What a score sees: K children [B, L, K] of the nodes [B, L].
 
     q: reward + discount * value; undiscounted: reward + value. visits: with the virtual ones, of
-    paths that passed in this round, which are `virtual` alone. node_*: of the parent. available:
-    children that may be selected; alive: children there are.
+    paths that passed in this round, which are `virtual` alone. node_*: of the parent. open_leaves:
+    at or below each child, those that are left to select. alive: children there are.
     """
 
     q: Float32[Array, "B L K"]
@@ -51,11 +51,16 @@ class Siblings(NamedTuple):
     visits: Float32[Array, "B L K"]
     virtual: Float32[Array, "B L K"]
     prior: Float32[Array, "B L K"]
-    available: Bool[Array, "B L K"]
+    open_leaves: Int32[Array, "B L K"]
     alive: Bool[Array, "B L K"]
     node_value: Float32[Array, "B L"]
     node_visits: Float32[Array, "B L"]
     node_model_value: Float32[Array, "B L"]
+
+    @property
+    def available(self) -> Bool[Array, "*nodes K"]:
+        """Children that may be selected."""
+        return self.open_leaves > 0
 
 
 ScoreFn = Callable[[Siblings], Float32[Array, "B L K"]]
@@ -138,11 +143,10 @@ def look_below(
         # The window is the root's; other nodes have fewer children.
         kids = jnp.minimum(kids, structure.capacity - 1)
         read = functools.partial(at_nodes, nodes=kids)
-        available = read(state.open_leaves) > 0
-        available &= read(structure.parent) == jnp.maximum(nodes, 0)[..., None]
+        own = read(structure.parent) == jnp.maximum(nodes, 0)[..., None]
     else:
         read = functools.partial(at_windows, first=kids[..., 0], size=cfg.num_children)
-        available = read(state.open_leaves) > 0
+        own = True
     value, reward, visits = map(read, (structure.value, structure.reward, structure.visits))
     siblings = Siblings(
         q=reward + cfg.discount * value,
@@ -150,7 +154,7 @@ def look_below(
         visits=visits,
         virtual=jnp.zeros_like(visits),
         prior=read(structure.prior),
-        available=available,
+        open_leaves=jnp.where(own, read(state.open_leaves), 0),
         alive=read(structure.alive),
         node_value=at_nodes(structure.value, nodes),
         node_visits=at_nodes(structure.visits, nodes),
@@ -179,7 +183,7 @@ def _descend_beside(
             visits=siblings.visits + passed,
             virtual=siblings.virtual + passed,
             node_visits=siblings.node_visits + (paths[..., level] == nodes[:, None]).sum(1),
-            available=siblings.available & (at_nodes(state.open_leaves, kids) > passed),
+            open_leaves=siblings.open_leaves - passed,
         )
         below = _choose_child(kids, siblings, structure, keys, cfg, score_fn)
         path = path.at[..., level + 1].set(jnp.where(first >= 0, below, NO_NODE))

@@ -16,11 +16,7 @@ from rlm_jax.core.budget import add_budgets
 from rlm_jax.core.order import zero_behind
 from rlm_jax.core.types import Array, Bool, Float32, Int32, UInt32
 from rlm_jax.reasoning.protocol import Outcome, Request
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes, put_window, subtree
-
-_WINDOW = jax.lax.ScatterDimensionNumbers(
-    update_window_dims=(2,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
-)
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes, put_windows, subtree
 
 
 def child_slots(structure: Structure, request: Request) -> Int32[jax.Array, "B W K"]:
@@ -107,18 +103,7 @@ def put_children(array: Array, slots: Int32[jax.Array, "B W K"], values: Array) 
 
     The K slots of a lane are one window: a write of W windows and not of W * K numbers.
     """
-    first = slots[..., 0]
-    if first.size == 1:
-        return put_window(array, first[0, 0], values[:, 0])
-    rows = jax.lax.broadcasted_iota(first.dtype, first.shape, 0)
-    return jax.lax.scatter(
-        array,
-        jnp.stack([rows, first], -1),
-        values.astype(array.dtype),
-        _WINDOW,
-        unique_indices=True,
-        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
-    )
+    return put_windows(array, slots[..., 0], values)
 
 
 def prune(structure: Structure, nodes: Bool[jax.Array, "B N"]) -> Structure:
