@@ -19,7 +19,9 @@ where ours are applied to each input, which spares one case per family. For infe
 no useful gradient.
 """
 
+import functools
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -39,14 +41,21 @@ BLOCK_CHANNELS = 64
 _LEAST_MAGNITUDE = 1e-30
 # XLA's CPU backend has no fast int8 product of fewer rows (docs/design/003-int8.md).
 _LEAST_ROWS_ON_CPU = 4
+# What int8 becomes uint8 by.
+_OFFSET = 128
+_PROCESSOR = pathlib.Path("/proc/cpuinfo")
 
 
 @struct
 class QuantizedMatrix:
-    """A weight matrix [out, in]: row r is scale[r] * values[r], rotated back (`rotate`)."""
+    """A weight matrix [out, in]: row r is scale[r] * values[r], rotated back (`rotate`).
+
+    sums: of each row's values; what products of unsigned inputs are corrected by.
+    """
 
     values: Int8[Array, "out in_"]
     scale: Float32[Array, "out"]
+    sums: Int32[Array, "out"]
 
 
 def check_quantization(name: str | None) -> None:
@@ -78,13 +87,13 @@ def quantize_params(params: Params, cfg: ModelConfig) -> Params:
 def quantized_axes(cfg: ModelConfig) -> Params:
     """Logical axes of `quantize_params`' result, as `params.param_axes` gives those of its input.
 
-    A scale lies with its output channel; where inputs are split, a row's largest magnitude is one
-    more (small) all-reduce.
+    A scale and a sum lie with their output channel; where inputs are split, a row's largest
+    magnitude is one more (small) all-reduce.
     """
 
     def spread(spec: Any, axes: PyTree) -> Any:
         matrix: Any = QuantizedMatrix
-        return matrix(axes, axes[:1]) if len(spec.shape) == 2 else axes
+        return matrix(axes, axes[:1], axes[:1]) if len(spec.shape) == 2 else axes
 
     return jax.tree.map(spread, describe(cfg), param_axes(cfg))
 
@@ -111,7 +120,8 @@ def _hadamard_signs(size: int) -> np.ndarray:
 
 @jax.jit
 def _quantize_matrix(matrix: Array) -> QuantizedMatrix:
-    return QuantizedMatrix(*quantize_rows(rotate(matrix)))
+    values, scale = quantize_rows(rotate(matrix))
+    return QuantizedMatrix(values, scale, values.sum(1, dtype=jnp.int32))
 
 
 def quantize_rows(
@@ -129,18 +139,36 @@ def multiply_quantized(
 ) -> Array:
     """x [..., in] times w [out, in], in `out_dtype`; rescaling is done in float32."""
     rows, scale = quantize_rows(rotate(x.reshape(-1, x.shape[-1])))
-    product = multiply_integers(rows, w.values).astype(jnp.float32)
+    product = multiply_integers(rows, w.values, w.sums).astype(jnp.float32)
     out = product * scale[:, None] * w.scale
     return out.astype(out_dtype).reshape(*x.shape[:-1], -1)
 
 
 def multiply_integers(
-    x: Int8[Array, "rows in_"], w: Int8[Array, "out in_"]
+    x: Int8[Array, "rows in_"], w: Int8[Array, "out in_"], sums: Int32[Array, "out"]
 ) -> Int32[Array, "rows out"]:
-    """x times w transposed, exactly (up to 2^31 / 127^2 = 133,000 inputs)."""
-    if x.shape[0] >= _LEAST_ROWS_ON_CPU:
-        return _multiply(x, w)
-    return jax.lax.platform_dependent(x, w, cpu=_multiply_padded, default=_multiply)
+    """x times w transposed, exactly (up to 2^31 / (255 * 127) = 66,000 inputs).
+
+    Args:
+      sums: of each row of `w`.
+    """
+    fastest = _multiply_unsigned if cpu_prefers_unsigned() else _multiply
+    on_cpu = functools.partial(_multiply_padded, fastest)
+    return jax.lax.platform_dependent(x, w, sums, cpu=on_cpu, default=_multiply)
+
+
+@functools.cache
+def cpu_prefers_unsigned() -> bool:
+    """Whether this machine's processor multiplies uint8 by int8 faster than int8 by int8.
+
+    So it is where AVX-512 has VNNI, whose instruction takes one unsigned side, and no AMX, which
+    XLA uses for either; without VNNI the unsigned product has no fast path at all.
+    """
+    try:
+        flags = set(_PROCESSOR.read_text().split())
+    except OSError:
+        return False
+    return "avx512_vnni" in flags and "amx_int8" not in flags
 
 
 def look_up(table: Array | QuantizedMatrix, ids: Int32[Array, "*rows"], dtype: Any) -> Array:
@@ -150,11 +178,24 @@ def look_up(table: Array | QuantizedMatrix, ids: Int32[Array, "*rows"], dtype: A
     return rotate(table.values[ids] * table.scale[ids][..., None]).astype(dtype)
 
 
-def _multiply(x: Array, w: Array) -> Array:
+def _multiply(x: Array, w: Array, sums: Array) -> Array:
+    del sums
     contract = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.int32)
 
 
-def _multiply_padded(x: Array, w: Array) -> Array:
-    missing = _LEAST_ROWS_ON_CPU - x.shape[0]
-    return _multiply(jnp.pad(x, ((0, missing), (0, 0))), w)[: x.shape[0]]
+def _multiply_unsigned(x: Array, w: Array, sums: Array) -> Array:
+    product = jax.lax.dot_general(
+        jax.lax.bitcast_convert_type(x, jnp.uint8) ^ _OFFSET,
+        w,
+        (((1,), (1,)), ((), ())),
+        # By default JAX widens factors of two types before XLA sees them.
+        precision=jax.lax.DotAlgorithmPreset.DEFAULT,
+        preferred_element_type=jnp.int32,
+    )
+    return product - _OFFSET * sums
+
+
+def _multiply_padded(multiply: Any, x: Array, w: Array, sums: Array) -> Array:
+    missing = max(0, _LEAST_ROWS_ON_CPU - x.shape[0])
+    return multiply(jnp.pad(x, ((0, missing), (0, 0))), w, sums)[: x.shape[0]]

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlm_jax.core.mesh import make_mesh
 from rlm_jax.core.sharding import shard_tree
+from rlm_jax.models import quantize as quantize_module
 from rlm_jax.models.attention import make_dense_attend
 from rlm_jax.models.gguf import load_gguf
 from rlm_jax.models.params import abstract_params, describe, init_params
@@ -44,7 +45,8 @@ def integers(rng, *shape):
 
 def quantize(matrix):
     """A matrix as `quantize_params` does it, op by op."""
-    return QuantizedMatrix(*quantize_rows(rotate(jnp.asarray(matrix))))
+    values, scale = quantize_rows(rotate(jnp.asarray(matrix)))
+    return QuantizedMatrix(values, scale, values.astype(jnp.int32).sum(1))
 
 
 def random_params(cfg, seed=0):
@@ -68,23 +70,50 @@ def compute_logits(params, tokens, cfg):
     return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)))
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(192, 576), (7, 30), (1, 1), (64, 1536)])
-def test_integer_products_are_exact(rows, outputs, inputs):
+def test_integer_products_are_exact(rows, outputs, inputs, unsigned, monkeypatch):
+    monkeypatch.setattr(quantize_module, "cpu_prefers_unsigned", lambda: unsigned)
     rng = np.random.default_rng(rows)
     x, w = integers(rng, rows, inputs), integers(rng, outputs, inputs)
     x[0], w[0] = 127, -127
-    found = jax.jit(multiply_integers)(x, w)
+    x[-1, -1] = -127
+    found = jax.jit(lambda *args: multiply_integers(*args))(x, w, w.sum(1, dtype=np.int32))
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, x.astype(np.int64) @ w.astype(np.int64).T)
 
 
-@pytest.mark.parametrize(("platform", "rows"), [("cpu", 4), ("tpu", 1), ("cuda", 1)])
-def test_few_rows_are_padded_on_cpu_alone(platform, rows):
-    x, w = jnp.zeros((1, 32), jnp.int8), jnp.zeros((8, 32), jnp.int8)
-    lowered = jax.jit(multiply_integers).trace(x, w).lower(lowering_platforms=(platform,))
-    product = rf"dot_general.*\(tensor<{rows}x32xi8>, tensor<8x32xi8>\) -> tensor<{rows}x8xi32>"
-    assert re.search(product, lowered.as_text())
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_products_are_padded_and_unsigned_on_cpu_alone(platform, unsigned, monkeypatch):
+    monkeypatch.setattr(quantize_module, "cpu_prefers_unsigned", lambda: unsigned)
+    x, w, sums = jnp.zeros((1, 32), jnp.int8), jnp.zeros((8, 32), jnp.int8), jnp.zeros(8, jnp.int32)
+    traced = jax.jit(lambda *args: multiply_integers(*args)).trace(x, w, sums)
+    lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    rows, kind = (4, "ui8" if unsigned else "i8") if platform == "cpu" else (1, "i8")
+    factors = rf"\(tensor<{rows}x32x{kind}>, tensor<8x32xi8>\)"
+    # Factors of two types are not widened first, which would be many times slower.
+    assert re.search(rf"dot_general.*{factors} -> tensor<{rows}x8xi32>", lowered)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("avx512f avx512_vnni", True),
+        ("avx512_vnni amx_int8", False),
+        ("avx2", False),
+        (None, False),
+    ],
+)
+def test_unsigned_products_are_for_processors_that_have_them(
+    flags, expected, tmp_path, monkeypatch
+):
+    file = tmp_path / "cpuinfo"
+    if flags is not None:
+        file.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse2\n")
+    monkeypatch.setattr(quantize_module, "_PROCESSOR", file)
+    assert quantize_module.cpu_prefers_unsigned.__wrapped__() == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -236,6 +265,7 @@ def test_tensor_parallel_integers_give_the_same_logits():
     wq, wo = split.layers[0].wq, split.layers[0].wo
     assert isinstance(wq, QuantizedMatrix)
     assert (wq.values.sharding.spec, wq.scale.sharding.spec) == (P("model", None), P("model"))
+    assert wq.sums.sharding.spec == P("model")
     assert (wo.values.sharding.spec, wo.scale.sharding.spec) == (P(None, "model"), P(None))
     expected = compute_logits(params, tokens, cfg)
     # A rotation that is split sums in another order, and a last bit may tip a rounding.
