@@ -205,9 +205,11 @@ def _load_splits(config: dict[str, Any]) -> list[tuple[str, Split]]:
 
 
 def _read_file(task: str, path: str) -> tuple[Example, ...]:
-    """Problems in the task's own form where it has one, else as solve.py reads them."""
-    load = build.TASKS[task].load
-    return tuple(read_problems(path).examples if load is None else load(path))
+    """All problems of a file: a share of what is to be measured would be another measurement."""
+    found = read_problems(path, build.TASKS[task])
+    for line, reason in found.malformed:
+        raise ValueError(f"--problems={path}, line {line}: {reason}")
+    return tuple(found.examples)
 
 
 def _check_tasks(config: dict[str, Any], splits: list[tuple[str, Split]]) -> None:

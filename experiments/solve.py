@@ -222,7 +222,7 @@ def _read_examples(console: Console, task: Task) -> list[Example]:
         raise ValueError("no problem given: accepted is --question=TEXT or --problems=FILE.jsonl")
     if _ANSWER.value is not None:
         raise ValueError("--answer belongs to --question; a file holds its own answers")
-    found = read_problems(path)
+    found = read_problems(path, task)
     for line in found.malformed:
         say(console, f"{path}: line {line.line} skipped: {line.reason}")
     if found.malformed:

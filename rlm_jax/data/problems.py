@@ -1,9 +1,12 @@
 """A user's own problems, one JSON object a line: `question`, optional `answer`, optional `id`.
 
 The one idea: a bad line costs that line and nothing else. It is reported with its number and a
-reason and skipped; everything else is kept. The answer goes into the gold and nowhere else.
+reason and skipped; everything else is kept. The answer goes into the gold and nowhere else. Of a
+task whose problems are more than words, lines may hold the task's own fields (Countdown: `numbers`
+and `target`) or a question in a form that it reads, and published tables (csv) are read too.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -11,7 +14,7 @@ import os
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-from rlm_jax.tasks.base import Example, Gold, Problem
+from rlm_jax.tasks.base import Example, Gold, Problem, Task
 
 MAX_LINE_BYTES = 1 << 20
 
@@ -30,29 +33,37 @@ class ProblemFile(NamedTuple):
     malformed: list[Malformed]
 
 
-def read_problems(path: str | os.PathLike[str]) -> ProblemFile:
-    """Reads problems from a JSONL file.
+def read_problems(path: str | os.PathLike[str], task: Task | None = None) -> ProblemFile:
+    """Reads problems from a JSONL file, or a task's published table.
 
     Blank lines, CRLF, a byte-order mark and unknown fields are fine. A problem without an id gets
     one of its question and line number.
 
+    Args:
+      task: what the problems are of; None for questions in words.
+
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the path is a folder.
+      ValueError: the path is a folder, or a table with a row that is no problem.
     """
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder; --problems takes a JSONL file")
     if not os.path.exists(path):
         raise FileNotFoundError(f"no such file of problems: {path}")
+    if task is not None and task.load is not None and os.fspath(path).endswith(".csv"):
+        return ProblemFile(task.load(path), [])
     examples: list[Example] = []
     malformed: list[Malformed] = []
     lines_by_id: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, line in _iterate_lines(file):
             try:
-                example = _parse_line(number, line)
+                example = _parse_line(number, line, task)
                 if example is None:
                     continue
+                if task is not None:
+                    # Says now, and not behind a search, that it cannot read the gold.
+                    task.verify(*example, "")
                 first = lines_by_id.setdefault(example[0].id, number)
                 if first != number:
                     raise ValueError(f"id {example[0].id!r} is taken by line {first}")
@@ -73,7 +84,7 @@ def _iterate_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-def _parse_line(number: int, line: bytes) -> Example | None:
+def _parse_line(number: int, line: bytes, task: Task | None) -> Example | None:
     """The example on a line, or None for a blank one; ValueError says what is wrong."""
     if number == 1:
         line = line.removeprefix(b"\xef\xbb\xbf")
@@ -82,6 +93,10 @@ def _parse_line(number: int, line: bytes) -> Example | None:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"longer than {MAX_LINE_BYTES} bytes")
     fields = _parse_object(line)
+    own = None if task is None or task.read_row is None else task.read_row(fields, number)
+    if own is not None:
+        problem, gold = own
+        return dataclasses.replace(problem, id=_read_scalar(fields, "id") or problem.id), gold
     question = fields.get("question")
     if question is None:
         raise ValueError('no field "question"')
@@ -91,7 +106,9 @@ def _parse_line(number: int, line: bytes) -> Example | None:
         raise ValueError('"question" is empty')
     answer = _read_scalar(fields, "answer")
     default_id = f"{hashlib.sha256(question.encode()).hexdigest()[:12]}-{number}"
-    return Problem(question.strip(), id=_read_scalar(fields, "id") or default_id), Gold(answer)
+    read = Problem if task is None or task.read is None else task.read
+    problem = read(question.strip())
+    return dataclasses.replace(problem, id=_read_scalar(fields, "id") or default_id), Gold(answer)
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:

@@ -70,7 +70,10 @@ class Task:
       extract: a solution's text -> its answer in canonical form, equal for equal answers (what a
         majority vote counts), or None when the text holds no answer.
       verify: (problem, gold, a solution's text) -> verdict.
-      load: a file in the task's published format -> examples, where there is one.
+      load: a table in the task's published format (csv) -> examples, where there is one.
+      read_row: an object of a JSONL file and its one-based line -> example, where the task's files
+        have fields of their own, or None for an object without these; raises ValueError for what
+        is no problem.
       generate: (seed, num_problems, difficulty in [0, 1]) -> examples, where they can be made.
       read: a problem as a person types it -> the problem, where that takes more than its words;
         raises ValueError for what is none.
@@ -86,6 +89,7 @@ class Task:
     extract: Callable[[str], str | None]
     verify: Callable[[Problem, Gold, str], Verdict]
     load: Callable[[str | os.PathLike[str]], list[Example]] | None = None
+    read_row: Callable[[dict[str, Any], int], Example | None] | None = None
     generate: Callable[[int, int, float], list[Example]] | None = None
     read: Callable[[str], Problem] | None = None
     notation: Callable[[Problem], str] | None = None

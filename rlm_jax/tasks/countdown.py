@@ -18,8 +18,6 @@ numbers used, whole intermediate results. `generate` draws numbers and target ev
 can be solved.
 """
 
-import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -221,31 +219,21 @@ def generate(seed: int, num_problems: int, difficulty: float) -> list[Example]:
     ]
 
 
-def load(path: str | os.PathLike[str]) -> list[Example]:
-    """Reads JSON lines with `numbers`, `target` and, if they like, `id`.
+def read_row(row: dict[str, Any], line: int) -> Example | None:
+    """The problem of a row with `numbers` (a list) and `target`; None for a row without `numbers`.
 
     Raises:
-      ValueError: a line that is no such object; names the line.
+      ValueError: these are no whole numbers, or too few.
     """
-    examples = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                examples.append((_read_row(json.loads(line), f"countdown-{number}"), Gold()))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-    return examples
-
-
-def _read_row(row: Any, id: str) -> Problem:
-    if not isinstance(row, dict) or not isinstance(row.get("numbers"), list):
-        raise ValueError('expected an object with "numbers" (a list) and "target"')
-    for number in (*row["numbers"], row.get("target")):
+    if "numbers" not in row:
+        return None
+    numbers = row["numbers"]
+    if not isinstance(numbers, list):
+        raise ValueError(f'"numbers" is no list: {numbers!r:.60}')
+    for number in (*numbers, row.get("target")):
         if isinstance(number, bool) or not isinstance(number, int):
-            raise ValueError(f"{number!r} is no whole number")
-    return make_problem(tuple(row["numbers"]), row["target"], str(row.get("id", id)))
+            raise ValueError(f"{number!r:.60} is no whole number")
+    return make_problem(tuple(numbers), row["target"], f"countdown-{line}"), Gold()
 
 
 def _read_expression(segment: str) -> str | None:
@@ -377,7 +365,7 @@ TASK = Task(
     prompt,
     extract,
     verify,
-    load=load,
+    read_row=read_row,
     generate=generate,
     read=read,
     notation=notation,

@@ -12,6 +12,7 @@ import csv
 import os
 import re
 from fractions import Fraction
+from typing import Any
 
 from rlm_jax.tasks import countdown
 from rlm_jax.tasks.answers import find_marked
@@ -54,6 +55,21 @@ def read(text: str) -> Problem:
     if target != TARGET or len(data) != 4:
         raise ValueError(f"{text!r:.80} is no Game of 24: four numbers, as 4 4 7 10")
     return make_problem(data, "question")
+
+
+def read_row(row: dict[str, Any], line: int) -> Example | None:
+    """The puzzle of a row with four `numbers` and, if it likes, `target`, which is 24.
+
+    Raises:
+      ValueError: anything else; a row without `numbers` gives None.
+    """
+    found = countdown.read_row({"target": TARGET, **row}, line)
+    if found is None:
+        return None
+    numbers, target = found[0].data
+    if target != TARGET or len(numbers) != 4:
+        raise ValueError(f"{list(numbers)} and {target} are no Game of 24: four numbers, target 24")
+    return make_problem(numbers, f"game24-{line}"), Gold()
 
 
 def notation(problem: Problem) -> str:
@@ -150,6 +166,7 @@ TASK = Task(
     extract,
     verify,
     load=load,
+    read_row=read_row,
     read=read,
     notation=notation,
     device=countdown.DEVICE_TASK,

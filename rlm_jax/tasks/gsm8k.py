@@ -4,9 +4,11 @@ A line of the published files: `{"question": "...", "answer": "worked steps\\n##
 are compared as exact numbers, see `answers.py`. The worked example in the prompt is our own.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 from rlm_jax.tasks.answers import extract_number, format_number, parse_number
 from rlm_jax.tasks.base import Example, Gold, Message, Problem, Task, Verdict, judge, make_chat
@@ -59,15 +61,29 @@ def load(path: str | os.PathLike[str]) -> list[Example]:
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for row, line in enumerate(lines):
         try:
-            fields = json.loads(line)
-            question, worked = fields["question"], fields["answer"]
-            answer = worked.rsplit("####", 1)[1].strip()
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{path}: row {row} is not a GSM8K problem ({error!r})") from None
-        if parse_number(answer) is None:
-            raise ValueError(f"{path}: row {row} has no number behind ####: {answer!r}")
-        examples.append((Problem(question, id=f"gsm8k-{path.stem}-{row}"), Gold(answer)))
+            example = read_row(json.loads(line), row + 1)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: row {row} is not a GSM8K problem ({error})") from None
+        if example is None or "####" not in line:
+            raise ValueError(f"{path}: row {row} is not a GSM8K problem with a worked answer")
+        problem, gold = example
+        examples.append((dataclasses.replace(problem, id=f"gsm8k-{path.stem}-{row}"), gold))
     return examples
 
 
-TASK = Task("gsm8k", 1, False, prompt, extract_number, verify, load=load)
+def read_row(row: dict[str, Any], line: int) -> Example | None:
+    """A row as published, whose `answer` is worked steps and `#### 18`; `18` alone will do.
+
+    Raises:
+      ValueError: the answer is no number; a row without both texts gives None.
+    """
+    question, worked = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not isinstance(worked, str):
+        return None
+    answer = worked.rsplit("####", 1)[-1].strip()
+    if parse_number(answer) is None:
+        raise ValueError(f'"answer" is no number, nor has it one behind "####": {answer!r:.60}')
+    return Problem(question.strip(), id=f"gsm8k-{line - 1}"), Gold(answer)
+
+
+TASK = Task("gsm8k", 1, False, prompt, extract_number, verify, read_row=read_row)

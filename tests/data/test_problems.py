@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm_jax.data import problems
+from rlm_jax.tasks import countdown, game24, gsm8k, knapsack
 from rlm_jax.tasks.base import Gold
 
 BOM = b"\xef\xbb\xbf"
@@ -15,10 +16,10 @@ GOOD = b'{"question": "1 + 1?", "answer": 2, "id": "a"}'
 
 @pytest.fixture
 def read(tmp_path):
-    def read(content: bytes):
+    def read(content: bytes, task=None):
         path = tmp_path / "problems.jsonl"
         path.write_bytes(content)
-        return problems.read_problems(path)
+        return problems.read_problems(path, task)
 
     return read
 
@@ -118,3 +119,53 @@ def test_any_bytes_lose_no_good_line(tmp_path_factory, lines):
     assert file.examples[0][0].id == "a"
     assert file.examples[-1][0].question == "last"
     assert len(file.examples) + len(file.malformed) <= len(lines) + 2
+
+
+def test_a_tasks_own_rows_stand_beside_questions_that_it_reads(read):
+    lines = [
+        b'{"numbers": [4, 4, 7, 10], "target": 24}',
+        b'{"numbers": [1, 2], "target": 3, "id": 7}',
+        b'{"question": "Make 24 out of 4, 4, 7 and 10.", "id": "a"}',
+        b'{"numbers": [1, 2], "target": "3"}',
+        b'{"question": "How many?"}',
+        b'{"target": 3}',
+    ]
+    file = read(b"\n".join(lines), countdown.TASK)
+    found = [(problem.id, problem.data) for problem, _ in file.examples]
+    puzzle = ((4, 4, 7, 10), 24)
+    assert found == [("countdown-1", puzzle), ("7", ((1, 2), 3)), ("a", puzzle)]
+    assert [line for line, _ in file.malformed] == [4, 5, 6]
+    reasons = " ".join(reason for _, reason in file.malformed)
+    for part in ("'3' is no whole number", "'How many?' is no puzzle", 'no field "question"'):
+        assert part in reasons
+
+
+def test_published_solutions_of_gsm8k_are_golds(read):
+    lines = [
+        b'{"question": "Q?", "answer": "2 + 3 = <<2+3=5>>5\\n#### 1,005"}',
+        b'{"question": "Q?", "answer": "5", "id": "a"}',
+        b'{"question": "Q?", "answer": 5, "id": "b"}',
+        b'{"question": "Q?", "id": "c"}',
+        b'{"question": "Q?", "answer": "#### many"}',
+    ]
+    file = read(b"\n".join(lines), gsm8k.TASK)
+    found = [(problem.id, gold.answer) for problem, gold in file.examples]
+    assert found == [("gsm8k-0", "1,005"), ("a", "5"), ("b", "5"), ("c", None)]
+    assert file.malformed == [(5, '"answer" is no number, nor has it one behind "####": \'many\'')]
+
+
+def test_a_gold_that_a_task_cannot_read_costs_its_line(read):
+    lines = [b'{"question": "A?", "answer": "True"}', b'{"question": "A?", "answer": "18"}']
+    file = read(b"\n".join(lines), knapsack.TASK)
+    assert [gold.answer for _, gold in file.examples] == ["True"]
+    ((line, reason),) = file.malformed
+    assert line == 2
+    assert "gold answer '18' is neither True nor False" in reason
+
+
+def test_published_tables_are_read_as_they_are(tmp_path):
+    path = tmp_path / "24.csv"
+    path.write_text("Rank,Puzzles\n1,1 1 4 6\n2,1 1 11 11\n")
+    found = problems.read_problems(path, game24.TASK)
+    assert [problem.data for problem, _ in found.examples] == [(1, 1, 4, 6), (1, 1, 11, 11)]
+    assert not found.malformed

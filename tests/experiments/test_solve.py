@@ -20,6 +20,7 @@ from solving import (
 
 from rlm_jax.data.records import read_records
 from rlm_jax.evaluation import build, solver
+from rlm_jax.tasks.expressions import parse
 from rlm_jax.text.tokenizer import ByteTokenizer
 
 MARKER = "ZEBRA 7261"
@@ -410,3 +411,29 @@ def test_the_process_exits_with_the_status():
     assert process.returncode == 2
     assert out == ""
     assert err == "solve.py: --config=configs/none.py: there is no file 'configs/none.py'\n"
+
+
+def test_a_file_of_puzzles_is_solved_by_the_network_that_ships(solve, tmp_path):
+    rows = [
+        {"numbers": [4, 4, 7, 10], "target": 24, "id": "a"},
+        {"question": "Make 24 out of 1, 2, 3 and 4."},
+        {"numbers": [4, 4, 7, 10], "target": "24"},
+    ]
+    flags = (
+        "--config=configs/countdown.py:smoke",
+        "--config.model=package:countdown",
+        "--config.greedy_controlled.sampling.legal_only=true",
+        "--config.greedy_controlled.sampling.outcome_weight=1.0",
+        "--config.greedy_controlled.max_depth=8",
+        "--budget_tokens=400",
+        "--strategy=greedy_controlled",
+    )
+    done = solve(*flags, write_problems(tmp_path / "p.jsonl", rows), f"--out={tmp_path}")
+    assert done.status == 0, done.err
+    assert "line 3 skipped: '24' is no whole number" in done.out
+    assert "greedy_controlled: 2 records, 2/2 correct" in done.out
+    for record in records_of(tmp_path).values():
+        expression = parse(record["answer"])
+        assert expression.value == 24
+        assert sorted(expression.numbers) in ([4, 4, 7, 10], [1, 2, 3, 4])
+        assert {"generated_tokens", "expansions", "model_calls"} <= set(record["budget"])

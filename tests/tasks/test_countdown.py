@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import random
 import re
 from collections.abc import Callable
@@ -176,25 +175,29 @@ def test_what_is_no_puzzle_is_told():
             game24.read(text)
 
 
-def test_problem_files(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    rows = [{"numbers": [4, 4, 7, 10], "target": 24}, {"numbers": [1, 2], "target": 3, "id": "x"}]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    problems = [problem for problem, _ in countdown.load(path)]
-    assert [problem.id for problem in problems] == ["countdown-1", "x"]
-    assert problems[0].data == ((4, 4, 7, 10), 24)
-    for bad in ('{"numbers": [4], "target": 2}', '{"numbers": "4 4"}', "[1]", "{"):
-        path.write_text(bad)
-        with pytest.raises(ValueError, match="line 1"):
-            countdown.load(path)
+def test_rows_of_a_file_hold_numbers_and_a_target():
+    problem, _ = countdown.read_row({"numbers": [4, 4, 7, 10], "target": 24}, 3)
+    assert (problem.data, problem.id) == (((4, 4, 7, 10), 24), "countdown-3")
+    assert countdown.read_row({"question": "24 : 4 4 7 10"}, 1) is None
+    puzzle, _ = game24.read_row({"numbers": [4, 4, 7, 10]}, 3)
+    assert (puzzle.data, puzzle.id) == ((4, 4, 7, 10), "game24-3")
+    assert game24.read_row({}, 1) is None
+    for bad, message in (
+        ({"numbers": [4], "target": 2}, "two numbers or more"),
+        ({"numbers": "4 4", "target": 2}, "no list"),
+        ({"numbers": [4, 4]}, "None is no whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            countdown.read_row(bad, 1)
+    for bad in ({"numbers": [4, 4, 7]}, {"numbers": [4, 4, 7, 10], "target": 25}):
+        with pytest.raises(ValueError, match="no Game of 24"):
+            game24.read_row(bad, 1)
 
 
 @pytest.mark.parametrize("bad", [-1, 1.5, True, 10**6, "4", None])
-def test_problems_hold_whole_numbers(bad, tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text(json.dumps({"numbers": [4, bad], "target": 24}))
+def test_problems_hold_whole_numbers(bad):
     with pytest.raises(ValueError, match="whole number"):
-        countdown.load(path)
+        countdown.read_row({"numbers": [4, bad], "target": 24}, 1)
 
 
 def _left_behind(text: str) -> list[int]:
