@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_language import SAMPLING, load, make_language_model
-from bench_small import WIDTH, init_networks, make_strategy, measure_depth, search_ours
+from bench_small import WIDTH, init_networks, make_strategy, search_for_depth
 from bench_timing import Compiled, Patience, Prepared, compile_call, program_bytes, time_pair
 from side_process import SideProcess, serve
 
@@ -350,15 +350,15 @@ def measure_linearity(sizes: MemorySizes, patience: Patience) -> Iterator[dict[s
     for batch in sizes.batches:
         states = jax.random.normal(jax.random.key(1), (batch, WIDTH))
         for number in sizes.simulations:
-            settings = [(make_strategy("gumbel", n, 16), n) for n in (4 * number, number)]
             four, one = (
-                compile_call(functools.partial(search_ours, *which), params, states)
-                for which in settings
+                compile_call(
+                    functools.partial(search_for_depth, make_strategy("gumbel", n, 16), n),
+                    params,
+                    states,
+                )
+                for n in (4 * number, number)
             )
-            depths = [
-                float(jax.jit(functools.partial(measure_depth, *which))(params, states))
-                for which in settings
-            ]
+            depths = [float(program.call()[1]) for program in (four, one)]
             times = time_pair(four.call, one.call, patience)
             ours, other = min(times.ours), min(times.other)
             yield {

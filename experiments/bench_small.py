@@ -156,13 +156,14 @@ def search_ours(
     return structure.visits[:, 1 : NUM_ACTIONS + 1]
 
 
-def measure_depth(
+def search_for_depth(
     strategy: Strategy, num_simulations: int, params: Any, states: jax.Array
-) -> jax.Array:
-    """How deep the leaves lie that the same search selects, a mean: what it descends and climbs."""
+) -> tuple[jax.Array, jax.Array]:
+    """The same, and how deep the selected leaves lie, a mean: what is descended and climbed."""
     structure = _grow(strategy, num_simulations, params, states)
     selected = (structure.visits > 0) & (structure.depth > 0)
-    return (structure.depth * selected).sum() / selected.sum()
+    depth = (structure.depth * selected).sum() / selected.sum()
+    return structure.visits[:, 1 : NUM_ACTIONS + 1], depth
 
 
 def _grow(strategy: Strategy, num_simulations: int, params: Any, states: jax.Array) -> Structure:
