@@ -1,9 +1,10 @@
-"""A user's own problems, one JSON object a line: `question`, optional `answer`, optional `id`.
+"""Files of problems, one JSON object a line: `question`, optional `answer`, optional `id`.
 
 The one idea: a bad line costs that line and nothing else. It is reported with its number and a
 reason and skipped; everything else is kept. The answer goes into the gold and nowhere else. Of a
 task whose problems are more than words, lines may hold the task's own fields (Countdown: `numbers`
 and `target`) or a question in a form that it reads, and published tables (csv) are read too.
+`write_problems` writes generated ones, whose `data` (`Problem.data`) stands in the line.
 """
 
 import dataclasses
@@ -11,9 +12,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
+from rlm_jax.core.files import write_whole
 from rlm_jax.tasks.base import Example, Gold, Problem, Task
 
 MAX_LINE_BYTES = 1 << 20
@@ -68,9 +70,29 @@ def read_problems(path: str | os.PathLike[str], task: Task | None = None) -> Pro
                 if first != number:
                     raise ValueError(f"id {example[0].id!r} is taken by line {first}")
                 examples.append(example)
-            except ValueError as error:
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
                 malformed.append(Malformed(number, str(error)))
     return ProblemFile(examples, malformed)
+
+
+def write_problems(path: str | os.PathLike[str], examples: Iterable[Example]) -> int:
+    """Writes a file that `read_problems` reads as the same examples; returns how many there are.
+
+    The file appears complete or not at all.
+    """
+    count = 0
+    with write_whole(path) as beside, beside.open("w", encoding="utf-8") as file:
+        for count, (problem, gold) in enumerate(examples, 1):  # noqa: B007
+            row = {"id": problem.id, "question": problem.question, "answer": gold.answer}
+            if problem.data:
+                row["data"] = problem.data
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return count
+
+
+def to_tuples(value: Any) -> Any:
+    """A JSON value with tuples in place of lists, as `Problem.data` is."""
+    return tuple(map(to_tuples, value)) if isinstance(value, list) else value
 
 
 def _iterate_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -106,8 +128,13 @@ def _parse_line(number: int, line: bytes, task: Task | None) -> Example | None:
         raise ValueError('"question" is empty')
     answer = _read_scalar(fields, "answer")
     default_id = f"{hashlib.sha256(question.encode()).hexdigest()[:12]}-{number}"
-    read = Problem if task is None or task.read is None else task.read
-    problem = read(question.strip())
+    data = fields.get("data")
+    if data is not None and not isinstance(data, list):
+        raise ValueError(f'"data" is no list: {data!r:.60}')
+    if data is not None or task is None or task.read is None:
+        problem = Problem(question.strip(), to_tuples(data or []))
+    else:
+        problem = task.read(question.strip())
     return dataclasses.replace(problem, id=_read_scalar(fields, "id") or default_id), Gold(answer)
 
 

@@ -44,6 +44,7 @@ from rlm_jax.tasks import (
     gsm8k,
     knapsack,
     prontoqa,
+    reasoning_gym,
     riddles,
     sat,
     sorting,
@@ -67,7 +68,8 @@ TREE_SEARCHES: dict[str, Callable[..., Strategy]] = {
 }
 STRATEGIES = (*CHAINS, *TREE_SEARCHES)
 _TASK_MODULES = (
-    free, gsm8k, arithmetic, countdown, game24, knapsack, prontoqa, riddles, sat, sorting,
+    free, gsm8k, arithmetic, countdown, game24, knapsack, prontoqa, reasoning_gym, riddles, sat,
+    sorting,
 )  # fmt: skip
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _TASK_MODULES}
 _RANDOM = "random:"

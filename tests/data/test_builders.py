@@ -25,6 +25,7 @@ from rlm_jax.data.examples import make_example
 from rlm_jax.data.iterators import make_batches
 from rlm_jax.data.overlap import exact_text, require_disjoint
 from rlm_jax.data.packing import Packed
+from rlm_jax.data.problems import read_problems
 from rlm_jax.data.splits import load_split
 from rlm_jax.tasks import arithmetic, countdown, game24, gsm8k
 from rlm_jax.tasks.base import Gold, Problem
@@ -278,6 +279,13 @@ def test_a_data_set_by_its_name(tmp_path, monkeypatch, capsys):
         "arithmetic/train: 9 problems",
         "",
     ]
+    building.main([*arguments, f"--problems_dir={tmp_path}/files"])
+    path = tmp_path / "files" / "arithmetic-test.jsonl"
+    assert f"  written to {path}\n" in capsys.readouterr().out
+    assert list(path.parent.iterdir()) == [path]
+    spec = PuzzleSpec(arithmetic.TASK, num_train=9, num_validation=0, num_test=2)
+    expected = list(generate_splits(spec)["test"])
+    assert read_problems(path, arithmetic.TASK) == (expected, [])
     with pytest.raises(ValueError, match=r"no data set 'chess'; accepted: gsm8k, .*arithmetic"):
         build("chess", tmp_path)
     with pytest.raises(SystemExit):

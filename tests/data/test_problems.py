@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm_jax.data import problems
-from rlm_jax.tasks import countdown, game24, gsm8k, knapsack
+from rlm_jax.data.builders.build import find_generating_tasks
+from rlm_jax.tasks import countdown, game24, gsm8k, knapsack, sorting
 from rlm_jax.tasks.base import Gold
 
+GENERATING = list(find_generating_tasks().values())
 BOM = b"\xef\xbb\xbf"
 GOOD = b'{"question": "1 + 1?", "answer": 2, "id": "a"}'
 
@@ -161,6 +163,29 @@ def test_a_gold_that_a_task_cannot_read_costs_its_line(read):
     ((line, reason),) = file.malformed
     assert line == 2
     assert "gold answer '18' is neither True nor False" in reason
+
+
+@pytest.mark.parametrize("task", GENERATING, ids=lambda task: task.name)
+def test_generated_problems_are_read_as_they_were_written(task, tmp_path):
+    examples = task.generate(3, 4, 0.3)
+    path = tmp_path / "problems.jsonl"
+    assert problems.write_problems(path, examples) == 4
+    assert problems.read_problems(path, task) == (examples, [])
+
+
+def test_data_of_any_kind_cost_their_line_at_most(read):
+    nested = b"[" * 900 + b"]" * 900
+    lines = [
+        b'{"question": "Q?", "data": 3}',
+        b'{"question": "Q?", "data": ' + nested + b"}",
+        b'{"question": "Q?", "data": {}}',
+        b'{"question": "Sort [1, 0].", "data": ["a", null]}',
+        b'{"question": "Sort [1, 0].", "data": [1, 0], "answer": "[0, 1]"}',
+    ]
+    file = read(b"\n".join(lines), sorting.TASK)
+    assert {1, 3} <= {line for line, _ in file.malformed}
+    problem, gold = file.examples[-1]
+    assert (problem.question, problem.data, gold) == ("Sort [1, 0].", (1, 0), Gold("[0, 1]"))
 
 
 def test_published_tables_are_read_as_they_are(tmp_path):

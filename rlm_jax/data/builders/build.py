@@ -7,6 +7,7 @@ module of that name in `rlm_jax.tasks` says so by itself.
 import argparse
 import importlib
 import os
+import pathlib
 import pkgutil
 from typing import Any
 
@@ -17,7 +18,9 @@ from rlm_jax.data.builders.countdown.countdown_dataset_builder import (
 )
 from rlm_jax.data.builders.gsm8k.gsm8k_dataset_builder import build_gsm8k
 from rlm_jax.data.builders.puzzles.puzzles_dataset_builder import PuzzleSpec, build_puzzles
+from rlm_jax.data.builders.reading import to_example
 from rlm_jax.data.iterators import Source
+from rlm_jax.data.problems import write_problems
 from rlm_jax.tasks.base import Task
 
 
@@ -55,7 +58,7 @@ def find_generating_tasks() -> dict[str, Task]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Makes a data set and says how large its splits are."""
+    """Makes a data set, says how large its splits are, and writes those for tests if asked to."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("name")
     parser.add_argument("data_dir")
@@ -64,14 +67,22 @@ def main(arguments: list[str] | None = None) -> None:
     for flag in ("seed", "num_train", "num_validation", "num_test"):
         parser.add_argument(f"--{flag}", type=int)
     parser.add_argument("--difficulty", type=float)
+    parser.add_argument(
+        "--problems_dir", help="folder for files of its test problems (solve.py --problems)"
+    )
     given = vars(parser.parse_args(arguments))
-    name, data_dir = given.pop("name"), given.pop("data_dir")
+    name, data_dir, folder = (given.pop(key) for key in ("name", "data_dir", "problems_dir"))
     try:
         splits = build(name, data_dir, **{k: v for k, v in given.items() if v is not None})
     except (ValueError, FileNotFoundError, TypeError) as error:
         parser.error(str(error))
     for split, source in splits.items():
         print(f"{name}/{split}: {len(source)} problems")
+        if folder is not None and split.startswith("test"):
+            path = pathlib.Path(folder) / f"{name}-{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_problems(path, (to_example(source[row]) for row in range(len(source))))
+            print(f"  written to {path}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlm_jax.data.iterators import Source
+from rlm_jax.data.problems import to_tuples
 from rlm_jax.tasks.base import Example, Gold, Problem
 
 FILE_FORMAT = "array_record"
@@ -57,7 +58,7 @@ def to_element(problem: Problem, gold: Gold) -> dict[str, str]:
     if gold.answer == "":
         raise ValueError(f"{problem.id}: the gold answer is an empty text")
     data = json.dumps(problem.data)
-    if _to_tuples(json.loads(data)) != problem.data:
+    if to_tuples(json.loads(data)) != problem.data:
         raise ValueError(
             f"{problem.id}: data {problem.data!r} is not made of JSON values and tuples"
         )
@@ -73,7 +74,7 @@ def to_example(element: Mapping[str, Any]) -> Example:
     """The problem and gold of an element; lists in its data become tuples."""
     texts = {name: read_text(element, name) for name in ("id", "question", "answer")}
     data = json.loads(read_text(element, "data")) if "data" in element else []
-    problem = Problem(texts["question"], _to_tuples(data), texts["id"])
+    problem = Problem(texts["question"], to_tuples(data), texts["id"])
     return problem, Gold(texts["answer"] or None)
 
 
@@ -81,7 +82,3 @@ def read_text(element: Mapping[str, Any], name: str) -> str:
     """A field of an element, which TFDS gives as bytes."""
     value = element[name]
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _to_tuples(value: Any) -> Any:
-    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
