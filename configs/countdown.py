@@ -17,11 +17,6 @@ where chains and searches are held to legal lines: the rules are known, which li
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-_CHAINS = (
-    "greedy", "greedy_no_repeats", "greedy_guided", "greedy_controlled", "greedy_legal",
-    "best_of_n",
-)  # fmt: skip
-
 LOOK_AHEAD = ("best_first_controlled", "best_first_widening_controlled")
 
 
@@ -267,10 +262,15 @@ def _training() -> dict:
     }
 
 
+def _shorten_chains(config: ConfigDict, max_depth: int) -> None:
+    for part in config.values():
+        if isinstance(part, ConfigDict) and "max_refused" in part:
+            part.max_depth = max_depth
+
+
 def _make_scarce(config: ConfigDict) -> None:
     config.budget_tokens = 1024
-    for name in _CHAINS:
-        config[name].max_depth = 12
+    _shorten_chains(config, 12)
     # Its figures in docs/log.md were made with these, and with products in float32.
     config.evaluator = "value_head"
     config.best_first.update({"prior_weight": 0.0, "num_nodes": 257, "merge_states": False})
@@ -300,8 +300,7 @@ def _shrink(config: ConfigDict) -> None:
     config.batch_size = 4
     config.budget_tokens = 64
     config.max_depth = 3
-    for name in _CHAINS:
-        config[name].max_depth = 3
+    _shorten_chains(config, 3)
     config.best_of_n.num_chains = 2
     several = ("best_first", "puct", "uct", "td_mcts", "beam", "gumbel")
     for name in (*several, "best_first_controlled"):
