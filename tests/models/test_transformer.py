@@ -23,7 +23,7 @@ from rlm_jax.models.params import (
 )
 from rlm_jax.models.presets import PRESETS, preset
 from rlm_jax.models.rope import apply_rope, rope_tables
-from rlm_jax.models.transformer import forward, unembed
+from rlm_jax.models.transformer import forward, linear, unembed
 
 CASES = ["llama", "qwen2", "qwen2_yarn_windows", "qwen3", "gemma3"]
 
@@ -243,3 +243,29 @@ def test_masked_score_is_finite_in_bfloat16():
 def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match=r"no preset 'gpt5'.*smollm2-135m"):
         preset("gpt5")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("leading", [(1, 1), (2, 1), (3,), (5, 2), (300,)])
+def test_products_of_any_number_of_rows_equal_numpy(leading, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((*leading, 48)), dtype)
+    w = jnp.asarray(rng.standard_normal((36, 48)), dtype)
+    expected = np.asarray(x, np.float32) @ np.asarray(w, np.float32).T
+    for out_dtype in (None, jnp.float32):
+        found = jax.jit(linear, static_argnames="out_dtype")(x, w, out_dtype=out_dtype)
+        assert (found.shape, found.dtype) == ((*leading, 36), jnp.dtype(out_dtype or dtype))
+        tolerance = 1e-5 if found.dtype == jnp.float32 else 2**-7
+        np.testing.assert_allclose(
+            found.astype(np.float32), expected, rtol=tolerance, atol=10 * tolerance
+        )
+
+
+@pytest.mark.parametrize(("platform", "sums"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
+@pytest.mark.parametrize("rows", [2, 300])
+def test_products_of_bfloat16_come_out_wide_on_cpu_alone(rows, platform, sums):
+    x, w = jnp.zeros((rows, 48), jnp.bfloat16), jnp.zeros((36, 48), jnp.bfloat16)
+    lowered = jax.jit(linear).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+    (product,) = [line for line in lowered.splitlines() if "dot_general" in line]
+    # A narrow sum of a split product is half the bytes of its all-reduce.
+    assert product.endswith(f"x{sums}>")
