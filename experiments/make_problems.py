@@ -11,7 +11,6 @@ that training data does not meet: `python -m rlm_jax.data.builders.build --help`
 """
 
 import pathlib
-from collections.abc import Iterable
 
 import launching
 from absl import flags
@@ -34,13 +33,14 @@ def main() -> None:
     """Checks the flags, makes the problems, says where they are."""
     if not _TASK.value or not _OUT.value:
         raise ValueError(f"--{'out' if _TASK.value else 'task'} is missing")
+    examples = _make_examples(_TASK.value)
     path = pathlib.Path(_OUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = write_problems(path, _make_examples(_TASK.value))
+    count = write_problems(path, examples)
     print(f"{count} problems: {path}")
 
 
-def _make_examples(name: str) -> Iterable[Example]:
+def _make_examples(name: str) -> list[Example]:
     package, _, data_set = name.partition(":")
     if package == reasoning_gym.TASK.name and data_set:
         if _DIFFICULTY.value is not None:

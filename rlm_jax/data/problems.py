@@ -64,7 +64,8 @@ def read_problems(path: str | os.PathLike[str], task: Task | None = None) -> Pro
                 if example is None:
                     continue
                 if task is not None:
-                    # Says now, and not behind a search, that it cannot read the gold.
+                    # Says now, and not behind a search, what it cannot read.
+                    (task.notation or task.prompt)(example[0])
                     task.verify(*example, "")
                 first = lines_by_id.setdefault(example[0].id, number)
                 if first != number:
@@ -129,10 +130,10 @@ def _parse_line(number: int, line: bytes, task: Task | None) -> Example | None:
     answer = _read_scalar(fields, "answer")
     default_id = f"{hashlib.sha256(question.encode()).hexdigest()[:12]}-{number}"
     data = fields.get("data")
-    if data is not None and not isinstance(data, list):
-        raise ValueError(f'"data" is no list: {data!r:.60}')
-    if data is not None or task is None or task.read is None:
-        problem = Problem(question.strip(), to_tuples(data or []))
+    if isinstance(data, list):
+        problem = Problem(question.strip(), to_tuples(data))
+    elif task is None or task.read is None:
+        problem = Problem(question.strip())
     else:
         problem = task.read(question.strip())
     return dataclasses.replace(problem, id=_read_scalar(fields, "id") or default_id), Gold(answer)

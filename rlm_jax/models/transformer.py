@@ -113,15 +113,13 @@ def _multiply_columns(x: Array, w: Array, *, out_dtype: Any) -> Array:
 
 
 def _multiply_bfloat16(x: Array, w: Array, *, out_dtype: Any) -> Array:
-    rows = x.reshape(-1, x.shape[-1])
-    count = rows.shape[0]
+    count = math.prod(x.shape[:-1])
     if count > _FEW_ROWS:
-        out = _multiply_rows(rows, w, out_dtype=jnp.float32)
-    else:
-        rows = jnp.pad(rows, ((0, max(0, _LEAST_ROWS - count)), (0, 0)))
-        out = jax.lax.optimization_barrier(_multiply_rows(w, rows, out_dtype=jnp.float32))
-        out = out[:, :count].T
-    return out.astype(out_dtype).reshape(*x.shape[:-1], -1)
+        return _multiply_rows(x, w, out_dtype=jnp.float32).astype(out_dtype)
+    rows = jnp.pad(x.reshape(count, -1), ((0, max(0, _LEAST_ROWS - count)), (0, 0)))
+    # Without the barrier the compiler folds the transpose back into the product.
+    out = jax.lax.optimization_barrier(_multiply_rows(w, rows, out_dtype=jnp.float32))
+    return out[:, :count].T.astype(out_dtype).reshape(*x.shape[:-1], -1)
 
 
 def _multiply_halves(x: Array, w: Array, *, out_dtype: Any) -> Array:

@@ -75,15 +75,15 @@ def read_row(row: dict[str, Any], line: int) -> Example | None:
     """A row as published, whose `answer` is worked steps and `#### 18`; `18` alone will do.
 
     Raises:
-      ValueError: the answer is no number; a row without both texts gives None.
+      ValueError: the answer is no number; a row without the two texts gives None.
     """
     question, worked = row.get("question"), row.get("answer")
-    if not isinstance(question, str) or not isinstance(worked, str):
+    if not isinstance(question, str) or not question.strip() or not isinstance(worked, str):
         return None
     answer = worked.rsplit("####", 1)[-1].strip()
     if parse_number(answer) is None:
         raise ValueError(f'"answer" is no number, nor has it one behind "####": {answer!r:.60}')
-    return Problem(question.strip(), id=f"gsm8k-{line - 1}"), Gold(answer)
+    return Problem(question, id=f"gsm8k-{line - 1}"), Gold(answer)
 
 
 TASK = Task("gsm8k", 1, False, prompt, extract_number, verify, read_row=read_row)
