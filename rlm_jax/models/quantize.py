@@ -39,7 +39,6 @@ LEVELS = 127
 BLOCK_CHANNELS = 64
 # Below it, a row is rounded more coarsely instead of dividing by nearly nothing.
 _LEAST_MAGNITUDE = 1e-30
-# XLA's CPU backend has no fast int8 product of fewer rows (docs/design/003-int8.md).
 _LEAST_ROWS_ON_CPU = 4
 # What int8 becomes uint8 by.
 _OFFSET = 128
@@ -197,5 +196,12 @@ def _multiply_unsigned(x: Array, w: Array, sums: Array) -> Array:
 
 
 def _multiply_padded(multiply: Any, x: Array, w: Array, sums: Array) -> Array:
-    missing = max(0, _LEAST_ROWS_ON_CPU - x.shape[0])
-    return multiply(jnp.pad(x, ((0, missing), (0, 0))), w, sums)[: x.shape[0]]
+    return multiply(pad_rows(x), w, sums)[: x.shape[0]]
+
+
+def pad_rows(x: Array) -> Array:
+    """x [rows, in] with rows of 0 up to four, for XLA's CPU backend.
+
+    It has no fast product of fewer in int8 (docs/design/003-int8.md) or bfloat16 (002).
+    """
+    return jnp.pad(x, ((0, max(0, _LEAST_ROWS_ON_CPU - x.shape[0])), (0, 0)))

@@ -21,7 +21,7 @@ from rlm_jax.core.types import Array, Float, Float32, Int32
 from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.mixed import RoundedMatrix, multiply_rounded
 from rlm_jax.models.params import Layer, Params
-from rlm_jax.models.quantize import QuantizedMatrix, look_up, multiply_quantized
+from rlm_jax.models.quantize import QuantizedMatrix, look_up, multiply_quantized, pad_rows
 from rlm_jax.models.rope import RopeTable, apply_rope, rope_tables
 
 Matrix = Array | QuantizedMatrix | RoundedMatrix
@@ -29,7 +29,6 @@ Matrix = Array | QuantizedMatrix | RoundedMatrix
 # Where XLA on CPU gains from another form of a product: rows, and weights of one row's.
 _FEW_ROWS = 256
 _SMALL_WEIGHTS = 1 << 19
-_LEAST_ROWS = 4  # Of bfloat16: it has no fast product of fewer.
 
 # attend(layer, q [R,T,H,E], k [R,T,G,E], v [R,T,G,E], state) -> (out [R,T,H,E], state); the layer
 # index is a Python int; q and k are rotated, q is not scaled yet (`attention.scores_scale`).
@@ -116,7 +115,7 @@ def _multiply_bfloat16(x: Array, w: Array, *, out_dtype: Any) -> Array:
     count = math.prod(x.shape[:-1])
     if count > _FEW_ROWS:
         return _multiply_rows(x, w, out_dtype=jnp.float32).astype(out_dtype)
-    rows = jnp.pad(x.reshape(count, -1), ((0, max(0, _LEAST_ROWS - count)), (0, 0)))
+    rows = pad_rows(x.reshape(count, -1))
     # Without the barrier the compiler folds the transpose back into the product.
     out = jax.lax.optimization_barrier(_multiply_rows(w, rows, out_dtype=jnp.float32))
     return out[:, :count].T.astype(out_dtype).reshape(*x.shape[:-1], -1)
