@@ -202,6 +202,7 @@ def _multiply_padded(multiply: Any, x: Array, w: Array, sums: Array) -> Array:
 def pad_rows(x: Array) -> Array:
     """x [rows, in] with rows of 0 up to four, for XLA's CPU backend.
 
-    It has no fast product of fewer in int8 (docs/design/003-int8.md) or bfloat16 (002).
+    It has no fast product of fewer in int8 (docs/design/003-int8.md) or bfloat16 (002), and is no
+    faster with two or three of float32.
     """
     return jnp.pad(x, ((0, max(0, _LEAST_ROWS_ON_CPU - x.shape[0])), (0, 0)))

@@ -87,12 +87,12 @@ def linear(x: Array, w: Matrix, *, out_dtype: Any = None) -> Array:
         return multiply_rounded(x, w).astype(dtype)
     num_rows = math.prod(x.shape[:-1])
     plain = functools.partial(_multiply_rows, out_dtype=dtype)
-    if num_rows > 1 and x.dtype == w.dtype == jnp.bfloat16:
-        on_cpu = _multiply_bfloat16
-    elif num_rows == 1 and w.size < _SMALL_WEIGHTS and w.shape[0] % 2 == 0:
+    if num_rows == 1 and w.size < _SMALL_WEIGHTS and w.shape[0] % 2 == 0:
         on_cpu = _multiply_halves
     elif 1 < num_rows <= _FEW_ROWS:
         on_cpu = _multiply_columns
+    elif num_rows > 1 and x.dtype == w.dtype == jnp.bfloat16:
+        on_cpu = _multiply_wide
     else:
         return plain(x, w)
     cpu = functools.partial(on_cpu, out_dtype=dtype)
@@ -105,20 +105,15 @@ def _multiply_rows(x: Array, w: Array, *, out_dtype: Any) -> Array:
 
 
 def _multiply_columns(x: Array, w: Array, *, out_dtype: Any) -> Array:
-    # Without the barriers the compiler folds the transposes back into the product.
-    columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    out = jax.lax.dot(w, columns, preferred_element_type=out_dtype)
-    return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)
-
-
-def _multiply_bfloat16(x: Array, w: Array, *, out_dtype: Any) -> Array:
     count = math.prod(x.shape[:-1])
-    if count > _FEW_ROWS:
-        return _multiply_rows(x, w, out_dtype=jnp.float32).astype(out_dtype)
-    rows = pad_rows(x.reshape(count, -1))
+    out = _multiply_rows(w, pad_rows(x.reshape(count, -1)), out_dtype=jnp.float32)
     # Without the barrier the compiler folds the transpose back into the product.
-    out = jax.lax.optimization_barrier(_multiply_rows(w, rows, out_dtype=jnp.float32))
-    return out[:, :count].T.astype(out_dtype).reshape(*x.shape[:-1], -1)
+    out = jax.lax.optimization_barrier(out)[:, :count].T
+    return out.astype(out_dtype).reshape(*x.shape[:-1], -1)
+
+
+def _multiply_wide(x: Array, w: Array, *, out_dtype: Any) -> Array:
+    return _multiply_rows(x, w, out_dtype=jnp.float32).astype(out_dtype)
 
 
 def _multiply_halves(x: Array, w: Array, *, out_dtype: Any) -> Array:
