@@ -358,7 +358,7 @@ def measure_linearity(sizes: MemorySizes, patience: Patience) -> Iterator[dict[s
                 )
                 for n in (4 * number, number)
             )
-            depths = [float(program.call()[1]) for program in (four, one)]
+            depths = [float(program.call()) for program in (four, one)]
             times = time_pair(four.call, one.call, patience)
             ours, other = min(times.ours), min(times.other)
             yield {

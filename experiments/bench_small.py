@@ -158,12 +158,11 @@ def search_ours(
 
 def search_for_depth(
     strategy: Strategy, num_simulations: int, params: Any, states: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The same, and how deep the selected leaves lie, a mean: what is descended and climbed."""
+) -> jax.Array:
+    """The same search: how deep its selected leaves lie, a mean, which it descends and climbs."""
     structure = _grow(strategy, num_simulations, params, states)
     selected = (structure.visits > 0) & (structure.depth > 0)
-    depth = (structure.depth * selected).sum() / selected.sum()
-    return structure.visits[:, 1 : NUM_ACTIONS + 1], depth
+    return (structure.depth * selected).sum() / selected.sum()
 
 
 def _grow(strategy: Strategy, num_simulations: int, params: Any, states: jax.Array) -> Structure:

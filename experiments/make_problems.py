@@ -15,8 +15,8 @@ import pathlib
 import launching
 from absl import flags
 
+from rlm_jax.data.builders.build import find_generating_tasks
 from rlm_jax.data.problems import write_problems
-from rlm_jax.evaluation import build
 from rlm_jax.tasks import reasoning_gym
 from rlm_jax.tasks.base import Example
 
@@ -25,8 +25,6 @@ _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 100, "How many.", lower_bou
 _DIFFICULTY = flags.DEFINE_float("difficulty", None, "From 0, the default, to 1.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the problems.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "The file to write (.jsonl).")
-
-GENERATING = tuple(name for name, task in build.TASKS.items() if task.generate is not None)
 
 
 def main() -> None:
@@ -46,10 +44,11 @@ def _make_examples(name: str) -> list[Example]:
         if _DIFFICULTY.value is not None:
             raise ValueError("--difficulty: data sets of reasoning-gym have settings of their own")
         return reasoning_gym.make_examples(data_set, _SEED.value, _NUM_PROBLEMS.value)
-    if name not in GENERATING:
-        accepted = f"{', '.join(GENERATING)} and {reasoning_gym.TASK.name}:DATA_SET"
+    tasks = find_generating_tasks()
+    if name not in tasks:
+        accepted = f"{', '.join(tasks)} and {reasoning_gym.TASK.name}:DATA_SET"
         raise ValueError(f"--task={name}: accepted are {accepted}")
-    generate = build.TASKS[name].generate
+    generate = tasks[name].generate
     assert generate is not None
     return generate(_SEED.value, _NUM_PROBLEMS.value, _DIFFICULTY.value or 0.0)
 

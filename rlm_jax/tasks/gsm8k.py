@@ -61,9 +61,13 @@ def load(path: str | os.PathLike[str]) -> list[Example]:
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for row, line in enumerate(lines):
         try:
-            example = read_row(json.loads(line), row + 1)
-        except (ValueError, AttributeError) as error:
+            fields = json.loads(line)
+        except ValueError as error:
             raise ValueError(f"{path}: row {row} is not a GSM8K problem ({error})") from None
+        try:
+            example = read_row(fields, row + 1) if isinstance(fields, dict) else None
+        except ValueError as error:
+            raise ValueError(f"{path}: row {row} has {error}") from None
         if example is None or "####" not in line:
             raise ValueError(f"{path}: row {row} is not a GSM8K problem with a worked answer")
         problem, gold = example
@@ -82,7 +86,7 @@ def read_row(row: dict[str, Any], line: int) -> Example | None:
         return None
     answer = worked.rsplit("####", 1)[-1].strip()
     if parse_number(answer) is None:
-        raise ValueError(f'"answer" is no number, nor has it one behind "####": {answer!r:.60}')
+        raise ValueError(f"no number behind #### or alone in its answer: {answer!r:.60}")
     return Problem(question, id=f"gsm8k-{line - 1}"), Gold(answer)
 
 

@@ -153,7 +153,7 @@ def test_published_solutions_of_gsm8k_are_golds(read):
     file = read(b"\n".join(lines), gsm8k.TASK)
     found = [(problem.id, gold.answer) for problem, gold in file.examples]
     assert found == [("gsm8k-0", "1,005"), ("a", "5"), ("b", "5"), ("c", None)]
-    assert file.malformed == [(5, '"answer" is no number, nor has it one behind "####": \'many\'')]
+    assert file.malformed == [(5, "no number behind #### or alone in its answer: 'many'")]
 
 
 def test_a_gold_that_a_task_cannot_read_costs_its_line(read):

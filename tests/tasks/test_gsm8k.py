@@ -74,7 +74,7 @@ def test_prompt_holds_the_question_last_and_no_published_row(shared_data):
         ('{"question": "q"}', "row 1"),
         ('{"question": "q", "answer": "18"}', "row 1"),
         ('{"question": "q", "answer": 18}', "row 1"),
-        ('{"question": "q", "answer": "#### many"}', "row 1 .*'many'"),
+        ('{"question": "q", "answer": "#### many"}', "row 1 has no number"),
     ],
 )
 def test_a_broken_file_names_its_row(tmp_path, line, message):
