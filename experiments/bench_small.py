@@ -7,24 +7,31 @@ counts are mctx's own with one leaf a round; Gumbel has no noise on either side 
 a round does not know yet. `leaves` (W) of one structure go into one call; mctx has one. Gumbel's
 rounds visit each considered child once and get narrow as these get few; "gumbel_filled" gives each
 as many visits as fill the W leaves.
+
+They run in a process of their own (`side_process.py`), whose memory is the C library's affair:
+programs of `launching.py` share one arena, which spares large programs their page faults and costs
+these, of 100 microseconds, up to a half more.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_timing import Compiled, Patience, compile_call, describe_pair, time_pair
+from side_process import SideProcess, serve
 
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.reasoning.drive import run_compiled
 from rlm_jax.reasoning.operators.structure import child_slots
-from rlm_jax.reasoning.protocol import Outcome, Strategy
+from rlm_jax.reasoning.protocol import Strategy, make_outcome
 from rlm_jax.reasoning.strategies.gumbel import make_gumbel
 from rlm_jax.reasoning.strategies.puct import make_puct
 from rlm_jax.reasoning.structure import Structure, at_nodes, make_structure, put_at
@@ -45,27 +52,28 @@ def run_small(
     with_other: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Simulations per second of PUCT and Gumbel, one case per size."""
-    params = init_networks(jax.random.key(0))
     found = importlib.util.find_spec("mctx") is not None
-    for name in ("puct", "gumbel"):
-        for num_simulations in simulations:
-            for batch in batches:
-                states = jax.random.normal(jax.random.key(1), (batch, WIDTH))
-                other = None
-                if with_other and found:
-                    other = compile_call(
-                        functools.partial(search_mctx, name, num_simulations), params, states
-                    )
-                for num_lanes in leaves:
-                    filled = name == "gumbel" and num_lanes > 1
-                    for case in (name, "gumbel_filled") if filled else (name,):
-                        yield {
-                            "case": f"small_{case}",
-                            **_compare(
-                                case, params, states, num_simulations, num_lanes, other, patience
-                            ),
-                            "other_is": _tell_other(with_other, found),
-                        }
+    with SideProcess(sys.executable, "bench_small.py") as process:
+        for name in ("puct", "gumbel"):
+            for num_simulations in simulations:
+                for batch in batches:
+                    for num_lanes in leaves:
+                        filled = name == "gumbel" and num_lanes > 1
+                        for case in (name, "gumbel_filled") if filled else (name,):
+                            figures = process.ask(
+                                "compare",
+                                case=case,
+                                num_simulations=num_simulations,
+                                batch=batch,
+                                num_lanes=num_lanes,
+                                with_other=with_other and found,
+                                patience=dataclasses.asdict(patience),
+                            )
+                            yield {
+                                "case": f"small_{case}",
+                                **figures,
+                                "other_is": _tell_other(with_other, found),
+                            }
 
 
 def init_networks(key: jax.Array) -> dict[str, jax.Array]:
@@ -104,7 +112,6 @@ def expand(params, keys, world, structure, request):
     and a place in it is the action.
     """
     del keys
-    shape = (*request.nodes.shape, NUM_ACTIONS)
     node = jnp.maximum(request.nodes, 0)
     above = at_nodes(world, jnp.maximum(node - 1, 0) // NUM_ACTIONS)
     state = step(params, above, (node - 1) % NUM_ACTIONS)
@@ -114,20 +121,11 @@ def expand(params, keys, world, structure, request):
     block = (child_slots(structure, request)[..., 0] - 1) // NUM_ACTIONS
     at = jnp.where(request.nodes > 0, block, world.shape[1])
     world = put_at(world, at, state)
-    zero, no = jnp.zeros(shape), jnp.zeros(shape, bool)
-    outcome = Outcome(
-        valid=jnp.broadcast_to(request.grows[..., None], shape),
-        duplicate=no,
-        length=zero.astype(jnp.int32),
-        logprob=logits,
-        value=zero,
-        reward=zero,
-        terminal=no,
-        answer_key=zero.astype(jnp.uint32),
-        state_key=zero.astype(jnp.uint32),
-        proven=no,
-        node_value=value,
+    outcome = make_outcome(
+        valid=jnp.broadcast_to(request.grows[..., None], (*request.nodes.shape, NUM_ACTIONS)),
         cost=zero_budget(structure.num_nodes),
+        logprob=logits,
+        node_value=value,
     )
     return outcome, world
 
@@ -203,21 +201,25 @@ def search_mctx(name: str, num_simulations: int, params: Any, states: jax.Array)
     return policy.search_tree.summary().visit_counts
 
 
-def _compare(name, params, states, num_simulations, num_lanes, other: Compiled | None, patience):
-    strategy = make_strategy(name, num_simulations, num_lanes)
+def compare(
+    case: str,
+    num_simulations: int,
+    batch: int,
+    num_lanes: int,
+    with_other: bool,
+    patience: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Both sides in turn, in this process: the fields of one case."""
+    params, states = _make_inputs(batch)
+    strategy = make_strategy(case, num_simulations, num_lanes)
     ours = compile_call(functools.partial(search_ours, strategy, num_simulations), params, states)
     visits = np.asarray(ours.call())
     assert (visits.sum(-1) == num_simulations).all(), visits.sum(-1)
-    theirs = []
-
-    def call_other():
-        assert other is not None
-        theirs[:] = [other.call()]
-        return theirs
-
-    times = time_pair(ours.call, None if other is None else call_other, patience)
-    same = float((visits == np.asarray(theirs[0])).all(-1).mean()) if theirs else None
-    batch = states.shape[0]
+    other = _compile_mctx(case.split("_")[0], num_simulations, batch) if with_other else None
+    times = time_pair(ours.call, None if other is None else other.call, Patience(**patience))
+    same = None
+    if other is not None:
+        same = float((visits == np.asarray(other.call())).all(-1).mean())
     return {
         **describe_pair(times, batch * num_simulations),
         "unit": "simulations/s",
@@ -230,9 +232,28 @@ def _compare(name, params, states, num_simulations, num_lanes, other: Compiled |
     }
 
 
+def _make_inputs(batch: int) -> tuple[dict[str, jax.Array], jax.Array]:
+    params = init_networks(jax.random.key(0))
+    return params, jax.random.normal(jax.random.key(1), (batch, WIDTH))
+
+
+@functools.cache
+def _compile_mctx(name: str, num_simulations: int, batch: int) -> Compiled:
+    return compile_call(functools.partial(search_mctx, name, num_simulations), *_make_inputs(batch))
+
+
 def _tell_other(with_other: bool, found: bool) -> str:
     if not with_other:
         return "left out (--only_ours)"
     if not found:
         return f"not here: {HOW_TO_GET_MCTX}"
     return f"mctx {importlib.metadata.version('mctx')}"
+
+
+def main() -> None:
+    """Answers commands until stdin ends."""
+    serve({"compare": compare})
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,9 @@
 
 A ratio of two times means something when both sides met the same machine, so they alternate, and
 the best call of each counts (medians beside it). Each side may take a given time in all: what is
-slow is called less often, at least once.
+slow is called less often, at least once. What takes less than a few milliseconds is called several
+times in a row, and each call is its share of that: what the runtime takes to begin and end one call
+is not what is compared.
 """
 
 import dataclasses
@@ -16,6 +18,8 @@ import jax
 
 QUIET_SHARE = 0.1
 _SHORT_SECONDS = 0.5
+_ROW_SECONDS = 4e-3
+_LONGEST_ROW = 64
 _MOST_TURNS = 20
 
 
@@ -73,14 +77,16 @@ def program_bytes(memory: Any) -> int:
     return held - memory.alias_size_in_bytes
 
 
-def time_once(call: Call) -> float:
-    """Seconds of one call, its arrays waited for."""
-    args = ()
+def time_once(call: Call, row: int = 1) -> float:
+    """Seconds of one call, its arrays waited for: of `row` calls the mean, if none is prepared."""
     if isinstance(call, Prepared):
-        args, call = jax.block_until_ready(call.prepare()), call.call
+        args = jax.block_until_ready(call.prepare())
+        started = time.perf_counter()
+        jax.block_until_ready(call.call(*args))
+        return time.perf_counter() - started
     started = time.perf_counter()
-    jax.block_until_ready(call(*args))
-    return time.perf_counter() - started
+    jax.block_until_ready([call() for _ in range(row)])
+    return (time.perf_counter() - started) / row
 
 
 def time_pair(ours: Call, other: Call | None, patience: Patience) -> Paired:
@@ -90,17 +96,27 @@ def time_pair(ours: Call, other: Call | None, patience: Patience) -> Paired:
       other: None where there is no other side.
     """
     busy = wait_until_quiet(patience.quiet_seconds)
-    sides = [(ours, []), (other, [])]
+    sides: list[tuple[Call | None, list[float]]] = [(ours, []), (other, [])]
+    spent = [0.0, 0.0]
     for turn in range(1 + _MOST_TURNS * patience.repeats):
-        for call, seconds in sides:
+        for side, (call, seconds) in enumerate(sides):
             # Short calls are many, so that one of them meets a machine that is free.
             allowed = patience.side_seconds
             if turn > patience.repeats:
                 allowed = min(allowed, _SHORT_SECONDS)
-            if call is not None and (not seconds or sum(seconds) < allowed):
-                seconds.append(time_once(call))
+            if call is not None and (not seconds or spent[side] < allowed):
+                started = time.perf_counter()
+                seconds.append(time_once(call, _row_length(seconds)))
+                spent[side] += time.perf_counter() - started
     mine, theirs = (seconds[1:] or seconds for _, seconds in sides)
     return Paired(mine, theirs, busy)
+
+
+def _row_length(seconds: list[float]) -> int:
+    """Calls in a row, by what the calls before took; the first one stands alone."""
+    if not seconds:
+        return 1
+    return max(1, min(_LONGEST_ROW, int(_ROW_SECONDS / max(min(seconds), 1e-9))))
 
 
 def describe_pair(

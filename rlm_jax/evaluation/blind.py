@@ -18,7 +18,7 @@ from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Int32, PyTree
 from rlm_jax.reasoning.drive import run_compiled
 from rlm_jax.reasoning.operators.structure import child_numbers, child_slots
-from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
+from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy, make_outcome
 from rlm_jax.reasoning.structure import UNLIMITED, Structure, make_structure
 from rlm_jax.tasks.countdown_device import hash_numbers
 
@@ -120,16 +120,12 @@ def expand_blindly(
         keys, first, world.numbers[index, nodes], world.target
     )
     valid = made & request.grows[..., None] & (solved | ~ended)
-    zero = jnp.zeros(slots.shape, jnp.float32)
-    outcome = Outcome(
+    outcome = make_outcome(
         valid=valid,
-        duplicate=jnp.zeros(slots.shape, bool),
         length=(made & request.grows[..., None]).astype(jnp.int32),
         logprob=jnp.where(made, logprob, 0.0),
         value=jnp.where(solved, 1.0, _UNKNOWN),
-        reward=zero,
         terminal=ended,
-        answer_key=jnp.zeros(slots.shape, jnp.uint32),
         state_key=jnp.where(ended, 0, state_key),
         proven=solved,
         node_value=jnp.full(slots.shape[:2], _UNKNOWN),

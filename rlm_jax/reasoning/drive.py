@@ -349,10 +349,11 @@ def serve_lanes(request: Request, structure: Structure, step_tokens: int) -> Req
 
 
 def _grow_in_width(strategy, expand, params, search) -> Search:
-    """Expands the request with as few lanes as it has, and tells the strategy.
+    """Expands the request with as few lanes as it has, tells the strategy and clears the request.
 
     Each width is a loop of at most one turn: a `switch` would copy what it passes through, pools
-    and all, and a loop does not.
+    and all, and a loop does not. What a turn leaves as it is, the compiler computes before the
+    loops, for all widths: hence the request that is used up.
     """
     widths = strategy.widths or (strategy.num_lanes,)
     if len(widths) == 1:
@@ -360,7 +361,13 @@ def _grow_in_width(strategy, expand, params, search) -> Search:
     needed = _columns(search.request)
 
     def grow(width, carry):
-        return carry[0] & False, _grow(strategy, expand, params, carry[1], width)
+        search = _grow(strategy, expand, params, carry[1], width)
+        served = dataclasses.replace(
+            search.request,
+            nodes=jnp.full_like(search.request.nodes, NO_NODE),
+            operator=jnp.zeros_like(search.request.operator),
+        )
+        return carry[0] & False, dataclasses.replace(search, request=served)
 
     carry = (needed > 0, search)
     for width, narrower in zip(widths, (*widths[1:], 0), strict=True):
@@ -423,9 +430,18 @@ def _ask(strategy, state, structure, keys, proven, limits) -> Request:
             operator=jnp.pad(request.operator, spare),
         )
 
+    def rest():
+        request = jax.eval_shape(branches[-1])
+        idle = jnp.broadcast_to(structure.num_nodes[:, None] * 0, request.nodes.shape)
+        return dataclasses.replace(request, nodes=idle + NO_NODE, operator=idle)
+
     most = count_lanes(state, structure).max()
-    place = (most <= jnp.asarray(widths[1:])).sum()
-    return jax.lax.switch(place, [functools.partial(ask, width) for width in widths])
+    branches = [functools.partial(ask, width) for width in widths]
+    if len(widths) == 1:
+        return branches[0]()
+    # Where nobody asks any more, nothing is looked at.
+    place = (most <= jnp.asarray((*widths[1:], 0))).sum()
+    return jax.lax.switch(place, [*branches, rest])
 
 
 def _columns(request: Request) -> Int32[Array, ""]:

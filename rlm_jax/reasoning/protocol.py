@@ -57,6 +57,7 @@ class Outcome:
     value: the evaluator's estimates of the children, where it judges at expansion.
     node_value: its estimate of the requested node itself.
     cost: what producing and judging them took.
+    absent: names of fields [B, W, K] that are 0 throughout, see `make_outcome`.
     """
 
     valid: Bool[jax.Array, "B W K"]
@@ -71,6 +72,35 @@ class Outcome:
     proven: Bool[jax.Array, "B W K"]
     node_value: Float32[jax.Array, "B W"]
     cost: Budget
+    absent: tuple[str, ...] = static(default=())
+
+
+def make_outcome(valid: Bool[jax.Array, "B W K"], cost: Budget, **known: jax.Array) -> Outcome:
+    """An outcome of what the expander knows: the fields it does not name are 0, and cost nothing.
+
+    Free slots of a structure hold 0 already, so nothing of these fields is computed or written.
+
+    Raises:
+      TypeError: a name that is no field of `Outcome`.
+    """
+    absent = tuple(name for name in _OF_STEPS if name not in known)
+    zeros: dict[str, jax.Array] = {name: jnp.zeros(valid.shape, _OF_STEPS[name]) for name in absent}
+    if "node_value" not in known:
+        zeros["node_value"] = jnp.zeros(valid.shape[:2], jnp.float32)
+    return Outcome(valid=valid, cost=cost, absent=absent, **zeros, **known)
+
+
+_OF_STEPS = {
+    "duplicate": jnp.bool_,
+    "length": jnp.int32,
+    "logprob": jnp.float32,
+    "value": jnp.float32,
+    "reward": jnp.float32,
+    "terminal": jnp.bool_,
+    "answer_key": jnp.uint32,
+    "state_key": jnp.uint32,
+    "proven": jnp.bool_,
+}
 
 
 @struct
@@ -103,8 +133,8 @@ class Strategy(NamedTuple):
     num_lanes, num_children: W and K, fixed at compile time.
     widths: numbers of lanes that rounds come in, W first and falling; () for W alone. Lanes in use
       are the first ones then, and `tell` takes a request of any of these widths.
-    count_lanes(state, structure) -> [B]: lanes the next `ask` will use at most; with it, `ask`
-      takes `num_lanes`, one of `widths`.
+    count_lanes(state, structure) -> [B]: lanes the next `ask` will use at most, 0 if it will ask
+      nothing; with it, `ask` takes `num_lanes`, one of `widths`.
     """
 
     name: str

@@ -267,6 +267,20 @@ def test_slow_sides_are_called_less_often_and_every_side_once(program):
     assert case["other"] == 3 / min(times.other)
 
 
+def test_short_calls_are_timed_in_rows(program):
+    timing = program("bench_timing")
+    calls = []
+
+    def short():
+        time.sleep(0.001)
+        calls.append(1)
+        return ()
+
+    times = timing.time_pair(short, None, timing.Patience(3, side_seconds=0.1, quiet_seconds=0))
+    assert len(calls) > 1.5 * (1 + len(times.ours))
+    assert min(times.ours) >= 0.001
+
+
 def test_preparation_is_not_timed(program):
     timing = program("bench_timing")
 

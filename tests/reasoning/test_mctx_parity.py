@@ -15,7 +15,7 @@ from procedural import fold, uniform
 from rlm_jax.core.budget import zero_budget
 from rlm_jax.reasoning.drive import run_compiled
 from rlm_jax.reasoning.operators.structure import child_slots
-from rlm_jax.reasoning.protocol import Outcome
+from rlm_jax.reasoning.protocol import make_outcome
 from rlm_jax.reasoning.strategies.gumbel import improve_prior, make_gumbel, scale_q
 from rlm_jax.reasoning.strategies.puct import make_puct
 from rlm_jax.reasoning.structure import check, make_structure
@@ -52,22 +52,8 @@ def make_expand(num_actions, mask):
         valid &= (request.nodes != 0)[..., None] | ~mask[:, None]
         rows = jnp.arange(slots.shape[0])[:, None, None]
         children = fold(bits[..., None], jnp.arange(num_actions))
-        zero = jnp.zeros(slots.shape)
-        none = zero.astype(jnp.uint32)
-        outcome = Outcome(
-            valid=valid,
-            duplicate=zero > 1,
-            length=slots * 0,
-            logprob=logits,
-            value=zero,
-            reward=zero,
-            terminal=zero > 1,
-            answer_key=none,
-            state_key=none,
-            proven=zero > 1,
-            node_value=value,
-            cost=zero_budget(structure.num_nodes),
-        )
+        cost = zero_budget(structure.num_nodes)
+        outcome = make_outcome(valid, cost, logprob=logits, node_value=value)
         return outcome, world.at[rows, slots].set(children, mode="drop")
 
     return expand

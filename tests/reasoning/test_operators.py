@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from scripted import grow, make_request
 
+from rlm_jax.core.budget import zero_budget
 from rlm_jax.reasoning.operators.evaluate import (
     accumulate_score,
     self_consistency,
     sibling_prior,
     step_prior,
 )
-from rlm_jax.reasoning.operators.structure import child_slots
+from rlm_jax.reasoning.operators.structure import child_slots, generate
 from rlm_jax.reasoning.operators.traversal import (
     backtracks,
     puct_score,
@@ -29,6 +30,7 @@ from rlm_jax.reasoning.operators.update import (
     backpropagate,
     weighted_mean,
 )
+from rlm_jax.reasoning.protocol import make_outcome
 from rlm_jax.reasoning.structure import make_structure
 
 choose = jax.jit(select_answer, static_argnames="rule")
@@ -215,6 +217,28 @@ def test_generate_keeps_a_duplicate_dead_but_on_record():
     assert structure.visits[0, :3].tolist() == [0.0, 1.0, 0.0]
     assert int(structure.budget.generated_tokens[0]) == 6
     assert structure.span_start[0, 1:3].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("visits", [0.0, 1.0])
+def test_what_an_expander_does_not_know_is_zero_in_the_structure(visits):
+    structure, _ = grow(make_structure(jnp.asarray([4]), 9), [0], 3, [0.5, 0.7, 0.1])
+    request = make_request([2, -1, 3], 2)
+    valid = jnp.asarray([[[True, True], [False, False], [True, False]]])
+    known = {"logprob": jnp.asarray([[[-1.0, -2.0], [0.0, 0.0], [-3.0, -4.0]]])}
+    some = make_outcome(valid, zero_budget(structure.num_nodes), **known)
+    zeros = {name: getattr(some, name) for name in some.absent}
+    whole = make_outcome(valid, some.cost, **known, **zeros)
+    assert set(some.absent) - set(whole.absent) == set(zeros) == set(some.absent)
+    prior = jnp.full(valid.shape, 0.5)
+    pairs = zip(
+        jax.tree.leaves_with_path(generate(structure, request, some, prior, visits=visits)),
+        jax.tree.leaves(generate(structure, request, whole, prior, visits=visits)),
+        strict=True,
+    )
+    for (path, found), expected in pairs:
+        np.testing.assert_array_equal(found, expected, jax.tree_util.keystr(path))
+    with pytest.raises(TypeError, match="lenght"):
+        make_outcome(valid, some.cost, lenght=valid)
 
 
 def test_steps_of_several_lanes_from_the_root_share_one_prior():

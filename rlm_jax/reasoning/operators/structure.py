@@ -72,25 +72,35 @@ def generate(
         return put_children(array, slots, jnp.broadcast_to(values, slots.shape))
 
     above = of_parent(structure.span_length)
+    answered = {
+        "span_length": ("length", lambda: outcome.length + zero_behind(above)),
+        "value": ("value", lambda: outcome.value * live),
+        "model_value": ("value", lambda: outcome.value * live),
+        "logprob": ("logprob", lambda: outcome.logprob),
+        "reward": ("reward", lambda: outcome.reward),
+        "answer_key": ("answer_key", lambda: outcome.answer_key),
+        "state_key": ("state_key", lambda: outcome.state_key),
+        "terminal": ("terminal", lambda: outcome.terminal & alive),
+        "proven": ("proven", lambda: outcome.proven & outcome.terminal & alive),
+    }
+    # Free slots hold 0: what is 0 for all children is there already.
+    written = {
+        name: write(getattr(structure, name), values())
+        for name, (field, values) in answered.items()
+        if field not in outcome.absent
+    }
+    if visits:
+        written["visits"] = write(structure.visits, visits * live)
     return dataclasses.replace(
         structure,
+        **written,
         parent=write(structure.parent, request.nodes[..., None]),
         operator=write(structure.operator, request.operator[..., None]),
         owner=write(structure.owner, of_parent(structure.owner)),
         depth=write(structure.depth, of_parent(structure.depth) + 1),
         span_start=write(structure.span_start, of_parent(structure.span_start) + above),
-        span_length=write(structure.span_length, outcome.length + zero_behind(above)),
-        visits=write(structure.visits, visits * live),
-        value=write(structure.value, outcome.value * live),
-        model_value=write(structure.model_value, outcome.value * live),
         prior=write(structure.prior, prior),
-        logprob=write(structure.logprob, outcome.logprob),
-        reward=write(structure.reward, outcome.reward),
-        answer_key=write(structure.answer_key, outcome.answer_key),
-        state_key=write(structure.state_key, outcome.state_key),
         created_at=write(structure.created_at, budget.generated_tokens[:, None, None]),
-        terminal=write(structure.terminal, outcome.terminal & alive),
-        proven=write(structure.proven, outcome.proven & outcome.terminal & alive),
         alive=write(structure.alive, alive),
         num_nodes=structure.num_nodes + num_new,
         num_created=structure.num_created + num_new,

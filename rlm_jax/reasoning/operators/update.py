@@ -58,13 +58,18 @@ def backpropagate(
       at or above each lane's node (-1 for the root itself and for lanes that did nothing).
     """
     parents = structure.parent
+    alone = nodes.shape[1] == 1  # Nobody to meet: it climbs at its own pace.
     # Levels count from each structure's own root, whose depth is not 0 once a subtree was kept.
     depth = at_nodes(structure.depth, nodes) - structure.depth[:, :1]
     levels = jnp.where(nodes >= 0, depth, -1)
 
+    def goes_on(carry):
+        level, lanes = carry[:2]
+        return (lanes >= 0).any() if alone else level >= 0
+
     def climb(carry):
         level, lanes, levels, top, total, visits, value, opened = carry
-        here = levels == level
+        here = lanes >= 0 if alone else levels == level
         at = jnp.where(here, lanes, structure.capacity)
         visits = put_at(visits, at, backup.count, add=True)
         opened = put_at(opened, at, backup.opened, add=True)
@@ -82,14 +87,15 @@ def backpropagate(
                 new = (1.0 - learning_rate) * at_nodes(value, lanes) + learning_rate * new
             own = total / jnp.maximum(backup.count, 1.0)
             value = put_at(value, at, jnp.where(seen, new, own))
-        top = jnp.where(here & (level > 0), lanes, top)
+        top = jnp.where(here & (lanes > 0), lanes, top)
         lanes = jnp.where(here, at_nodes(parents, lanes), lanes)
-        levels = jnp.where(here, levels - 1, levels)
-        return level - 1, lanes, levels, top, total, visits, value, opened
+        if not alone:
+            level, levels = level - 1, jnp.where(here, levels - 1, levels)
+        return level, lanes, levels, top, total, visits, value, opened
 
     lanes = (nodes, levels, nodes * 0 + NO_NODE, backup.total)
     carry = (levels.max(), *lanes, structure.visits, structure.value, open_leaves)
-    carry = jax.lax.while_loop(lambda carry: carry[0] >= 0, climb, carry)
+    carry = jax.lax.while_loop(goes_on, climb, carry)
     *_, top, _, visits, value, opened = carry
     return dataclasses.replace(structure, visits=visits, value=value), opened, top
 

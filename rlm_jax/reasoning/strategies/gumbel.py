@@ -257,12 +257,13 @@ def _list_shapes(rounds: Int32[np.ndarray, "3 M S"]) -> list[tuple[int, int]]:
 def count_lanes(
     state: State, structure: Structure, *, cfg: TreeConfig, rounds: Int32[np.ndarray, "3 M S"]
 ) -> Int32[Array, "B"]:
-    """Lanes of the coming round."""
+    """Lanes of the coming round; 0 where all simulations are done."""
     root = structure.num_nodes[:, None] * 0
     _, siblings = look_below(state, structure, root, cfg, find_first(state, root))
     width, _, passes = _this_round(rounds, siblings.alive[:, 0], state.simulations)
     fresh = (state.first_child[:, 0] < 0) | (state.open_leaves[:, 0] <= 0)
-    return jnp.where(fresh, cfg.root_lanes, width * passes)
+    lanes = jnp.where(fresh, cfg.root_lanes, width * passes)
+    return jnp.where(state.simulations < rounds.shape[2] - 1, lanes, 0)
 
 
 def _this_round(rounds, alive, simulations):
