@@ -11,6 +11,7 @@ Blueprint (arXiv 2501.11223) sections 4.2-4.3: chain (every node has at most one
 """
 
 import enum
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,15 @@ def at_nodes(
     return found[:, : nodes.shape[1]]
 
 
+def peek_at(
+    array: Shaped[jax.Array, "B N"], nodes: Int32[jax.Array, "B L"]
+) -> Shaped[jax.Array, "B L"]:
+    """`at_nodes` of what is used up before the array is written again: a single node is a slice."""
+    if nodes.size == 1:
+        return at_windows(array, jnp.maximum(nodes, 0), 1)[..., 0]
+    return at_nodes(array, nodes)
+
+
 def at_windows(
     array: Shaped[jax.Array, "B N"], first: Int32[jax.Array, "B L"], size: int
 ) -> Shaped[jax.Array, "B L K"]:
@@ -197,6 +207,8 @@ def at_windows(
     One read for a window of neighbours. Of a single window it is a slice, so what is read must be
     used up before the array is written again (see `at_nodes`).
     """
+    if first.size == 1:
+        return jax.lax.dynamic_slice_in_dim(array, first[0, 0], size, axis=1)[:, None]
     return jax.lax.gather(
         array,
         _index_windows(first),
@@ -219,9 +231,25 @@ def put_at(
       nodes: all different but for N where values are written; those that are added add up.
     """
     if nodes.size == 1:
-        return _put_slice(array, nodes[0, 0], values, add)
+        return _put_slice(array, nodes[0, 0], lambda old: old + values if add else values)
     at = array.at[jnp.arange(nodes.shape[0])[:, None], nodes]
     return at.add(values, mode="drop") if add else at.set(values, mode="drop")
+
+
+def revise_at(
+    array: Shaped[jax.Array, "B N"],
+    nodes: Int32[jax.Array, "B L"],
+    revise_fn: Callable[[jax.Array], jax.Array],
+) -> Shaped[jax.Array, "B N"]:
+    """Writes what `revise_fn` makes of what is there; at node N, out of range, it does not.
+
+    Args:
+      nodes: all different but for N.
+    """
+    if nodes.size == 1:
+        return _put_slice(array, nodes[0, 0], revise_fn)
+    old = at_nodes(array, jnp.minimum(nodes, array.shape[1] - 1))
+    return put_at(array, nodes, revise_fn(old))
 
 
 def put_windows(
@@ -231,7 +259,7 @@ def put_windows(
 ) -> Shaped[jax.Array, "B N"]:
     """Writes K values from each first node on, all of them or, where they do not fit, none."""
     if first.size == 1:
-        return _put_slice(array, first[0, 0], values[:, 0])
+        return _put_slice(array, first[0, 0], lambda _: values[:, 0], values.shape[2])
     return jax.lax.scatter(
         array,
         _index_windows(first),
@@ -247,12 +275,10 @@ def _index_windows(first):
     return jnp.stack([rows, first], -1)
 
 
-def _put_slice(array, first, values, add=False):
+def _put_slice(array, first, revise_fn, size=1):
     """A single window [1, K, ...], in place: a scatter of one looks at its bounds apart."""
-    size = values.shape[1]
     old = jax.lax.dynamic_slice_in_dim(array, first, size, axis=1)
-    new = (old + values if add else values).astype(array.dtype)
-    new = jnp.where(first <= array.shape[1] - size, new, old)
+    new = jnp.where(first <= array.shape[1] - size, revise_fn(old).astype(array.dtype), old)
     return jax.lax.dynamic_update_slice_in_dim(array, new, first, axis=1)
 
 

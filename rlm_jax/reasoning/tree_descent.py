@@ -16,7 +16,7 @@ from rlm_jax.core.masked import masked_argmax
 from rlm_jax.core.struct import struct
 from rlm_jax.core.types import Array, Bool, Float32, Int32, PyTree
 from rlm_jax.reasoning.protocol import Keys
-from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, at_windows
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, at_windows, peek_at
 from rlm_jax.reasoning.tree_config import TreeConfig
 
 _TIES = 2**31 - 2  # A number that no node has: ties are drawn from the problem's key too.
@@ -123,7 +123,7 @@ def descend_in_passes(
 
 def find_first(state: State, nodes: Int32[Array, "B L"]) -> Int32[Array, "B L"]:
     """The first child of each node; -1 for a leaf, and for node -1."""
-    return jnp.where(nodes >= 0, at_nodes(state.first_child, nodes), NO_NODE)
+    return jnp.where(nodes >= 0, peek_at(state.first_child, nodes), NO_NODE)
 
 
 def look_below(
@@ -156,9 +156,9 @@ def look_below(
         prior=read(structure.prior),
         open_leaves=jnp.where(own, read(state.open_leaves), 0),
         alive=read(structure.alive),
-        node_value=at_nodes(structure.value, nodes),
-        node_visits=at_nodes(structure.visits, nodes),
-        node_model_value=at_nodes(structure.model_value, nodes),
+        node_value=peek_at(structure.value, nodes),
+        node_visits=peek_at(structure.visits, nodes),
+        node_model_value=peek_at(structure.model_value, nodes),
     )
     return kids, siblings
 

@@ -32,7 +32,7 @@ from rlm_jax.reasoning.operators.structure import generate, merge_children, put_
 from rlm_jax.reasoning.operators.traversal import select_answer
 from rlm_jax.reasoning.operators.update import Backup, add_to_paths, backpropagate
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes, put_at
+from rlm_jax.reasoning.structure import NO_NODE, Operator, Structure, at_nodes, peek_at, put_at
 from rlm_jax.reasoning.tree_config import TreeConfig
 from rlm_jax.reasoning.tree_descent import ScoreFn, State, descend, descend_in_passes
 
@@ -104,11 +104,11 @@ def make_request(
         left = cfg.num_simulations - state.simulations[:, None]
         nodes = jnp.where(lane < left, nodes, NO_NODE)
         fresh &= left > 0
-    terminal = at_nodes(structure.terminal, nodes) & (nodes >= 0)
+    terminal = peek_at(structure.terminal, nodes) & (nodes >= 0)
     if cfg.terminal == "stop":
         nodes = jnp.where(terminal.any(-1, keepdims=True), NO_NODE, nodes)
     nodes = jnp.where(fresh, jnp.where(lane < cfg.root_lanes, 0, NO_NODE), nodes)
-    ended = _has_ended(terminal, at_nodes(structure.depth, nodes), cfg)
+    ended = _has_ended(terminal, peek_at(structure.depth, nodes), cfg)
     operator = jnp.where(ended & ~fresh, Operator.EVALUATE, Operator.GENERATE)
     return Request(nodes.astype(jnp.int32), operator.astype(jnp.int32), cfg.num_children)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm_jax.core.types import Array, Bool, Float32, Int32
-from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, put_at
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, peek_at, put_at, revise_at
 
 BACKUPS = ("mean", "max", "weighted", "td")
 BackupRule = str  # one of BACKUPS
@@ -74,11 +74,16 @@ def backpropagate(
         visits = put_at(visits, at, backup.count, add=True)
         opened = put_at(opened, at, backup.opened, add=True)
         if rule == "mean":
-            # Linear in the lanes, so that lanes which meet add up.
-            missing = total - at_nodes(value, lanes) * backup.count
-            missing /= jnp.maximum(at_nodes(visits, lanes), 1.0)
-            value = put_at(value, at, missing, add=True)
-            reward = at_nodes(structure.reward, lanes)
+            weight = jnp.maximum(peek_at(visits, lanes), 1.0)
+            if alone:
+                value = revise_at(
+                    value, at, lambda old: old + (total - old * backup.count) / weight
+                )
+            else:
+                # Linear in the lanes, so that lanes which meet add up.
+                missing = (total - at_nodes(value, lanes) * backup.count) / weight
+                value = put_at(value, at, missing, add=True)
+            reward = peek_at(structure.reward, lanes)
             total = jnp.where(here, backup.count * reward + discount * total, total)
         else:
             children = _Children(structure, first_child, lanes, num_children)
@@ -88,7 +93,7 @@ def backpropagate(
             own = total / jnp.maximum(backup.count, 1.0)
             value = put_at(value, at, jnp.where(seen, new, own))
         top = jnp.where(here & (lanes > 0), lanes, top)
-        lanes = jnp.where(here, at_nodes(parents, lanes), lanes)
+        lanes = jnp.where(here, peek_at(parents, lanes), lanes)
         if not alone:
             level, levels = level - 1, jnp.where(here, levels - 1, levels)
         return level, lanes, levels, top, total, visits, value, opened
