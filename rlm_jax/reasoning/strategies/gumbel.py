@@ -137,7 +137,12 @@ def ask(
     num_lanes: int | None = None,
 ) -> Request:
     """One halving round: leaves below each of the best children of the root."""
+    num_lanes = cfg.num_lanes if num_lanes is None else num_lanes
     root = structure.num_nodes[:, None] * 0
+    if num_lanes < _narrowest(rounds, cfg):
+        # Rounds of so few lanes are the root's own.
+        nobody = jnp.broadcast_to(root + NO_NODE, (root.shape[0], num_lanes))
+        return make_request(state, structure, nobody, cfg=cfg)
     kids, siblings = look_below(state, structure, root, cfg, find_first(state, root))
     siblings = jax.tree.map(lambda array: array[:, 0], siblings)
     extra = state.extra
@@ -145,7 +150,6 @@ def ask(
     score = extra.gumbel + _logits(siblings) + scale(siblings)
     turn = siblings.available & (extra.served == visits[:, None])
     turn = jnp.where(turn.any(-1, keepdims=True), turn, siblings.available)
-    num_lanes = cfg.num_lanes if num_lanes is None else num_lanes
     lanes = min(num_lanes, score.shape[-1])
     chosen = _take_best(kids[:, 0], jnp.where(turn, score, -jnp.inf), lanes)
     serve = jnp.arange(lanes)[None] < jnp.minimum(width, turn.sum(-1))[:, None]
@@ -254,6 +258,15 @@ def _list_shapes(rounds: Int32[np.ndarray, "3 M S"]) -> list[tuple[int, int]]:
     return sorted(found, reverse=True)
 
 
+def _narrowest(rounds: Int32[np.ndarray, "3 M S"], cfg: TreeConfig) -> int:
+    """The fewest lanes that a round of the full schedule has, if they are more than the root's.
+
+    Rounds of fewer, where fewer children are left to consider, are asked for with so many.
+    """
+    fewest = min(width * passes for width, passes in _list_shapes(rounds))
+    return fewest if fewest > cfg.root_lanes else 0
+
+
 def count_lanes(
     state: State, structure: Structure, *, cfg: TreeConfig, rounds: Int32[np.ndarray, "3 M S"]
 ) -> Int32[Array, "B"]:
@@ -262,7 +275,7 @@ def count_lanes(
     _, siblings = look_below(state, structure, root, cfg, find_first(state, root))
     width, _, passes = _this_round(rounds, siblings.alive[:, 0], state.simulations)
     fresh = (state.first_child[:, 0] < 0) | (state.open_leaves[:, 0] <= 0)
-    lanes = jnp.where(fresh, cfg.root_lanes, width * passes)
+    lanes = jnp.where(fresh, cfg.root_lanes, jnp.maximum(width * passes, _narrowest(rounds, cfg)))
     return jnp.where(state.simulations < rounds.shape[2] - 1, lanes, 0)
 
 
