@@ -327,6 +327,8 @@ def _take_best(
 
     By counting who is better than whom: R is small, and a sort costs more than the whole round.
     """
+    if count == 1:
+        return jnp.take_along_axis(nodes, jnp.argmax(score, -1, keepdims=True), 1)
     before = jnp.tril(jnp.ones((score.shape[1],) * 2, bool), -1)
     better = score[:, None, :] > score[:, :, None]
     better |= (score[:, None, :] == score[:, :, None]) & before
