@@ -123,7 +123,8 @@ def descend_in_passes(
 
 def find_first(state: State, nodes: Int32[Array, "B L"]) -> Int32[Array, "B L"]:
     """The first child of each node; -1 for a leaf, and for node -1."""
-    return jnp.where(nodes >= 0, peek_at(state.first_child, nodes), NO_NODE)
+    # Not `peek_at`: of a node known in advance, the root, a slice is taken out of the write itself.
+    return jnp.where(nodes >= 0, at_nodes(state.first_child, nodes), NO_NODE)
 
 
 def look_below(
