@@ -295,7 +295,8 @@ def _mark(node: Node, has_children: bool) -> str:
 
 
 def _describe(node: Mapping[str, Any]) -> str:
-    text = clean_text(node["text"]) or "(empty step)"
+    # A slot is paid for with its siblings, whether its step was written or not.
+    text = clean_text(node["text"]) or ("(empty step)" if node["tokens"] else "(not written)")
     if node["op"] == "generate":
         return text
     sources = f" of {len(node['parents'])}" if len(node["parents"]) > 1 else ""

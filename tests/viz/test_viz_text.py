@@ -259,6 +259,9 @@ def test_equal_steps_that_are_all_dead_are_one_line():
     assert len(lines) == 5
     assert lines[3].strip().startswith(f"✂ (empty step)  {TIMES}3")
     assert "… 4 more steps, best 0.04, 3 pruned" in draw(render_tree(record, max_lines=4))[0]
+    for node in record["nodes"][3:]:
+        node["tokens"] = []
+    assert draw(render_tree(record))[3].strip().startswith(f"✂ (not written)  {TIMES}3")
 
 
 def test_only_the_chosen_path_is_green():
