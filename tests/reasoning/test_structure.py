@@ -39,7 +39,9 @@ from rlm_jax.reasoning.structure import (
     has_child,
     make_structure,
     path_to_root,
+    peek_at,
     put_at,
+    revise_at,
     subtree,
 )
 
@@ -62,6 +64,21 @@ def test_writes_go_where_they_are_told_to_and_nowhere_out_of_range(shape, add):
                 expected[row, nodes[row, lane]] = old + values[row, lane]
         written = put_at(jnp.asarray(array), jnp.asarray(nodes), jnp.asarray(values), add=add)
         np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 1)])
+def test_nodes_are_revised_by_what_they_held(shape):
+    array = jnp.arange(shape[0] * CAPACITY).reshape(shape[0], CAPACITY)
+    for first in (0, 5, CAPACITY - 1, CAPACITY):
+        nodes = jnp.minimum(first + 2 * jnp.arange(shape[1]), CAPACITY)[None].repeat(shape[0], 0)
+        revised = revise_at(array, nodes, lambda old: 3 * old + 1)
+        expected = np.array(array)
+        for row, node in itertools.product(range(shape[0]), nodes[0].tolist()):
+            if node < CAPACITY:
+                expected[row, node] = 3 * expected[row, node] + 1
+                assert peek_at(revised, nodes)[row, 0] == expected[row, nodes[row, 0]]
+        np.testing.assert_array_equal(revised, expected)
+        np.testing.assert_array_equal(peek_at(array, 0 * nodes - 1), array[:, :1] + 0 * nodes)
 
 
 @pytest.mark.parametrize("num_structures", [1, 2])
