@@ -114,6 +114,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_lanes": 4,
             "max_considered": 8,
             "visits_per_round": 1,  # More fill late rounds: fewer calls, staler values.
+            "fit_budget": True,
             "gumbel_scale": 0.0,
             "value_scale": 1.0,
         }
@@ -273,6 +274,7 @@ def _make_scarce(config: ConfigDict) -> None:
     _shorten_chains(config, 12)
     # Its figures in docs/log.md were made with these, and with products in float32.
     config.evaluator = "value_head"
+    config.gumbel.fit_budget = False
     config.best_first.update({"prior_weight": 0.0, "num_nodes": 257, "merge_states": False})
     config.best_first.sampling.update({"method": "stochastic_beam", "min_ratio": 0.0})
     train = config.train

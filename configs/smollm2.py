@@ -93,6 +93,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "root_lanes": 4,
             "max_considered": 16,
             "visits_per_round": 1,  # More fill late rounds: fewer calls, staler values.
+            "fit_budget": False,
             "gumbel_scale": 0.0,  # The root's children are samples already.
             "value_scale": 0.1,
             "visit_offset": 50.0,

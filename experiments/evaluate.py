@@ -75,7 +75,7 @@ _BLIND_BATCH = 100
 _COSTS = ("generated_tokens", "scored_tokens", "expansions", "model_calls")
 # Beside children, lanes and depth.
 _BLIND_SETTINGS = {
-    "gumbel": ("num_simulations", "max_considered"),
+    "gumbel": ("num_simulations", "max_considered", "fit_budget"),
     "beam": ("beam_width",),
     "best_first_widening": ("widen", "prior_weight"),
     "best_first_widening_controlled": ("widen", "prior_weight"),

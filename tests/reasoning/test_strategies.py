@@ -1,6 +1,7 @@
 """Every strategy on the procedural environment: drivers, batches and devices agree, and what each
 promises holds after every round."""
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
@@ -63,7 +64,10 @@ TREES = {
             functools.partial(make_gumbel, visits_per_round=4),
             SMALL | {"num_simulations": 20, "num_lanes": 5, "root_lanes": 2},
         ),
-        (make_gumbel, SMALL | {"num_simulations": 14, "num_lanes": 2, "judge": "visit"}),
+        (
+            functools.partial(make_gumbel, fit_budget=True),
+            SMALL | {"num_simulations": 14, "num_lanes": 2, "judge": "visit"},
+        ),
     ],
     "td_mcts": [
         (make_td_mcts, DEFAULTS | {"max_depth": 4}),
@@ -422,6 +426,23 @@ def test_best_first_ends_with_its_solutions():
     # A last round of three steps may bring more than are wanted.
     assert ((solved >= 4) & (solved <= 6) | (solved < 4)).all()
     assert (solved >= 4).any()
+
+
+@pytest.mark.parametrize(("expansions", "planned", "considered"), [(13, 12, 4), (90, 32, 8)])
+def test_gumbel_is_planned_for_what_the_budget_pays_for(expansions, planned, considered):
+    """The root is an expansion too; 12 simulations are two halvings of 4 children, not of 8."""
+    keys, world, structure = start(np.full(3, 10**6, np.int32), 300)
+    structure = dataclasses.replace(structure, expansion_limit=jnp.full(3, expansions, jnp.int32))
+    tree = {"num_children": 8, "max_depth": 6, "num_lanes": 4, "resample": False}
+
+    def run(**settings):
+        strategy = make_gumbel(**settings, **tree)
+        grow = jax.jit(functools.partial(run_compiled, strategy, make_expand(), None))
+        return grow(keys, world, structure)[0]
+
+    fitted = run(num_simulations=32, max_considered=8, fit_budget=True)
+    assert_equal(fitted, run(num_simulations=planned, max_considered=considered))
+    check(fitted)
 
 
 @pytest.mark.parametrize(("left", "served"), [(0, 0), (1, 1), (5, 1), (12, 2), (29, 4), (30, 5)])

@@ -15,6 +15,10 @@ visits of each child, told apart by virtual visits: 128 simulations over 16 chil
 take 9 calls and not 31. The halving stays what it is; below the root such visits do not know each
 other's values.
 
+A search whose budget ends before its simulations do has compared children and gone nowhere with the
+best of them. With `fit_budget` the halving is planned for the simulations that the budget pays for,
+at the mean price of an expansion so far, over as few children as those allow for.
+
 Deviations: an exhausted child of the root gives its turn to the next best; the root's children are
 K * root_lanes sampled steps and their logits the log of the prior over them.
 """
@@ -38,7 +42,7 @@ from rlm_jax.reasoning.operators.traversal import (
     visit_deficit,
 )
 from rlm_jax.reasoning.protocol import Keys, Outcome, Request, Strategy
-from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes
+from rlm_jax.reasoning.structure import NO_NODE, Structure, at_nodes, tokens_left
 from rlm_jax.reasoning.tree_config import TreeConfig
 from rlm_jax.reasoning.tree_descent import (
     ScoreFn,
@@ -52,6 +56,7 @@ from rlm_jax.reasoning.tree_descent import (
 from rlm_jax.reasoning.tree_search import init_state, make_request, update_tree
 
 _GUMBEL = 2**31 - 3  # A number that no node has.
+_MOST_HORIZONS = 32
 
 
 @struct
@@ -67,6 +72,7 @@ def make_gumbel(
     num_simulations: int = 32,
     max_considered: int = 16,
     visits_per_round: int = 1,
+    fit_budget: bool = False,
     gumbel_scale: float = 1.0,
     value_scale: float = 0.1,
     visit_offset: float = 50.0,
@@ -78,6 +84,7 @@ def make_gumbel(
     Args:
       max_considered: most children of the root that are compared, at least 1.
       visits_per_round: most visits of one child in one round, as far as num_lanes reach.
+      fit_budget: plan for what the budget pays for, where that is less than num_simulations.
       gumbel_scale: 0 makes the search deterministic (for evaluation; Gumbel MuZero's g).
       value_scale, visit_offset, rescale_q: sigma, see `scale_completed_q`.
 
@@ -92,7 +99,8 @@ def make_gumbel(
             raise ValueError(f"{name} must be >= 0, got {value}")
     cfg = TreeConfig(num_simulations=num_simulations, **tree)
     considered = min(max_considered, cfg.num_root_children)
-    rounds = plan_rounds(considered, num_simulations, cfg.num_lanes, visits_per_round)
+    sizes = (considered, num_simulations, cfg.num_lanes, visits_per_round)
+    rounds = plan_horizons(*sizes) if fit_budget else plan_rounds(*sizes)[None]
     scale = functools.partial(
         scale_q, value_scale=value_scale, visit_offset=visit_offset, rescale=rescale_q
     )
@@ -131,7 +139,7 @@ def ask(
     keys: Keys,
     *,
     cfg: TreeConfig,
-    rounds: Int32[np.ndarray, "3 M S"],
+    rounds: Int32[np.ndarray, "T 3 M S"],
     scale,
     score_fn: ScoreFn,
     num_lanes: int | None = None,
@@ -146,7 +154,7 @@ def ask(
     kids, siblings = look_below(state, structure, root, cfg, find_first(state, root))
     siblings = jax.tree.map(lambda array: array[:, 0], siblings)
     extra = state.extra
-    width, visits, passes = _this_round(rounds, siblings.alive, state.simulations)
+    width, visits, passes = _this_round(rounds, structure, siblings.alive, state.simulations)
     score = extra.gumbel + _logits(siblings) + scale(siblings)
     turn = siblings.available & (extra.served == visits[:, None])
     turn = jnp.where(turn.any(-1, keepdims=True), turn, siblings.available)
@@ -156,7 +164,7 @@ def ask(
     serve &= state.first_child[:, :1] >= 0
     chosen = jnp.where(serve, chosen, NO_NODE)
     settings = {"cfg": cfg, "score_fn": score_fn}
-    if rounds[2].max() == 1:
+    if rounds[:, 2].max() == 1:
         nodes = descend(state, structure, chosen, keys, **settings)
         nodes = jnp.pad(nodes, ((0, 0), (0, num_lanes - lanes)), constant_values=NO_NODE)
     else:
@@ -225,7 +233,33 @@ def plan_rounds(
     return table
 
 
-def plan_widths(rounds: Int32[np.ndarray, "3 M S"], cfg: TreeConfig) -> tuple[int, ...]:
+def plan_horizons(
+    max_considered: int, num_simulations: int, num_lanes: int, visits_per_round: int = 1
+) -> Int32[np.ndarray, "T 3 M S"]:
+    """`plan_rounds` for each of `list_horizons`; the last one is that of all simulations.
+
+    Fewer simulations compare fewer children: as many as all halvings can visit once.
+    """
+    tables = []
+    for horizon in list_horizons(num_simulations):
+        most = max_considered
+        while horizon < num_simulations and most > 1 and most * _count_phases(most) > horizon:
+            most = 2 ** (_count_phases(most) - 1)
+        table = np.zeros((3, max_considered + 1, num_simulations + 1), np.int32)
+        rows = np.minimum(np.arange(max_considered + 1), most)
+        own = plan_rounds(most, horizon, num_lanes, visits_per_round)
+        table[:, :, : horizon + 1] = own[:, rows]
+        tables.append(table)
+    return np.stack(tables)
+
+
+def list_horizons(num_simulations: int) -> list[int]:
+    """Numbers of simulations to have a plan for, at most 32 of them, rising to all."""
+    count = min(num_simulations, _MOST_HORIZONS)
+    return [-(-num_simulations * (1 + index) // count) for index in range(count)]
+
+
+def plan_widths(rounds: Int32[np.ndarray, "T 3 M S"], cfg: TreeConfig) -> tuple[int, ...]:
     """Lanes worth a loop of their own: those of the full schedule, and the root's."""
     planned = {width * passes for width, passes in _list_shapes(rounds)}
     return tuple(sorted(planned | {cfg.root_lanes, cfg.num_lanes}, reverse=True))
@@ -235,7 +269,7 @@ def _plan_levels(considered: int, num_simulations: int) -> list[int]:
     """Children visited once more, level by level, with `considered` children at first."""
     if considered == 1:
         return [1] * num_simulations
-    phases = math.ceil(math.log2(considered))
+    phases = _count_phases(considered)
     levels, left, width = [], num_simulations, considered
     while left > 0:
         for _ in range(max(1, num_simulations // (phases * width))):
@@ -247,9 +281,13 @@ def _plan_levels(considered: int, num_simulations: int) -> list[int]:
     return levels
 
 
-def _list_shapes(rounds: Int32[np.ndarray, "3 M S"]) -> list[tuple[int, int]]:
+def _count_phases(considered: int) -> int:
+    return math.ceil(math.log2(considered))
+
+
+def _list_shapes(rounds: Int32[np.ndarray, "T 3 M S"]) -> list[tuple[int, int]]:
     """(children, visits of each) of the rounds where as many as can be are considered."""
-    width, _, passes = rounds[:, -1]
+    width, _, passes = rounds[-1, :, -1]
     found, done = set(), 0
     while width[done] > 0:
         shape = int(width[done]), int(passes[done])
@@ -258,7 +296,7 @@ def _list_shapes(rounds: Int32[np.ndarray, "3 M S"]) -> list[tuple[int, int]]:
     return sorted(found, reverse=True)
 
 
-def _narrowest(rounds: Int32[np.ndarray, "3 M S"], cfg: TreeConfig) -> int:
+def _narrowest(rounds: Int32[np.ndarray, "T 3 M S"], cfg: TreeConfig) -> int:
     """The fewest lanes that a round of the full schedule has, if they are more than the root's.
 
     Rounds of fewer, where fewer children are left to consider, are asked for with so many.
@@ -268,21 +306,36 @@ def _narrowest(rounds: Int32[np.ndarray, "3 M S"], cfg: TreeConfig) -> int:
 
 
 def count_lanes(
-    state: State, structure: Structure, *, cfg: TreeConfig, rounds: Int32[np.ndarray, "3 M S"]
+    state: State, structure: Structure, *, cfg: TreeConfig, rounds: Int32[np.ndarray, "T 3 M S"]
 ) -> Int32[Array, "B"]:
     """Lanes of the coming round; 0 where all simulations are done."""
     root = structure.num_nodes[:, None] * 0
     _, siblings = look_below(state, structure, root, cfg, find_first(state, root))
-    width, _, passes = _this_round(rounds, siblings.alive[:, 0], state.simulations)
+    width, _, passes = _this_round(rounds, structure, siblings.alive[:, 0], state.simulations)
     fresh = (state.first_child[:, 0] < 0) | (state.open_leaves[:, 0] <= 0)
     lanes = jnp.where(fresh, cfg.root_lanes, jnp.maximum(width * passes, _narrowest(rounds, cfg)))
-    return jnp.where(state.simulations < rounds.shape[2] - 1, lanes, 0)
+    return jnp.where(state.simulations < cfg.num_simulations, lanes, 0)
 
 
-def _this_round(rounds, alive, simulations):
-    considered = jnp.minimum(alive.sum(-1), rounds.shape[1] - 1)
-    at = jnp.minimum(simulations, rounds.shape[2] - 1)
-    return tuple(jnp.asarray(rounds)[:, considered, at])
+def _this_round(rounds, structure, alive, simulations):
+    considered = jnp.minimum(alive.sum(-1), rounds.shape[2] - 1)
+    at = jnp.minimum(simulations, rounds.shape[3] - 1)
+    if rounds.shape[0] == 1:
+        return tuple(jnp.asarray(rounds[0])[:, considered, at])
+    horizons = list_horizons(rounds.shape[3] - 1)
+    paid = _count_paid(structure, simulations, horizons[-1])
+    plan = (jnp.asarray(horizons) < paid[:, None]).sum(-1)
+    return tuple(jnp.moveaxis(jnp.asarray(rounds)[plan, :, considered, at], -1, 0))
+
+
+def _count_paid(structure, simulations, most):
+    """Simulations done and those that the rest of the budget pays for, one at least."""
+    spent = structure.budget
+    price = spent.generated_tokens / jnp.maximum(spent.expansions, 1)
+    left = tokens_left(structure) / jnp.maximum(price, 1.0)
+    left = jnp.minimum(left, structure.expansion_limit - spent.expansions)
+    left = jnp.clip(left, 1, most).astype(jnp.int32)
+    return jnp.minimum(simulations + left, most)
 
 
 def _descend_in_shapes(
