@@ -314,7 +314,7 @@ def count_lanes(
     width, _, passes = _this_round(rounds, structure, siblings.alive[:, 0], state.simulations)
     fresh = (state.first_child[:, 0] < 0) | (state.open_leaves[:, 0] <= 0)
     lanes = jnp.where(fresh, cfg.root_lanes, jnp.maximum(width * passes, _narrowest(rounds, cfg)))
-    return jnp.where(state.simulations < cfg.num_simulations, lanes, 0)
+    return jnp.where(state.simulations < rounds.shape[3] - 1, lanes, 0)
 
 
 def _this_round(rounds, structure, alive, simulations):
