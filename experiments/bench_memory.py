@@ -439,6 +439,7 @@ def _make_up(step_tokens, params, keys, world, structure, request):
         generated_tokens=grown * request.num_children * step_tokens,
         expansions=grown,
     )
+    # All fields are given, those of 0 too: a search over steps of a language model writes them all.
     outcome = Outcome(
         valid=jnp.broadcast_to(request.grows[..., None], shape),
         duplicate=no,

@@ -72,22 +72,23 @@ def generate(
         return put_children(array, slots, jnp.broadcast_to(values, slots.shape))
 
     above = of_parent(structure.span_length)
-    answered = {
-        "span_length": ("length", lambda: outcome.length + zero_behind(above)),
-        "value": ("value", lambda: outcome.value * live),
-        "model_value": ("value", lambda: outcome.value * live),
-        "logprob": ("logprob", lambda: outcome.logprob),
-        "reward": ("reward", lambda: outcome.reward),
-        "answer_key": ("answer_key", lambda: outcome.answer_key),
-        "state_key": ("state_key", lambda: outcome.state_key),
-        "terminal": ("terminal", lambda: outcome.terminal & alive),
-        "proven": ("proven", lambda: outcome.proven & outcome.terminal & alive),
+    answers = {
+        "span_length": outcome.length + zero_behind(above),
+        "value": outcome.value * live,
+        "model_value": outcome.value * live,
+        "logprob": outcome.logprob,
+        "reward": outcome.reward,
+        "answer_key": outcome.answer_key,
+        "state_key": outcome.state_key,
+        "terminal": outcome.terminal & alive,
+        "proven": outcome.proven & outcome.terminal & alive,
     }
+    fields = {"span_length": "length", "model_value": "value"}
     # Free slots hold 0: what is 0 for all children is there already.
     written = {
-        name: write(getattr(structure, name), values())
-        for name, (field, values) in answered.items()
-        if field not in outcome.absent
+        name: write(getattr(structure, name), values)
+        for name, values in answers.items()
+        if fields.get(name, name) not in outcome.absent
     }
     if visits:
         written["visits"] = write(structure.visits, visits * live)
