@@ -11,6 +11,10 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import multiprocessing.resource_tracker
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -140,6 +144,32 @@ def make_ahead(
 
 
 def _start_process() -> concurrent.futures.Executor:
+    """A process that answers to this one alone.
+
+    Ctrl-C in a terminal, and many a cluster's SIGTERM, reach every process of a group. They are for
+    the one that trains to answer, which still needs what is being made to end its step. So they are
+    held back in the other, from before it starts on, and it ends with this one instead.
+    """
     # Not forked: the parent runs the threads of a compiled program.
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+    multiprocessing.resource_tracker.ensure_running()  # Its start would let them through again.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=context, initializer=_end_with_parent
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        pool.submit(os.getpid)  # Which starts it, and it inherits the mask.
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pool
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
