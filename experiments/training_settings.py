@@ -41,8 +41,13 @@ class Supervised(NamedTuple):
 
 
 class Walking(NamedTuple):
-    """Settings of the phase of corrected walks. plan: how a chain is written, `rows` at a time."""
+    """Settings of a phase of corrected walks. plan: how a chain is written, `rows` at a time.
 
+    name: of the phase, whose data and batches are drawn by a `seed` of their own.
+    """
+
+    name: str
+    seed: int
     plan: build.Plan
     rows: int
     walks: WalkSettings
@@ -61,13 +66,16 @@ class Search(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a config asks of a run, checked; a phase without steps is None."""
+    """What a config asks of a run, checked; a phase without steps is None.
+
+    walking: in turn, each on the networks of the one before; none where there are no walks.
+    """
 
     mix: CountdownMix
     head: HeadConfig
     state_value: StateValued | None
     supervised: Supervised | None
-    walking: Walking | None
+    walking: tuple[Walking, ...]
     search: Search | None
 
 
@@ -108,7 +116,7 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
         head=head,
         state_value=_read_state_value(train, mesh) if train["state_value"]["num_steps"] else None,
         supervised=supervised,
-        walking=_read_walking(config, data, mesh) if train["walks"]["num_steps"] else None,
+        walking=_read_all_walking(config, data, mesh),
         search=_read_search(config, mesh) if train["search"]["num_steps"] else None,
     )
 
@@ -141,8 +149,32 @@ def _read_supervised(
     return Supervised(layout, loss, optimizer)
 
 
-def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None) -> Walking:
-    train, walks = config["train"], config["train"]["walks"]
+def _read_all_walking(
+    config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh | None
+) -> tuple[Walking, ...]:
+    """The phase of walks, and its restarts."""
+    train = config["train"]
+    num_steps, restarts = train["walks"]["num_steps"], tuple(train["walks"]["restarts"])
+    if not num_steps:
+        return ()
+    if not all(type(steps) is int and steps > 0 for steps in restarts):
+        raise ValueError(f"train.walks.restarts={restarts}: accepted are numbers of steps above 0")
+    return tuple(
+        _read_walking(config, data, number, steps, mesh)
+        for number, steps in enumerate((num_steps, *restarts))
+    )
+
+
+def _read_walking(
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    number: int,
+    num_steps: int,
+    mesh: Mesh | None,
+) -> Walking:
+    """number: 0, or that of the restart. num_steps: of its own."""
+    train = config["train"]
+    walks, seed = {**train["walks"], "num_steps": num_steps}, train["seed"] + number
     sampling = {"temperature": walks["temperature"], "method": "sample"}
     chain = {**config["greedy"], "max_depth": walks["max_depth"]}
     chain["sampling"] = {**chain["sampling"], **sampling}
@@ -151,12 +183,14 @@ def _read_walking(config: Mapping[str, Any], data: Mapping[str, Any], mesh: Mesh
     plan = make_named("train.walks", build.plan_strategy, one_chain)
     _check_split("train.walks.rows", walks["rows"], mesh)
     changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
-    changes["sizes"] = as_sizes(walks["sizes"])
+    changes |= {"sizes": as_sizes(walks["sizes"]), "seed": seed}
     mix = make_named("train.walks", CountdownMix, data, changes)
     learning = _read_supervised("train.walks", {**train, **walks}, data["num_goals"], mesh)
     own = {name: walks[name] for name in ("num_chains", "num_shards")}
     own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
-    return Walking(plan, walks["rows"], make_named("train.walks", WalkSettings, own), learning)
+    own_walks = make_named("train.walks", WalkSettings, own)
+    name = f"walking_{number}" if number else "walking"
+    return Walking(name, seed, plan, walks["rows"], own_walks, learning)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:

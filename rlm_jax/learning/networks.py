@@ -12,6 +12,7 @@ is held near to by the KL term (spec B5, C2.5), so one argument of the loss serv
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,17 @@ class Networks:
 
     policy: Params
     value_head: ValueHead
+
+
+def mean_networks(networks: Sequence[Networks]) -> Networks:
+    """The mean of their weights, one by one: of states that training went through one after the
+    other it is better than each of them (stochastic weight averaging, Izmailov et al. 2018, arXiv
+    1803.05407; of several runs Wortsman et al. 2022, arXiv 2203.05482).
+
+    Args:
+      networks: of one shape; at least one.
+    """
+    return jax.tree.map(lambda *weights: sum(weights) / len(weights), *networks)
 
 
 @struct

@@ -80,6 +80,16 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return array.astype(dtype, copy=False)
 
 
+def round_significand(array: np.ndarray, num_bits: int) -> np.ndarray:
+    """The nearest numbers whose significands have `num_bits` bits, the leading one among them.
+
+    Args:
+      array: any shape, of a float dtype; the result is float32.
+    """
+    fraction, exponent = np.frexp(array.astype(np.float32))
+    return np.ldexp(np.rint(np.ldexp(fraction, num_bits)), exponent - num_bits)
+
+
 def float_dtype(dtype: Any) -> np.dtype:
     """The numpy dtype of "float32", "bfloat16" or "float16" (or their jax equivalents).
 

@@ -87,6 +87,8 @@ def test_a_run_learns_by_demonstration_and_by_search(trained):
     chains = (trained / "walking" / "chains" / "000000.jsonl").read_text().splitlines()
     assert len(chains) == 8
     assert all(json.loads(chain).keys() == {"problem", "chain"} for chain in chains)
+    again = read_metrics(trained / "walking_1" / "metrics.jsonl")
+    assert [p["step"] for p in again if "loss" in p] == [1]
     searched = read_metrics(trained / "search" / "metrics.jsonl")
     assert searched[0]["search_expansions"] > 1
     model = load_model(str(trained / "policy"))
@@ -147,6 +149,37 @@ def test_a_head_for_one_goal_goes_on_as_one_for_many(trained, tmp_path):
     done = _train(tmp_path / "other", begin, *phases, *one)
     assert done.status == 2
     assert "its value head is none of train.value_head='sigmoid'" in done.err
+
+
+def test_walks_that_begin_again_end_on_the_mean_of_their_ends(trained, tmp_path):
+    """As three runs by hand: walks, walks by another seed from there on, and the mean of both."""
+    phases = [f"--config.train.{name}num_steps=0" for name in PHASES if name != "walks."]
+
+    def walk(name, start, *flags):
+        done = _train(tmp_path / name, f"--config.train.begin_with={start}", *phases, *flags)
+        assert done.status == 0, done.err[-2000:]
+        loaded = load_model(str(tmp_path / name / "policy"))
+        return jax.tree.leaves((loaded.params, loaded.value_head))
+
+    alone = "--config.train.walks.restarts=()"
+    first = walk("first", trained / "policy", alone)
+    second = walk(
+        "second",
+        tmp_path / "first" / "policy",
+        alone,
+        "--config.train.seed=1",
+        "--config.train.walks.num_steps=1",
+    )
+    both = walk("both", trained / "policy")
+    for one, other, mean in zip(first, second, both, strict=True):
+        np.testing.assert_array_equal(mean, (np.asarray(one) + np.asarray(other)) / 2)
+    changed = [np.abs(np.asarray(a) - b).max() for a, b in zip(first, second, strict=True)]
+    assert min(changed) > 0
+    chains = [
+        (tmp_path / "both" / name / "chains" / "000000.jsonl").read_text()
+        for name in ("walking", "walking_1")
+    ]
+    assert chains[0] != chains[1]
 
 
 def test_a_bad_update_ends_a_run_with_the_last_good_networks_saved(tmp_path):
@@ -311,6 +344,7 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("walks.num_shards=0", "train.walks: num_shards must be >= 1"),
                 ("walks.rows=0", "train.walks.rows=0"),
                 ("walks.sizes=((4, 0.5),)", "train.walks: the shares of sizes"),
+                ("walks.restarts=(4, 0)", "train.walks.restarts=(4, 0): accepted are numbers of"),
                 (
                     "walks.temperature=-1.0",
                     "train.walks: greedy.sampling: sampling temperature=-1.0",

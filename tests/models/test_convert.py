@@ -64,6 +64,22 @@ def test_gguf_to_shards_and_on_to_bfloat16(convert, recipes, recipe_weights, tmp
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "m.gguf", "out"]
 
+    short = tmp_path / "short"
+    flags = (f"--model={out}", f"--out={short}", "--dtype=bfloat16", "--significand_bits=5")
+    done = convert(*flags)
+    assert done.returncode == 0, done.stderr
+    files = [load(short, "bfloat16") for load in (lambda *of: load_hf(*of)[0], load_state_value)]
+    for array, full in zip(
+        jax.tree.leaves((files[0], files[1].trunk)),
+        jax.tree.leaves((expected, load_state_value(out).trunk)),
+        strict=True,
+    ):
+        array, full = np.asarray(array), np.asarray(full)
+        assert not (array.view(np.uint16) & 7).any()
+        np.testing.assert_allclose(array.astype(np.float32), full, rtol=2.0**-5)
+    # Nearest, not cut off: errors have no sign.
+    assert abs(np.mean(array.astype(np.float32) / full - 1)) < 0.2 * 2.0**-5
+
 
 def test_errors_are_one_line(convert, tmp_path):
     done = convert(f"--model={tmp_path / 'none.gguf'}", f"--out={tmp_path / 'out'}")
