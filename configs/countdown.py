@@ -83,7 +83,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # The likeliest lines, taken by the odds of their values and what the policy thinks of them; few
     # where the policy is sure. Countdown of five and six numbers is better off with 8 children at
     # most, a min_ratio of 0.12 and twice the nodes, and best off with the next one.
-    likeliest = {**sampling, "method": "beam", "min_ratio": 0.04}
+    likeliest = {**sampling, "method": "beam", "min_ratio": 0.01}
     config.best_first = ConfigDict({**tree, "depth_bonus": 0.0, "prior_weight": 0.7})
     config.best_first.update({"num_nodes": 513, "merge_states": True, "sampling": likeliest})
     config.best_first.widen = False
@@ -194,7 +194,7 @@ def _training() -> dict:
         # learning rate that rises and falls anew. What comes out is the mean of all their ends.
         "walks": {
             "num_steps": 2_800,
-            "restarts": (1_500, 1_000, 1_000),
+            "restarts": (1_500, 1_000),
             "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
             "shard_examples": 2048,
             "num_chains": 512,
