@@ -28,10 +28,10 @@ from ml_collections import config_flags
 from rich.console import Console
 from watching import Watch, say
 
+from rlm_jax.core.stopping import catch_stop
 from rlm_jax.data.problems import read_problems
 from rlm_jax.data.records import Record, RecordWriter, list_changes, read_records
 from rlm_jax.evaluation import build, pause, solver
-from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.reasoning.drive import Limits
 from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.reasoning.structure import Structure

@@ -33,6 +33,7 @@ from training_settings import Settings, read_settings
 
 from rlm_jax.core.files import write_whole
 from rlm_jax.core.sharding import FSDP, TENSOR_PARALLEL
+from rlm_jax.core.stopping import catch_stop
 from rlm_jax.data.countdown import make_shard, problem_key
 from rlm_jax.data.countdown_states import list_problems, make_states
 from rlm_jax.data.examples import TokenExample
@@ -50,7 +51,6 @@ from rlm_jax.learning.checkpoints import (
 from rlm_jax.learning.export import export_policy
 from rlm_jax.learning.metrics_writer import WriteMetrics, open_metrics
 from rlm_jax.learning.networks import Networks, init_networks, mean_networks
-from rlm_jax.learning.stopping import catch_stop
 from rlm_jax.learning.update import accept_updates, find_bad_step, sum_metrics
 from rlm_jax.models.load import find_model
 from rlm_jax.models.number_embedding import init_number_embeddings

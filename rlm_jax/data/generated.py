@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from rlm_jax.core.stopping import STOP_SIGNALS
 from rlm_jax.data.examples import TokenExample, TokenTable
 
 # More than any run reads: position, not count, is what a resumed run needs.
@@ -156,7 +157,7 @@ def _start_process() -> concurrent.futures.Executor:
     pool = concurrent.futures.ProcessPoolExecutor(
         1, mp_context=context, initializer=_end_with_parent
     )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         pool.submit(os.getpid)  # Which starts it, and it inherits the mask.
     finally:

@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import signal, sys
 from rlm_jax.data.generated import make_ahead
-from rlm_jax.learning.stopping import catch_stop
+from rlm_jax.core.stopping import catch_stop
 
 if __name__ == "__main__":
     with catch_stop() as is_stopped, make_ahead(abs, -9, num_ahead=2) as numbers:

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def catch_stop() -> Iterator[Callable[[], bool]]:
     The main thread alone can use it.
     """
     came = False
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def hand_back() -> None:
         for number, handler in before.items():
@@ -31,7 +31,7 @@ def catch_stop() -> Iterator[Callable[[], bool]]:
         came = True
         hand_back()
 
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, note)
     try:
         yield lambda: came

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from rlm_jax.learning.stopping import catch_stop
+from rlm_jax.core.stopping import catch_stop
 
 LOOP = """
-from rlm_jax.learning.stopping import catch_stop
+from rlm_jax.core.stopping import catch_stop
 import time
 with catch_stop() as is_stopped:
     print("ready", flush=True)
