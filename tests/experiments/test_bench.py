@@ -83,7 +83,7 @@ def test_training_is_held_against_products_and_profiled():
     )
     assert done.status == 0, done.err
     sft, step = map(json.loads, done.out.splitlines())
-    assert sft["weights"] == 2_018_240
+    assert sft["weights"] == 3_343_488
     assert sft["ratio"] == pytest.approx(sft["ours"] / sft["other"], rel=1e-3)
     assert 0 < sft["ratio"] < 1
     # Every operation belongs somewhere, and most of the time to the networks.
