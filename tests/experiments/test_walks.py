@@ -78,7 +78,7 @@ def test_chains_are_what_the_network_writes(walks):
     problems = [
         countdown.make_problem(numbers, target, str(number))
         for number, (numbers, target) in enumerate(
-            [((2, 3, 4), 24), ((1, 2, 3), 6), ((4, 5), 20), ((7, 8, 1), 14), ((5, 5, 5), 15)]
+            [((2, 3, 4), 24), ((1, 2, 3), 6), ((4, 5, 6, 9), 24), ((7, 8, 1), 14), ((5, 5, 5), 15)]
         )
     ]
     chains = walks.sample_chains(one, problems)
