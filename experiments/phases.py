@@ -226,8 +226,7 @@ def make_supervised(run: Run, networks: Networks) -> Phase:
             GeneratedSource(make_shard, num_shards=num_shards, shard_examples=mix.shard_examples)
         )
 
-    seed = run.train["seed"]
-    return _learn_tokens(run, networks, "supervised", settings, open_source, seed=seed)
+    return _learn_tokens(run, networks, "supervised", settings, open_source, seed=mix.seed)
 
 
 def make_walking(run: Run, settings: Walking, networks: Networks) -> Phase:
@@ -240,9 +239,8 @@ def make_walking(run: Run, settings: Walking, networks: Networks) -> Phase:
 
         return open_walks(settings.walks, run.workdir / settings.name / "chains", sample)
 
-    return _learn_tokens(
-        run, networks, settings.name, settings.learning, open_source, seed=settings.seed
-    )
+    seed = settings.walks.mix.seed
+    return _learn_tokens(run, networks, settings.name, settings.learning, open_source, seed=seed)
 
 
 def _learn_tokens(

@@ -43,11 +43,10 @@ class Supervised(NamedTuple):
 class Walking(NamedTuple):
     """Settings of a phase of corrected walks. plan: how a chain is written, `rows` at a time.
 
-    name: of the phase, whose data and batches are drawn by a `seed` of their own.
+    name: of the phase. The seed of `walks.mix` is its own, for data and batches.
     """
 
     name: str
-    seed: int
     plan: build.Plan
     rows: int
     walks: WalkSettings
@@ -174,7 +173,7 @@ def _read_walking(
 ) -> Walking:
     """number: 0, or that of the restart. num_steps: of its own."""
     train = config["train"]
-    walks, seed = {**train["walks"], "num_steps": num_steps}, train["seed"] + number
+    walks = {**train["walks"], "num_steps": num_steps}
     sampling = {"temperature": walks["temperature"], "method": "sample"}
     chain = {**config["greedy"], "max_depth": walks["max_depth"]}
     chain["sampling"] = {**chain["sampling"], **sampling}
@@ -183,14 +182,14 @@ def _read_walking(
     plan = make_named("train.walks", build.plan_strategy, one_chain)
     _check_split("train.walks.rows", walks["rows"], mesh)
     changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
-    changes |= {"sizes": as_sizes(walks["sizes"]), "seed": seed}
+    changes |= {"sizes": as_sizes(walks["sizes"]), "seed": train["seed"] + number}
     mix = make_named("train.walks", CountdownMix, data, changes)
     learning = _read_supervised("train.walks", {**train, **walks}, data["num_goals"], mesh)
     own = {name: walks[name] for name in ("num_chains", "num_shards")}
     own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
     own_walks = make_named("train.walks", WalkSettings, own)
     name = f"walking_{number}" if number else "walking"
-    return Walking(name, seed, plan, walks["rows"], own_walks, learning)
+    return Walking(name, plan, walks["rows"], own_walks, learning)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:

@@ -1,14 +1,13 @@
 """What ships inside the package: small enough, and of the shape that its config trains."""
 
 import json
-import pathlib
 import zlib
 
 from configs.countdown import get_config
+from rlm_jax.models.load import find_model
 from rlm_jax.models.state_value import load_state_value
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-FOLDER = ROOT / "rlm_jax" / "networks" / "countdown"
+FOLDER = find_model("package:countdown")
 
 
 def test_it_takes_eight_megabytes_of_a_wheel():

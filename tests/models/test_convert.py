@@ -68,9 +68,9 @@ def test_gguf_to_shards_and_on_to_bfloat16(convert, recipes, recipe_weights, tmp
     flags = (f"--model={out}", f"--out={short}", "--dtype=bfloat16", "--significand_bits=5")
     done = convert(*flags)
     assert done.returncode == 0, done.stderr
-    files = [load(short, "bfloat16") for load in (lambda *of: load_hf(*of)[0], load_state_value)]
+    params, network = load_hf(short, "bfloat16")[0], load_state_value(short, "bfloat16")
     for array, full in zip(
-        jax.tree.leaves((files[0], files[1].trunk)),
+        jax.tree.leaves((params, network.trunk)),
         jax.tree.leaves((expected, load_state_value(out).trunk)),
         strict=True,
     ):
