@@ -3,8 +3,8 @@
 Command:  python experiments/train.py --config=configs/countdown.py --workdir=DIR
 Hardware: two CPU cores, 3 GB of memory.
 Expected: 12,000 updates of the value network, of the policy 6,000 supervised ones and 5,300 on
-corrected walks; by the rates of a CPU that multiplies bfloat16 in hardware (9, 3.3 and 1.2 a
-second; add --config.train.loss.matmul_dtype=bfloat16) two hours and a quarter, more in float32;
+corrected walks; by the rates of a CPU that multiplies bfloat16 in hardware (9, 3.3 and 1.4 a
+second; add --config.train.loss.matmul_dtype=bfloat16) about two hours, more in float32;
 accuracies in docs/results.md. Then
 python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy \
     --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=DIR/results
