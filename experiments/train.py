@@ -18,11 +18,10 @@ import math
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import launching
 import phases
 from absl import flags
@@ -76,6 +75,10 @@ TOKENIZER = "tokenizer.model"
 NOT_FINITE = 3
 
 
+class _StoppedError(Exception):
+    """A phase was stopped before its last step; what it did is a checkpoint."""
+
+
 class _Outputs(NamedTuple):
     """Where a phase leaves what it does."""
 
@@ -103,36 +106,33 @@ def main() -> None:
     _require_disjoint(run)
     networks = _draw_networks(run) if start is None else phases.take_networks(run, start)
     with catch_stop() as is_stopped:
-        if run.settings.state_value is not None:
-            found = _run_phase(run, phases.make_state_value(run), is_stopped)
-            if found is None:
-                return
-            run = run._replace(state_value=found)
-        learned = _train_policy(run, networks, is_stopped)
-    if learned is not None:
-        _export(run, learned)
+        try:
+            if run.settings.state_value is not None:
+                found = _run_phase(run, phases.make_state_value(run), is_stopped)
+                run = run._replace(state_value=found)
+            networks = _train_policy(run, networks, is_stopped)
+        except _StoppedError:
+            print("stopped; the same command goes on from the last checkpoint")
+            return
+    _export(run, networks)
 
 
-def _train_policy(run: Run, networks: Networks, is_stopped: Callable[[], bool]) -> Networks | None:
-    """The networks behind all their phases, None when one was stopped."""
-    settings, walked = run.settings, []
-    if settings.supervised is not None:
-        found = _run_phase(run, phases.make_supervised(run, networks), is_stopped)
-        if found is None:
-            return None
-        networks = found
-    for walking in settings.walking:
-        found = _run_phase(run, phases.make_walking(run, walking, networks), is_stopped)
-        if found is None:
-            return None
-        networks = found
-        # A copy: a phase begins with these, and donates them to its first update.
-        walked.append(jax.tree.map(jnp.copy, networks))
-    if walked:
-        networks = mean_networks(walked)
-    if settings.search is not None:
-        return _run_phase(run, phases.make_search(run, networks), is_stopped)
+def _train_policy(run: Run, networks: Networks, is_stopped: Callable[[], bool]) -> Networks:
+    """The networks behind all their phases."""
+    if run.settings.supervised is not None:
+        networks = _run_phase(run, phases.make_supervised(run, networks), is_stopped)
+    if run.settings.walking:
+        networks = mean_networks(_walk(run, networks, is_stopped))
+    if run.settings.search is not None:
+        networks = _run_phase(run, phases.make_search(run, networks), is_stopped)
     return networks
+
+
+def _walk(run: Run, networks: Networks, is_stopped: Callable[[], bool]) -> Iterator[Networks]:
+    """The networks at the end of each phase of walks; the next phase donates them."""
+    for walking in run.settings.walking:
+        networks = _run_phase(run, phases.make_walking(run, walking, networks), is_stopped)
+        yield networks
 
 
 def _load_start(spec: str | None) -> build.Policy | None:
@@ -236,19 +236,17 @@ def _read_prompt(tokenizer: Tokenizer, example: TokenExample) -> str:
 
 
 def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any:
-    """What a phase has learned at its end, None when it was stopped before.
+    """What a phase has learned at its end.
 
     Raises:
       SystemExit: an update was refused; the state before it is a checkpoint.
+      _StoppedError: it was stopped before.
     """
     try:
-        learned = _finish_phase(run, phase, is_stopped)
+        return _finish_phase(run, phase, is_stopped)
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         raise SystemExit(NOT_FINITE) from None
-    if learned is None:
-        print("stopped; the same command goes on from the last checkpoint")
-    return learned
 
 
 def _finish_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any:
@@ -277,7 +275,9 @@ def _finish_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any
         ):
             outputs = _Outputs(checkpoints, write, display)
             state = _take_steps(run, phase, steps, done or 0, outputs, is_stopped)
-    return None if state is None else phase.networks(state)
+    if state is None:
+        raise _StoppedError
+    return phase.networks(state)
 
 
 def _take_steps(

@@ -12,7 +12,7 @@ is held near to by the KL term (spec B5, C2.5), so one argument of the loss serv
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -54,15 +54,28 @@ class Networks:
     value_head: ValueHead
 
 
-def mean_networks(networks: Sequence[Networks]) -> Networks:
+def mean_networks(networks: Iterable[Networks]) -> Networks:
     """The mean of their weights, one by one: of states that training went through one after the
     other it is better than each of them (stochastic weight averaging, Izmailov et al. 2018, arXiv
     1803.05407; of several runs Wortsman et al. 2022, arXiv 2203.05482).
 
     Args:
-      networks: of one shape; at least one.
+      networks: of one shape; at least one. Each is read before the next is asked for, which may
+        then donate it: their sum is all that is kept.
+
+    Raises:
+      ValueError: there are none.
     """
-    return jax.tree.map(lambda *weights: sum(weights) / len(weights), *networks)
+    total, count = None, 0
+    for one in networks:
+        if total is None:
+            total = jax.tree.map(jnp.copy, one)
+        else:
+            total = jax.tree.map(jnp.add, total, one)
+        count += 1
+    if total is None:
+        raise ValueError("the mean of no networks: at least one is needed")
+    return jax.tree.map(lambda weights: weights / count, total)
 
 
 @struct
