@@ -75,6 +75,7 @@ TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _TASK_MODU
 _RANDOM = "random:"
 _NOT_SETTINGS = ("sampling", "evaluator")
 _NOT_AHEAD = "does not list the states one step on"
+_NO_STATES, _STATES = "does not say what its states are", "what the states are"
 _VALUES = (
     "evaluator", "aggregate", "mixture", "num_rollouts", "rollout_tokens", "rollout_discount",
     "dead_value", "drop_illegal",
@@ -169,8 +170,10 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     _make("step", StepSpec, config["step"])
     own = {key: value for key, value in config[name].items() if key not in _NOT_SETTINGS}
     max_depth = own.pop("max_depth", config["max_depth"])
-    strategy, num_nodes = _make_strategy(name, own, max_depth)
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
+    if sampling.repeats:
+        own = _write_once(name, own, sampling.method)
+    strategy, num_nodes = _make_strategy(name, own, max_depth)
     _check_going_back(config, name, sampling)
     _check_legal_only(config, name, sampling)
     _check_states(config)
@@ -184,6 +187,13 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
             f"{name}.widen=True: accepted is sampling.no_repeats=True with it, or a node writes "
             "the same steps again"
         )
+    if own.get("widen") and own["num_children"] > 1 and sampling.method == "sample":
+        raise ValueError(
+            f"{name}.num_children={own['num_children']}: accepted is 1 with widen=True and "
+            "sampling.method='sample', or a node's children may be the same step"
+        )
+    if own.get("merge_states") and (reason := _find_lack(config, "key", _NO_STATES, _STATES)):
+        raise ValueError(f"{name}.merge_states=True: accepted is False, as {reason}")
     if own.get("max_refused") and not (config["use_verifier"] and config["drop_illegal"]):
         raise ValueError(
             f"{name}.max_refused={own['max_refused']}: accepted is 0 without use_verifier and "
@@ -279,6 +289,24 @@ def build_solver(
     )
 
 
+def _write_once(name: str, own: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """A strategy's settings where the same steps come back whenever they are asked for.
+
+    Raises:
+      ValueError: a setting asks for them again.
+    """
+    once: dict[str, Any] = {"num_chains": 1, "root_lanes": 1, "resample": False}
+    for key, accepted in once.items():
+        if own.get(key, accepted) not in (accepted, None):
+            raise ValueError(
+                f"{name}.{key}={own[key]}: accepted is {accepted} with sampling.method={method!r}, "
+                "which writes the same steps again"
+            )
+    # Where nothing is said, a tree's root is sampled anew when all of it is exhausted.
+    resamples = name in TREE_SEARCHES and name != "beam"
+    return {**own, "resample": False} if resamples else dict(own)
+
+
 def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingConfig) -> None:
     """Raises ValueError where a setting for steps that go back would do nothing."""
     names = ("return_bias", "doubt_weight", "copy_returns")
@@ -320,8 +348,7 @@ def _check_states(config: Mapping[str, Any]) -> None:
     """Raises ValueError where the network for states would be shown nothing."""
     if not needs_state_value(config["evaluator"]):
         return
-    lack = "does not say what its states are"
-    reason = _find_lack(config, "observe", lack, "what the states are")
+    reason = _find_lack(config, "observe", _NO_STATES, _STATES)
     if reason is None and "state_lookahead" in parse_evaluator(config["evaluator"]):
         reason = _find_lack(config, "outcomes", _NOT_AHEAD, "what they are")
     if reason is not None:

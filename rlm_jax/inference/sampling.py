@@ -100,6 +100,11 @@ class SamplingConfig:
                 raise ValueError(f"sampling {name}={getattr(self, name)!r}: accepted is {what}")
 
     @property
+    def repeats(self) -> bool:
+        """Whether asking again from one place gives the same steps again."""
+        return self.method in ("greedy", "beam", "diverse_beam") and not self.no_repeats
+
+    @property
     def truncates(self) -> bool:
         """Whether anything but temperature shapes the distribution."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0

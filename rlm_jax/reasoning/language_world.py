@@ -96,6 +96,11 @@ class LanguageConfig:
             raise ValueError(
                 f"aggregate {self.aggregate!r} of the mixture {self.evaluator!r}: accepted is last"
             )
+        if self.aggregate != "last" and not set(weights) & set(STEP_SCORES):
+            raise ValueError(
+                f"aggregate {self.aggregate!r} of evaluator {self.evaluator!r}: accepted is "
+                f"last, as it judges no steps ({', '.join(STEP_SCORES)} do)"
+            )
         if ("value_head" in weights) != (self.value_fn is not None):
             raise ValueError(f"evaluator {self.evaluator!r} with value_fn={self.value_fn}")
         sizes = ("num_nodes", "max_depth", "max_new_tokens", "page_tokens")

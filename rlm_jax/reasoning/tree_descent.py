@@ -43,7 +43,7 @@ class Siblings(NamedTuple):
 
     q: reward + discount * value; undiscounted: reward + value. visits: with the virtual ones, of
     paths that passed in this round, which are `virtual` alone. node_*: of the parent. open_leaves:
-    at or below each child, those that are left to select. alive: children there are.
+    at or below each child, those that are left to select. alive: living children of the node.
     """
 
     q: Float32[Array, "B L K"]
@@ -141,10 +141,11 @@ def look_below(
     """
     kids = jnp.maximum(first, 0)[..., None] + jnp.arange(cfg.num_root_children, dtype=jnp.int32)
     if cfg.root_lanes > 1:
-        # The window is the root's; other nodes have fewer children.
+        # The window is the root's; other nodes have fewer children, and others' lie behind them.
+        inside = kids < structure.capacity
         kids = jnp.minimum(kids, structure.capacity - 1)
         read = functools.partial(at_nodes, nodes=kids)
-        own = read(structure.parent) == jnp.maximum(nodes, 0)[..., None]
+        own = inside & (read(structure.parent) == jnp.maximum(nodes, 0)[..., None])
     else:
         read = functools.partial(at_windows, first=kids[..., 0], size=cfg.num_children)
         own = True
@@ -156,7 +157,7 @@ def look_below(
         virtual=jnp.zeros_like(visits),
         prior=read(structure.prior),
         open_leaves=jnp.where(own, read(state.open_leaves), 0),
-        alive=read(structure.alive),
+        alive=read(structure.alive) & own,
         node_value=peek_at(structure.value, nodes),
         node_visits=peek_at(structure.visits, nodes),
         node_model_value=peek_at(structure.model_value, nodes),

@@ -86,6 +86,8 @@ def extract_number(text: str) -> str | None:
         value = _first_number(segment)
         if value is not None:
             return format_number(value)
+        if find_numbers(segment):
+            return None
     numbers = find_numbers(text)
     return format_number(numbers[-1]) if numbers else None
 
@@ -117,17 +119,20 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _first_number(segment: str) -> Fraction | None:
-    """The first number of `segment`; of a written-out calculation `9 * 2 = 18` its result."""
+    """The first number of `segment`; of a written-out calculation `9 * 2 = 18` its result, of one
+    without a result, `9 * 2`, none."""
     segment = _plain(segment)
     matches = list(_NUMBER.finditer(segment))
-    chosen = 0
+    chosen, computes = 0, False
     for i, (left, right) in enumerate(itertools.pairwise(matches)):
         between = segment[left.end() : right.start()]
         if _EQUALS.fullmatch(between):
-            chosen = i + 1
-        elif not _OPERATOR.fullmatch(between):
+            chosen, computes = i + 1, False
+        elif _OPERATOR.fullmatch(between):
+            computes = True
+        else:
             break
-    return _value(matches[chosen]) if matches else None
+    return _value(matches[chosen]) if matches and not computes else None
 
 
 def _lines_behind(mark: re.Pattern[str], text: str) -> list[str]:

@@ -148,7 +148,10 @@ def verify_text(numbers: tuple[int, ...], target: int, text: str) -> Verdict:
 
 def judge_expression(numbers: tuple[int, ...], target: int, expression: str) -> Verdict:
     """Whether an expression uses exactly the numbers and makes the target."""
-    value, used = parse(expression)
+    try:
+        value, used = parse(expression)
+    except ValueError as error:
+        return judge(False, f"{expression:.80} is no expression: {error}")
     if sorted(used) != sorted(numbers):
         given = " ".join(map(str, numbers))
         return judge(False, f"{expression} does not use exactly {given}")

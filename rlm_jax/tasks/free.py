@@ -11,7 +11,8 @@ from rlm_jax.tasks.base import Gold, Message, Problem, Task, Verdict, judge
 from rlm_jax.tasks.gsm8k import prompt as prompt_math
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_NO_WORDS = re.compile(r"[^\w.%+/*-]+|(?<!\d)\.|\.(?!\d)")
+# C# is a word, # 5 holds one.
+_NO_WORDS = re.compile(r"[^\w.%+/*#-]+|(?<!\w)#+|(?<!\d)\.|\.(?!\d)")
 
 
 def prompt(problem: Problem) -> list[Message]:
@@ -21,7 +22,9 @@ def prompt(problem: Problem) -> list[Message]:
 
 def normalize(answer: str) -> str:
     """The canonical form of an answer: a number's, or else its words in lower case."""
-    words = " ".join(_ARTICLES.sub(" ", _NO_WORDS.sub(" ", answer.lower())).split())
+    plain = _NO_WORDS.sub(" ", answer.lower())
+    # A choice may be called A.
+    words = " ".join(_ARTICLES.sub(" ", plain).split() or plain.split())
     for text in (answer, words):
         value = parse_number(text)
         if value is not None:
@@ -35,11 +38,9 @@ def extract(text: str) -> str | None:
         answer = normalize(segment)
         if answer:
             return answer
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        return None
-    numbers = find_numbers(lines[-1])
-    return format_number(numbers[-1]) if numbers else normalize(lines[-1]) or None
+    line = _last_line(text)
+    numbers = find_numbers(line)
+    return format_number(numbers[-1]) if numbers else normalize(line) or None
 
 
 def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
@@ -53,7 +54,16 @@ def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
     if found is None:
         return judge(False, "no answer in the text")
     right = found == expected
+    if not right and not any(map(normalize, find_marked(text))):
+        # An answer may be words with a number in them.
+        right = normalize(_last_line(text)) == expected
+        found = expected if right else found
     return judge(right, f"{found} {'=' if right else '≠'} {expected}")
+
+
+def _last_line(text: str) -> str:
+    """The last line with something on it."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 TASK = Task("free", 1, False, prompt, extract, verify)

@@ -51,9 +51,13 @@ def read(text: str) -> Problem:
     numbers = re.fullmatch(r"[0-9]{1,6}(?:[ ,]+[0-9]{1,6}){3}", text.strip())
     if numbers is not None:
         return make_problem(tuple(map(int, re.findall("[0-9]+", text))), "question")
-    data, target = countdown.read(text).data
+    refusal = f"{text!r:.80} is no Game of 24: four numbers, as 4 4 7 10"
+    try:
+        data, target = countdown.read(text).data
+    except ValueError:
+        raise ValueError(refusal) from None
     if target != TARGET or len(data) != 4:
-        raise ValueError(f"{text!r:.80} is no Game of 24: four numbers, as 4 4 7 10")
+        raise ValueError(refusal)
     return make_problem(data, "question")
 
 

@@ -56,7 +56,7 @@ _STATEMENT = re.compile(r"Find truth values for (x[0-9x, ]*) that make every cla
 _CLAUSE = re.compile(r"\(([^()]*)\)")
 _LITERAL = re.compile(r"(not )?x([1-9][0-9]{0,3})")
 _PAIR = re.compile(
-    r"x([1-9][0-9]{0,3})\s*(?:=|:|is)\s*(true|false|t|f|1|0)(?![\w.])", re.IGNORECASE
+    r"x([1-9][0-9]{0,3})\**\s*(?:=|:|is)\s*\**(true|false|t|f|1|0)(?!\w|\.\w)", re.IGNORECASE
 )
 
 

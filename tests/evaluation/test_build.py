@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.countdown import get_config as puzzle_config
 from configs.smollm2 import get_config
 from rlm_jax.evaluation import build, solver
 from rlm_jax.reasoning.strategies import best_of_n, greedy
@@ -142,8 +143,43 @@ def test_use_verifier_is_yes_or_no():
         ),
         (
             "puct",
-            {"sampling.method": "greedy"},
+            {"sampling.method": "greedy", "resample": False},
             "puct.num_children=2: accepted is 1 with sampling.method='greedy'",
+        ),
+        (
+            "puct",
+            {"sampling.method": "beam"},
+            "puct.resample=True: accepted is False with sampling.method='beam', which writes the",
+        ),
+        (
+            "gumbel",
+            {"sampling.method": "diverse_beam", "resample": False, "root_lanes": 2},
+            "gumbel.root_lanes=2: accepted is 1 with sampling.method='diverse_beam'",
+        ),
+        (
+            "best_of_n",
+            {"sampling.method": "greedy"},
+            "best_of_n.num_chains=2: accepted is 1 with sampling.method='greedy'",
+        ),
+        (
+            "best_first_widening",
+            {"sampling.method": "sample", "num_children": 2},
+            "best_first_widening.num_children=2: accepted is 1 with widen=True and",
+        ),
+        (
+            "puct",
+            {"merge_states": True},
+            "puct.merge_states=True: accepted is False, as task 'free' does not say what its",
+        ),
+        (
+            "puct",
+            {"merge_states": True, "task": "arithmetic"},
+            "puct.merge_states=True: accepted is False, as task 'arithmetic' does not say what",
+        ),
+        (
+            "puct",
+            {"aggregate": "min"},
+            "aggregate 'min' of evaluator 'confidence': accepted is last, as it judges no steps",
         ),
         (
             "greedy",
@@ -154,16 +190,18 @@ def test_use_verifier_is_yes_or_no():
         ("greedy_legal", {"drop_illegal": False}, "max_refused=8: accepted is 0 without"),
         (
             "best_first_widening",
-            {"sampling.no_repeats": False},
+            {"sampling.no_repeats": False, "resample": False},
             "best_first_widening.widen=True: accepted is sampling.no_repeats=True",
         ),
     ],
 )
 def test_settings_that_need_others_say_so(name, changes, message):
-    config = make_config(**{key: value for key, value in changes.items() if "." not in key})
+    config = make_config()
     for key, value in changes.items():
         if "." in key:
-            config[name][key.split(".")[0]][key.split(".")[1]] = value
+            config[name]["sampling"][key.removeprefix("sampling.")] = value
+        else:
+            (config if key in config else config[name])[key] = value
     with pytest.raises(ValueError, match=message):
         build.plan_strategy(config, name)
 
@@ -243,15 +281,27 @@ def test_every_option_of_a_strategy_can_be_changed(name):
             config[name].num_lanes = 4
         if option == "num_children":
             config[name].sampling.method = "sample"
+            if usual[name].get("widen"):
+                config[name].widen = False
         if option == "widen" and new:
-            config[name].prior_weight = 0.5
+            config[name].update({"prior_weight": 0.5, "num_children": 1})
             config[name].sampling.no_repeats = True
+        if option == "merge_states":
+            config.task = "countdown"
         config[name][option] = new
         changed = config.to_dict()
         plan = build.plan_strategy(changed, name)
         assert plan.settings[option] == new != old
         assert plan.strategy.name == name
-        assert {one for one in usual if changed[one] != usual[one]} == {name}
+        assert {one for one in usual if changed[one] != usual[one]} <= {name, "task"}
+
+
+def test_a_root_is_sampled_anew_where_that_may_bring_other_steps():
+    config = puzzle_config().to_dict()
+    for method, settings in (("beam", False), ("stochastic_beam", True)):
+        config["best_first"]["sampling"] |= {"method": method, "min_ratio": 0.0}
+        plan = build.plan_strategy(config, "best_first")
+        assert plan.settings.get("resample", True) is settings
 
 
 def test_an_unknown_option_is_refused_by_name():

@@ -1,5 +1,6 @@
 """Operators one by one: the golden numbers of the spec, and small cases done by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,7 +32,11 @@ from rlm_jax.reasoning.operators.update import (
     weighted_mean,
 )
 from rlm_jax.reasoning.protocol import make_outcome
-from rlm_jax.reasoning.structure import make_structure
+from rlm_jax.reasoning.strategies.gumbel import improve_prior, scale_q
+from rlm_jax.reasoning.structure import check, make_structure
+from rlm_jax.reasoning.tree_config import TreeConfig
+from rlm_jax.reasoning.tree_descent import find_first, look_below
+from rlm_jax.reasoning.tree_search import init_state
 
 choose = jax.jit(select_answer, static_argnames="rule")
 
@@ -191,6 +196,33 @@ def test_unfinished_leaves_answer_only_when_nothing_finished(tree):
     assert int(choose(tree, nothing, "majority").node[0]) == 5
 
 
+@pytest.mark.parametrize("rule", ["majority", "weighted", "best", "most_visited", "highest_value"])
+def test_a_proven_solution_is_the_answer_by_every_rule(rule):
+    structure, _ = grow(
+        make_structure(jnp.asarray([3]), 8),
+        [0], 2, [0.2, 0.9], terminal=[True, True], proven=[True, False],
+    )  # fmt: skip
+    visits = structure.visits.at[0, 1:3].set(jnp.asarray([1.0, 5.0]))
+    structure = dataclasses.replace(structure, visits=visits)
+    ids = jnp.full((1, 8), -1).at[0, 1:3].set(jnp.asarray([0, 1]))
+    assert choose(structure, ids, rule=rule).node[0] == 1
+    unproven = dataclasses.replace(structure, proven=structure.proven & False)
+    assert choose(unproven, ids, rule="highest_value").node[0] == 2
+
+
+@pytest.mark.parametrize("rule", ["most_visited", "highest_value"])
+def test_walks_pass_through_nodes_of_several_parents(rule):
+    """Node 3 hangs on 1 and, by an edge of its own, on 2, which has no child beside it."""
+    structure = make_structure(jnp.asarray([3]), 8, num_parents=2)
+    structure, _ = grow(structure, [0], 2, [0.2, 0.9])
+    structure, _ = grow(structure, [1], 1, [0.5])
+    edges = structure.more_parents.at[0, 3, 0].set(2)
+    visits = structure.visits.at[0, 2].set(9.0)
+    structure = dataclasses.replace(structure, more_parents=edges, visits=visits)
+    check(structure)
+    assert choose(structure, jnp.full((1, 8), -1), rule=rule).node[0] == 3
+
+
 def test_a_bare_root_answers_with_itself():
     structure = make_structure(jnp.asarray([2]), 3)
     answer = choose(structure, jnp.full((1, 3), -1), "majority")
@@ -312,6 +344,38 @@ def test_td_backup_golden_g06(tree, learning_rate, value):
     new = back_up(stats, [0], [0.0], [1], rule="td", discount=0.96, learning_rate=learning_rate)
     assert float(new.value[0, 0]) == pytest.approx(value, abs=1e-6)
     assert float(new.visits[0, 0]) == 5.0
+
+
+@pytest.mark.parametrize("capacity", [9, 16])
+def test_backups_count_the_last_children_of_a_full_structure_once(capacity):
+    """The root has four children and all others two: the window of four ends behind the arena."""
+    structure = make_structure(jnp.asarray([3]), capacity)
+    structure, _ = grow(structure, [0, 0], 2, [0.1, 0.2, 0.3, 0.4])
+    structure, _ = grow(structure, [2], 2, [0.0, 0.0])
+    structure, _ = grow(structure, [1], 2, [0.0, 1.0])
+    first = jnp.full((1, capacity), -1).at[0, :3].set(jnp.asarray([1, 7, 5]))
+    backup = Backup(jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.zeros((1, 1), jnp.int32))
+    structure, *_ = backpropagate(
+        structure, first, first * 0, jnp.asarray([[1]]), backup, num_children=4, rule="weighted"
+    )
+    assert structure.value[0, 1] == 0.5
+
+
+@pytest.mark.parametrize("capacity", [9, 16])
+def test_no_node_looks_below_at_the_children_of_others(capacity):
+    structure = make_structure(jnp.asarray([3]), capacity)
+    structure, _ = grow(structure, [0, 0], 2, [0.1, 0.2, 0.3, 0.4])
+    structure, _ = grow(structure, [1, 2], 2, [0.5, 0.6, 0.0, 1.0])
+    cfg = TreeConfig(num_children=2, num_lanes=2, root_lanes=2)
+    state = init_state(structure, jax.random.split(jax.random.key(0), 1), cfg=cfg)
+    nodes = jnp.asarray([[0, 1, 2]])
+    kids, siblings = look_below(state, structure, nodes, cfg, find_first(state, nodes))
+    own = np.asarray(siblings.alive & (structure.depth[0, kids] > 0))
+    assert [kids[0, lane][own[0, lane]].tolist() for lane in range(3)] == [
+        [1, 2, 3, 4], [5, 6], [7, 8],
+    ]  # fmt: skip
+    weights = improve_prior(siblings, scale_q(siblings, value_scale=0.1, visit_offset=50.0))
+    np.testing.assert_allclose(np.where(own, weights, 0).sum(-1), 1.0, rtol=1e-6)
 
 
 def test_backups_by_maximum_and_with_rewards_and_discount(tree):

@@ -62,7 +62,7 @@ TREES = {
         (make_gumbel, SMALL | {"num_simulations": 9}),
         (
             functools.partial(make_gumbel, visits_per_round=4),
-            SMALL | {"num_simulations": 20, "num_lanes": 5, "root_lanes": 2},
+            SMALL | {"num_simulations": 20, "num_lanes": 5, "root_lanes": 3, "root_noise": 0.25},
         ),
         (
             functools.partial(make_gumbel, fit_budget=True),
@@ -426,6 +426,18 @@ def test_best_first_ends_with_its_solutions():
     # A last round of three steps may bring more than are wanted.
     assert ((solved >= 4) & (solved <= 6) | (solved < 4)).all()
     assert (solved >= 4).any()
+
+
+def test_a_node_whose_steps_are_very_unlikely_is_widened_again():
+    """Long steps: their probability is below what float32 holds."""
+    strategy = make_best_first(num_children=1, max_depth=1, prior_weight=0.7, widen=True)
+    keys, _, structure = start(np.full(1, 100, np.int32))
+    state = strategy.init(structure, keys)
+    for _ in range(3):
+        request = strategy.ask(state, structure, keys)
+        assert request.nodes.tolist() == [[0]]
+        outcome = make_outcome(structure, request, logprob=-200.0, value=0.5)
+        state, structure = strategy.tell(state, structure, request, outcome)
 
 
 @pytest.mark.parametrize(("expansions", "planned", "considered"), [(13, 12, 4), (90, 32, 8)])

@@ -165,12 +165,20 @@ def test_a_person_types_a_puzzle(text):
     assert game24.read(text).data == (4, 4, 7, 10)
 
 
+def test_an_expression_too_long_to_be_one_is_wrong():
+    """The canonical form, which has spaces, is longer than what was read."""
+    long = "#### " + "+".join("1" * 60)
+    verdict = countdown.verify(countdown.make_problem((1, 1), 60), Gold(), long)
+    assert verdict.correct is False
+    assert "longer than 200 characters" in verdict.reason
+
+
 def test_what_is_no_puzzle_is_told():
     assert game24.read("4 4 7 10").data == (4, 4, 7, 10)
     for text in ("", "24", "24 : 4", "24 : four", "4 4 7 10"):
         with pytest.raises(ValueError, match="is no puzzle"):
             countdown.read(text)
-    for text in ("25 : 4 4 7 10", "24 : 4 7 10"):
+    for text in ("25 : 4 4 7 10", "24 : 4 7 10", "4 7 8 x", "4 7 8"):
         with pytest.raises(ValueError, match="no Game of 24"):
             game24.read(text)
 

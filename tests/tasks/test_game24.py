@@ -105,6 +105,7 @@ def test_right_answers(text):
         "()",
         "8e0 * 3 * (6 - 5)",
         "8.0 * 3 * (6 - 5)",
+        "#### " + "+".join("1" * 60),
     ],
     ids=lambda text: repr(text[:40]),
 )

@@ -78,8 +78,10 @@ def mix_noise(
     root.
 
     Args:
-      noise: R <= W * K shares, for the children in their order.
+      noise: R shares, for the children in their order; rounds too narrow for all R of them are
+        not the root's, and need none.
     """
+    noise = noise[:, : prior[0].size]
     spare = prior[0].size - noise.shape[1]
     noise = jnp.pad(noise, ((0, 0), (0, spare))).reshape(prior.shape)
     noise = jnp.where(among, noise, 0.0)

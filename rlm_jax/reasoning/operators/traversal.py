@@ -230,14 +230,17 @@ def select_answer(
         # Paths without an answer cannot vote together: each stands for itself.
         votes = jnp.where(answer_ids >= 0, count_votes(answer_ids, weight), structure.value)
     first, found = masked_argmax(votes, pool)
+    walks = jnp.zeros_like(found)
     if rule in _WALKS:
-        first = _walk(structure, structure.visits if rule == "most_visited" else structure.value)
-        found = jnp.take_along_axis(leaf, first[:, None], 1)[:, 0]
+        walks = ~tiers[0].any(-1)
+        end = _walk(structure, structure.visits if rule == "most_visited" else structure.value)
+        first = jnp.where(walks, end, first)
+        found = jnp.where(walks, jnp.take_along_axis(leaf, end[:, None], 1)[:, 0], found)
     chosen = jnp.take_along_axis(answer_ids, first[:, None], 1)
     agree = pool & (answer_ids == chosen) & (chosen >= 0)
     itself = jnp.arange(leaf.shape[-1])[None] == first[:, None]
     agree = jnp.where(agree.any(-1, keepdims=True), agree, itself)
-    node = first if rule in _WALKS else masked_argmax(structure.value, agree)[0]
+    node = jnp.where(walks, first, masked_argmax(structure.value, agree)[0])
     score = jnp.take_along_axis(votes, first[:, None], 1)[:, 0]
     share = agree.sum(-1) / jnp.maximum(pool.sum(-1), 1)
     return Answer(jnp.where(found, node, NO_NODE), score, share.astype(jnp.float32))
@@ -266,13 +269,14 @@ def share_votes(
 
 
 def _walk(structure: Structure, score: Float32[jax.Array, "B N"]) -> Int32[jax.Array, "B"]:
-    """From the root to a leaf, each time to the living child of highest score."""
-    parents = structure.parent
+    """From the root to a leaf, each time to the living child of highest score, whichever of its
+    parents the walk comes from."""
     inner = has_child(structure)
     index = jnp.arange(structure.capacity)[None]
 
     def step(node):
-        below = structure.alive & (parents == node[:, None]) & (index > 0)
+        of_node = (structure.parents == node[:, None, None]).any(-1)
+        below = structure.alive & of_node & (index > 0)
         best, _ = masked_argmax(score, below)
         here = jnp.take_along_axis(inner, node[:, None], 1)[:, 0]
         return jnp.where(here, best, node)

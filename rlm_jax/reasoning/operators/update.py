@@ -143,8 +143,9 @@ class _Children:
         first = at_nodes(first_child, nodes)
         kids = jnp.maximum(first, 0)[..., None] + jnp.arange(num_children)
         self.kids = jnp.minimum(kids, structure.capacity - 1)
-        # A window may be wider than a node's own children.
+        # A window may be wider than a node's own children, and reach beyond the last node.
         own = at_nodes(structure.parent, self.kids) == jnp.maximum(nodes, 0)[..., None]
+        own &= kids < structure.capacity
         self.real = own & at_nodes(structure.alive, self.kids) & (first >= 0)[..., None]
         self.reward = at_nodes(structure.reward, self.kids)
 

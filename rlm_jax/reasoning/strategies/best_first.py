@@ -248,4 +248,6 @@ def _score_next(unwritten: Unwritten, odds: Float32[Array, "B N"], prior_weight:
     # The problem itself can be solved, whatever its steps have come to.
     solvable = jax.nn.sigmoid(odds + jnp.log(rest)).at[:, 0].set(1.0)
     right = jax.scipy.special.logit(jnp.maximum(_RIGHT_SHARE * solvable, LEAST_CHANCE))
-    return right + prior_weight * jnp.log(jnp.minimum(unwritten.last, rest))
+    # A long step may be too unlikely for float32.
+    least = jnp.finfo(jnp.float32).tiny
+    return right + prior_weight * jnp.log(jnp.maximum(jnp.minimum(unwritten.last, rest), least))
