@@ -6,8 +6,9 @@
 
 Every cell - a strategy at a budget on a test set - writes its records to
 RESULTS/SPLIT/STRATEGY-BUDGET-SEED.jsonl, in the form of solve.py's, and a line with its figures to
-RESULTS/results.jsonl; a cell that is done is not run again, and one that was stopped goes on.
-Budgets are separated by commas, and compiled once for all of them.
+RESULTS/results.jsonl; a cell that is done is not run again, one that was stopped goes on, and one
+with fewer problems than --limit now admits takes the others up. Budgets are separated by commas,
+and compiled once for all of them.
 
 `--best_of=8,32` adds best-of-N for each N: N chains, each drawn to its own end, and beside what
 they cost together what they cost drawn in turn up to the first proven one. With `--blind` the same
@@ -22,7 +23,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import launching
@@ -33,14 +34,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rlm_jax.data.problems import read_problems
-from rlm_jax.data.records import Record, RecordWriter, list_changes, read_records
+from rlm_jax.data.records import Record, RecordWriter, read_records
 from rlm_jax.data.splits import SPLITS, Split, load_split
 from rlm_jax.evaluation import build, solver
 from rlm_jax.evaluation.blind import search_blindly
 from rlm_jax.evaluation.calibration import Estimate, summarize
 from rlm_jax.evaluation.chains import count_tokens_in_turn, read_chains
 from rlm_jax.evaluation.intervals import wilson_interval
-from rlm_jax.evaluation.results import name_row, read_results
+from rlm_jax.evaluation.results import Cell, Result, name_row, read_cells, write_cell
+from rlm_jax.evaluation.resume import digest_problems, read_finished, require_same
 from rlm_jax.evaluation.states import COUNTDOWN_TASKS, judge_states, read_puzzle
 from rlm_jax.reasoning.drive import Limits
 from rlm_jax.reasoning.protocol import Strategy
@@ -73,38 +75,16 @@ BLIND_DEPTH_BONUS = 1.0
 _BLIND_BATCH = 100
 # Of a record's budget, what a row of results has the mean of.
 _COSTS = ("generated_tokens", "scored_tokens", "expansions", "model_calls")
-# Beside children, lanes and depth.
+_TREE_SETTINGS = ("num_children", "num_lanes", "max_depth")
+_CHAIN_SETTINGS = ("num_chains", "max_depth")
+# Beside those of all trees.
 _BLIND_SETTINGS = {
     "gumbel": ("num_simulations", "max_considered", "fit_budget"),
     "beam": ("beam_width",),
     "best_first_widening": ("widen", "prior_weight"),
     "best_first_widening_controlled": ("widen", "prior_weight"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One strategy at one budget on one test set. num_chains: of a best-of-N row of `--best_of`."""
-
-    split: str
-    strategy: str
-    max_expansions: int | None
-    budget_tokens: int
-    seed: int
-    blind: bool = False
-    num_chains: int | None = None
-
-    @property
-    def row(self) -> tuple[str, int | None]:
-        """The strategy, and the chains it is to draw where the config does not say."""
-        return self.strategy, self.num_chains
-
-    @property
-    def name(self) -> str:
-        """Of its file."""
-        strategy = self.strategy if self.num_chains is None else f"best_of_{self.num_chains}"
-        budget = "all" if self.max_expansions is None else str(self.max_expansions)
-        return f"{strategy}-{budget}-{self.budget_tokens}-{self.seed}"
+RESULTS, CALIBRATION = "results.jsonl", "calibration.jsonl"
 
 
 class Budgets(NamedTuple):
@@ -140,6 +120,7 @@ def main() -> None:
     if not _OUT.value:
         raise ValueError("--out=DIR is missing: the folder for records and results")
     out = pathlib.Path(_OUT.value).expanduser()
+    launching.require_folder("out", out)
     splits = _load_splits(config)
     _check_tasks(config, splits)
     budgets = Budgets(
@@ -148,35 +129,53 @@ def main() -> None:
         _read_numbers("best_of", _BEST_OF.value),
     )
     config["budget_tokens"] = max(budgets.tokens)
-    cells = {cell: split for name, split in splits for cell in _list_cells(name, budgets)}
+    strategies = _read_strategies(budgets)
+    cells = {
+        cell: split for name, split in splits for cell in _list_cells(name, strategies, budgets)
+    }
     plans = {
         (split.task, *cell.row): _plan(config, split.task, *cell.row)
         for cell, split in cells.items()
     }
+    results = {cell: lines[-1] for cell, lines in read_cells(out / RESULTS, ("model", "n")).items()}
+    calibrated = read_cells(out / CALIBRATION, ("model",))
+    for cell, split in cells.items():
+        settings = _settings(plans[split.task, *cell.row], cell)
+        _check_cell(out, cell, split, config["model"], settings, results.get(cell))
+        for line in calibrated.get(cell, []):
+            holds = f"{out / CALIBRATION} holds {cell.split}/{cell.name}"
+            require_same(holds, line, {"model": config["model"]})
+    out.mkdir(parents=True, exist_ok=True)
     launching.use_compilation_cache()
     policy = build.load_policy(config["model"], config["dtype"], config["quantize"])
     bench = Bench(config, budgets, plans, policy, out, {}, {})
-    results = _read_results(out / "results.jsonl")
-    calibrated = _read_results(out / "calibration.jsonl")
     for cell, split in cells.items():
-        if _key(cell) not in results:
+        if cell not in results or results[cell]["n"] < len(split.examples):
             console.print(f"{cell.split}: {'blind ' * cell.blind}{cell.name}")
-            scores = (
-                _solve_blindly(bench, cell, split) if cell.blind else _solve(bench, cell, split)
-            )
-            results[_key(cell)] = _describe(cell, config, scores)
-            _append(out / "results.jsonl", [results[_key(cell)]])
-        if _CALIBRATION.value and not cell.blind and _key(cell) not in calibrated:
-            _append(out / "calibration.jsonl", _calibrate(bench, cell, split))
+            solve = _solve_blindly if cell.blind else _solve
+            results[cell] = _describe(bench, cell, split, solve(bench, cell, split))
+            # Of other problems than those that the row is now of.
+            if calibrated.pop(cell, None):
+                write_cell(out / CALIBRATION, cell, [])
+            write_cell(out / RESULTS, cell, [results[cell]])
+        if _CALIBRATION.value and not cell.blind and cell not in calibrated:
+            write_cell(out / CALIBRATION, cell, _calibrate(bench, cell, split))
     _print(console, results.values())
 
 
-def _list_cells(split: str, budgets: Budgets) -> Iterator[Cell]:
+def _read_strategies(budgets: Budgets) -> list[str]:
+    names = [name.strip() for name in _STRATEGY.value if name.strip()]
+    if not names and not budgets.chains:
+        raise ValueError(f"--strategy is empty: accepted are {', '.join(build.STRATEGIES)}")
+    return names
+
+
+def _list_cells(split: str, strategies: Sequence[str], budgets: Budgets) -> Iterator[Cell]:
     """The cells of a test set, each with its blind one behind it where expansions or chains are
     limited. (A blind greedy chain is a blind best of 1.)"""
     for tokens in budgets.tokens:
         cells = []
-        for name in _STRATEGY.value:
+        for name in strategies:
             # Chains have no use for a limit of expansions: their own length is one.
             limits = budgets.expansions if name in build.TREE_SEARCHES else [None]
             cells += [Cell(split, name, most, tokens, _SEED.value) for most in limits]
@@ -206,9 +205,13 @@ def _load_splits(config: dict[str, Any]) -> list[tuple[str, Split]]:
 
 def _read_file(task: str, path: str) -> tuple[Example, ...]:
     """All problems of a file: a share of what is to be measured would be another measurement."""
+    if task not in build.TASKS:
+        raise ValueError(f"task {task!r}: accepted are {', '.join(build.TASKS)}")
     found = read_problems(path, build.TASKS[task])
     for line, reason in found.malformed:
         raise ValueError(f"--problems={path}, line {line}: {reason}")
+    if not found.examples:
+        raise ValueError(f"--problems={path} holds no problem")
     return tuple(found.examples)
 
 
@@ -237,14 +240,65 @@ def _plan(config: dict[str, Any], task: str, strategy: str, num_chains: int | No
     return build.plan_strategy(config, strategy)
 
 
+def _settings(plan: build.Plan, cell: Cell) -> dict[str, Any]:
+    """Of the records of a cell; of a blind one, which writes none, those of its strategy."""
+    if cell.blind:
+        names = _BLIND_SETTINGS.get(cell.strategy, ())
+        names += _CHAIN_SETTINGS if cell.strategy == "best_of_n" else _TREE_SETTINGS
+        own = {name: plan.settings[name] for name in names if name in plan.settings}
+        deep = {"depth_bonus": BLIND_DEPTH_BONUS} if cell.strategy.startswith("best_first") else {}
+        return own | deep
+    own = {"max_expansions": cell.max_expansions, "budget_tokens": cell.budget_tokens}
+    return plan.settings | own | ({} if cell.num_chains is None else {"stop_proven": False})
+
+
+def _check_cell(
+    out: pathlib.Path,
+    cell: Cell,
+    split: Split,
+    model: str,
+    settings: dict[str, Any],
+    row: Result | None,
+) -> None:
+    """Refuses to go on with what is there of a cell where this run would find something else.
+
+    Args:
+      row: its line of results, where it is done; an earlier version's says less.
+
+    Raises:
+      ValueError: it, or a record, is of another model, other settings or other problems.
+    """
+    holds = f"{out / RESULTS} holds {'blind ' * cell.blind}{cell.split}/{cell.name}"
+    first = split.examples
+    if row is not None:
+        # Problems may come to a cell, and none may go.
+        first = first[: row["n"]]
+        require_same(holds, row, {"n": len(first)} | ({} if cell.blind else {"model": model}))
+        require_same(holds, row.get("settings", settings), settings)
+    digest = digest_problems(first)
+    same = row is None or row.get("problems", digest) == digest
+    if not cell.blind and not (same and row and "settings" in row):
+        path = _record_path(out, cell)
+        found = {record["id"] for record in _read_done(path, cell, split, settings)}
+        if row is not None and found:
+            same = same and all(problem.id in found for problem, _ in first)
+    if not same:
+        raise ValueError(f"{holds} of other problems; name another --out")
+
+
+def _read_done(
+    path: pathlib.Path, cell: Cell, split: Split, settings: Mapping[str, Any]
+) -> Iterator[Record]:
+    problems = [problem for problem, _ in split.examples]
+    return read_finished(path, cell.strategy, {**settings, "seed": cell.seed}, problems)
+
+
 def _solve(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any]]:
     """Scores of all problems; those with a record are not solved again."""
     one = _find_solver(bench, cell, split)
-    path = _record_path(bench, cell)
+    path = _record_path(bench.out, cell)
     with RecordWriter(path) as writer:
-        done = {record["id"]: record for record in read_records(path)}
-        for record in done.values():
-            _check_record(path, record, dict(one.settings), cell)
+        done = {record["id"]: record for record in _read_done(path, cell, split, one.settings)}
         todo = [example for example in split.examples if example[0].id not in done]
         if todo:
             encoded = [solver.encode(one, problem) for problem, _ in todo]
@@ -267,24 +321,17 @@ def _find_solver(bench: Bench, cell: Cell, split: Split) -> solver.Solver:
             batch_size=batch_size,
         )
     one = bench.solvers[key]
-    settings = {
-        **one.settings,
-        "max_expansions": cell.max_expansions,
-        "budget_tokens": cell.budget_tokens,
-    }
-    if cell.num_chains is not None:
-        settings["stop_proven"] = False
     return dataclasses.replace(
         one,
         limits=Limits(proven=cell.num_chains is None),
         max_expansions=cell.max_expansions,
         budget_tokens=cell.budget_tokens,
-        settings=settings,
+        settings=_settings(bench.plans[key[:3]], cell),
     )
 
 
-def _record_path(bench: Bench, cell: Cell) -> pathlib.Path:
-    return bench.out / cell.split / f"{cell.name}.jsonl"
+def _record_path(out: pathlib.Path, cell: Cell) -> pathlib.Path:
+    return out / cell.split / f"{cell.name}.jsonl"
 
 
 def _solve_widths(
@@ -300,9 +347,11 @@ def _solve_widths(
 
 
 def _solve_blindly(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any]]:
-    settings = bench.plans[split.task, *cell.row].settings
+    settings = _settings(bench.plans[split.task, *cell.row], cell)
     if cell.row not in bench.blind:
-        bench.blind[cell.row] = _make_blind(cell, settings)
+        is_chains = cell.strategy == "best_of_n"
+        make = make_best_of_n if is_chains else build.TREE_SEARCHES[cell.strategy]
+        bench.blind[cell.row] = make(**settings)
     strategy = bench.blind[cell.row]
     if cell.max_expansions is None:
         num_nodes = 1 + strategy.num_lanes * settings["max_depth"]
@@ -327,19 +376,9 @@ def _solve_blindly(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any
     return scores
 
 
-def _make_blind(cell: Cell, settings: dict[str, Any]) -> Strategy:
-    if cell.strategy == "best_of_n":
-        return make_best_of_n(settings["num_chains"], settings["max_depth"])
-    names = ("num_children", "num_lanes", "max_depth", *_BLIND_SETTINGS.get(cell.strategy, ()))
-    own = {name: settings[name] for name in names if name in settings}
-    if cell.strategy.startswith("best_first"):
-        own["depth_bonus"] = BLIND_DEPTH_BONUS
-    return build.TREE_SEARCHES[cell.strategy](**own)
-
-
 def _calibrate(bench: Bench, cell: Cell, split: Split) -> list[dict[str, Any]]:
     """Writes the states of a cell's records; returns AUC and ECE depth by depth, then of all."""
-    path = _record_path(bench, cell)
+    path = _record_path(bench.out, cell)
     problems = [problem for problem, _ in split.examples]
     wanted = {problem.id for problem in problems}
     records = (record for record in read_records(path) if record["id"] in wanted)
@@ -379,15 +418,7 @@ def _score(
     return score
 
 
-def _check_record(path: pathlib.Path, record: Record, settings: dict[str, Any], cell: Cell) -> None:
-    now = {**settings, "seed": cell.seed}
-    then = {**record["config"], "seed": record["seed"]}
-    other = list_changes(then, now)
-    if other:
-        raise ValueError(f"{path} holds records with {', '.join(other)}; name another --out")
-
-
-def _describe(cell: Cell, config: dict[str, Any], scores: list[dict[str, Any]]) -> dict[str, Any]:
+def _describe(bench: Bench, cell: Cell, split: Split, scores: list[dict[str, Any]]) -> Result:
     right = sum(score["correct"] for score in scores)
     low, high = wilson_interval(right, len(scores))
 
@@ -397,33 +428,16 @@ def _describe(cell: Cell, config: dict[str, Any], scores: list[dict[str, Any]]) 
     in_turn = {"tokens_in_turn": mean("tokens_in_turn")} if "tokens_in_turn" in scores[0] else {}
     return {
         **dataclasses.asdict(cell),
-        "model": config["model"],
+        "model": bench.config["model"],
         "n": len(scores),
         "accuracy": round(right / len(scores), 4),
         "interval_95": [round(low, 4), round(high, 4)],
         **{name: mean(name) for name in _COSTS},
         **in_turn,
         "command": " ".join(sys.argv),
+        "problems": digest_problems(split.examples),
+        "settings": _settings(bench.plans[split.task, *cell.row], cell),
     }
-
-
-def _key(cell: Cell) -> str:
-    return json.dumps(dataclasses.asdict(cell), sort_keys=True)
-
-
-def _read_results(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Results by their cells; of several lines of one cell, the last."""
-    fields = [field.name for field in dataclasses.fields(Cell)]
-    results = read_results(path)
-    # Cells of earlier versions lack what came since, and that is at its default.
-    cells = [Cell(**{name: one[name] for name in fields if name in one}) for one in results]
-    return {_key(cell): one for cell, one in zip(cells, results, strict=True)}
-
-
-def _append(path: pathlib.Path, results: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write("".join(json.dumps(result) + "\n" for result in results))
 
 
 def _print(console: Console, results: Any) -> None:

@@ -10,7 +10,8 @@ round, each round a run of train.py that begins with the networks of the one bef
             take the time that the search took in that round (evaluation and compiling left out)
 
 All networks are looked at by evaluate.py, on problems that no training sees. What was measured is
-in DIR/improvement.jsonl, for report.py; what is done already is not done again.
+in DIR/improvement.jsonl, for report.py; what is done already is not done again. More seeds and
+rounds may come to a course; what else it depends on is in DIR/settings.json and stays as it is.
 """
 
 import json
@@ -28,6 +29,7 @@ from rlm_jax.core.files import write_whole
 from rlm_jax.data.splits import SPLITS
 from rlm_jax.evaluation.improvement import write_improvement
 from rlm_jax.evaluation.results import read_results
+from rlm_jax.evaluation.resume import require_same
 from rlm_jax.learning.metrics_writer import read_metrics
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -36,7 +38,9 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the whole course.
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each arm.", lower_bound=1)
 _SPLIT = flags.DEFINE_enum("split", "countdown4-inputs", list(SPLITS), "The test set.")
 _LIMIT = flags.DEFINE_integer("limit", 300, "Only its first problems.", lower_bound=1)
-_MAX_EXPANSIONS = flags.DEFINE_integer("max_expansions", 8, "Of the searches that test.")
+_MAX_EXPANSIONS = flags.DEFINE_integer(
+    "max_expansions", 8, "Of the searches that test.", lower_bound=1
+)
 flags.adopt_module_key_flags(launching)
 
 ARMS = ("search", "more")
@@ -68,6 +72,8 @@ def main() -> None:
                 "train.log_steps, or the time of a step is not known"
             )
     out = pathlib.Path(_OUT.value).expanduser()
+    launching.require_folder("out", out)
+    _keep_settings(out, config)
     points = []
     for seed in map(int, _SEEDS.value):
         for point in _run_seed(config["train"], out / f"seed{seed}", seed):
@@ -76,6 +82,33 @@ def main() -> None:
     with write_whole(out / "improvement.jsonl") as beside:
         beside.write_text("".join(json.dumps(point) + "\n" for point in points), encoding="utf-8")
     print(write_improvement(points))
+
+
+def _keep_settings(out: pathlib.Path, config: dict[str, Any]) -> None:
+    """Writes down what every figure of a course depends on, once.
+
+    Raises:
+      ValueError: the folder holds a course where some of that was otherwise.
+    """
+    now = {flag.name: flag.value for flag in (_SPLIT, _LIMIT, _MAX_EXPANSIONS)}
+    now = json.loads(json.dumps(now | dict(_flatten(config))))
+    path = out / "settings.json"
+    if path.exists():
+        then = json.loads(path.read_text())
+        require_same(f"--out={out} holds a course", then, {**dict.fromkeys(then), **now})
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with write_whole(path) as beside:
+        beside.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def _flatten(config: dict[str, Any], above: str = "config") -> Iterator[tuple[str, Any]]:
+    """The settings of a nested config by their flags."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{above}.{name}")
+        else:
+            yield f"{above}.{name}", value
 
 
 def _run_seed(train: dict[str, Any], folder: pathlib.Path, seed: int) -> Iterator[Point]:

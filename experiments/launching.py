@@ -8,6 +8,7 @@ interruption is status 130, and a bug keeps its traceback.
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
 import pathlib
@@ -23,7 +24,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from rlm_jax.core.mesh import AXES, make_mesh
 
@@ -106,6 +107,12 @@ def read_config(flag: flags.FlagHolder[Any]) -> dict[str, Any]:
     return flag.value.copy_and_resolve_references().to_dict()
 
 
+def require_folder(flag: str, path: pathlib.Path) -> None:
+    """Raises ValueError where a flag that is to name a folder, which may be new, names a file."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--{flag}={path} is a file; accepted is a folder")
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, apart by version and by the processor's abilities."""
     if not _CACHE.value:
@@ -175,18 +182,36 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
         raise ValueError(describe(error)) from error
     except (AttributeError, KeyError, TypeError) as error:
         # So ml_collections says that an override names no field of the config.
+        argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
         overrides = [arg.split("=")[0] for arg in argv if re.match(r"--?config\.", arg)]
         if not overrides:
             raise
-        words = set(re.findall(r"\w+", str(error)))
-        wrong = [name for name in overrides if words.intersection(name.split(".")[1:])]
-        hint = re.search(r'Did you mean "(\w+)"', str(error))
-        known = f"; did you mean {hint[1]}?" if hint else ""
-        names = ", ".join(wrong or overrides)
-        raise ValueError(f"{names}: no such field in --config{known}") from error
+        config = _load_config(argv)
+        lacks = [f"{name}: {lack}" for name in overrides if (lack := _find_lack(config, name))]
+        said = "; ".join(lacks) or f"{', '.join(overrides)}: {describe(error)}"
+        raise ValueError(said) from error
     if len(rest) > 1:
         raise ValueError(f"not a flag: {rest[1]!r} (--help lists the flags)")
     return rest
+
+
+def _load_config(argv: Sequence[str]) -> Any:
+    """The config that --config names, without what the other flags change in it."""
+    words = [word for arg in argv for word in arg.split("=", 1)]
+    path = next(after for word, after in itertools.pairwise(words) if word.strip("-") == "config")
+    return flags.FLAGS["config"].parser.parse(path)
+
+
+def _find_lack(config: Any, override: str) -> str | None:
+    """What to say of an override whose field is not in a config; None where it is there."""
+    known, *names = override.lstrip("-").split(".")
+    for name in names:
+        if not isinstance(config, ConfigDict):
+            return f"no such field in --config; {known} has none"
+        if name not in config:
+            return f"no such field in --config; those of {known} are {', '.join(config)}"
+        known, config = f"{known}.{name}", config[name]
+    return None
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -31,8 +31,10 @@ def main() -> None:
     """Checks the flags, makes the problems, says where they are."""
     if not _TASK.value or not _OUT.value:
         raise ValueError(f"--{'out' if _TASK.value else 'task'} is missing")
-    examples = _make_examples(_TASK.value)
     path = pathlib.Path(_OUT.value)
+    if path.is_dir():
+        raise ValueError(f"--out={path} is a folder; accepted is a file (.jsonl)")
+    examples = _make_examples(_TASK.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     count = write_problems(path, examples)
     print(f"{count} problems: {path}")

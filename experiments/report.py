@@ -15,12 +15,24 @@ from absl import flags
 
 from rlm_jax.evaluation.improvement import TITLE as IMPROVEMENT_TITLE
 from rlm_jax.evaluation.improvement import write_improvement
-from rlm_jax.evaluation.results import name_row, price_by_chains, read_results
+from rlm_jax.evaluation.results import Result, name_row, price_by_chains, read_results
 
 _RESULTS = flags.DEFINE_string("results", None, "results.jsonl of evaluate.py.")
 _OUT = flags.DEFINE_string("out", None, "The page to write.")
 _IMPROVEMENT = flags.DEFINE_list("improvement", [], "Each an improvement.jsonl of improve.py.")
 flags.adopt_module_key_flags(launching)
+
+# What the page says of each line.
+_ROW_FIELDS = (
+    "split", "strategy", "model", "max_expansions", "budget_tokens", "seed", "blind",
+)  # fmt: skip
+RESULT_FIELDS = (
+    *_ROW_FIELDS, "n", "accuracy", "interval_95", "expansions", "generated_tokens", "command",
+)  # fmt: skip
+CALIBRATION_FIELDS = (
+    *_ROW_FIELDS, "depth", "num_states", "num_solvable", "num_problems", "auc", "ece",
+)  # fmt: skip
+POINT_FIELDS = ("seed", "arm", "round", "steps", "seconds", "results", "calibration", "command")
 
 HEAD = """# Results
 
@@ -71,18 +83,20 @@ def main() -> None:
     """Reads, groups by test set and model, and writes."""
     if not _RESULTS.value or not _OUT.value:
         raise ValueError("--results=FILE and --out=FILE are both needed")
-    path = _find("results", _RESULTS.value)
-    results = read_results(path)
+    path = pathlib.Path(_RESULTS.value)
+    results = _read("results", path, RESULT_FIELDS)
     parts = [HEAD]
     for title, rows in _group(results):
         parts.append(f"## {title}\n\n{_write_table(rows)}\n")
-    calibrations = read_results(path.with_name("calibration.jsonl"))
+    calibrations = read_results(path.with_name("calibration.jsonl"), CALIBRATION_FIELDS)
     if calibrations:
         parts.append(CALIBRATION_HEAD)
     for title, rows in _group(calibrations):
         parts.append(f"### {title}\n\n{_write_calibration(rows)}\n")
     if _IMPROVEMENT.value:
-        courses = [read_results(_find("improvement", name)) for name in _IMPROVEMENT.value]
+        courses = [
+            _read("improvement", pathlib.Path(name), POINT_FIELDS) for name in _IMPROVEMENT.value
+        ]
         parts.append(write_improvement(*courses))
     elif kept := _read_section(pathlib.Path(_OUT.value), IMPROVEMENT_TITLE):
         parts.append(kept)
@@ -98,29 +112,36 @@ def _read_section(page: pathlib.Path, title: str) -> str:
     return f"## {sections[0]}" if sections else ""
 
 
-def _find(flag: str, name: str) -> pathlib.Path:
-    path = pathlib.Path(name)
+def _read(flag: str, path: pathlib.Path, needs: tuple[str, ...]) -> list[Result]:
+    """The lines of the file that a flag names.
+
+    Raises:
+      ValueError, FileNotFoundError: there is none, or it is of another kind.
+    """
     if not path.exists():
         raise FileNotFoundError(f"--{flag}={path}: there is no such file")
-    return path
+    try:
+        return read_results(path, needs)
+    except ValueError as error:
+        raise ValueError(f"--{flag}={error}") from None
 
 
-def _group(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _group(rows: list[Result]) -> list[tuple[str, list[Result]]]:
     """Rows of one test set and model; where there are several models, the title names it."""
     several = len({row["model"] for row in rows}) > 1
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Result]] = {}
     for row in rows:
         title = f"{row['split']}, {row['model']}" if several else row["split"]
         groups.setdefault(title, []).append(row)
     return list(groups.items())
 
 
-def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+def _order(row: Result) -> tuple[Any, ...]:
     chains = row.get("num_chains") or 0
     return (row["max_expansions"] or 0, row["strategy"], chains, row["blind"], row["budget_tokens"])
 
 
-def _write_table(rows: list[dict[str, Any]]) -> str:
+def _write_table(rows: list[Result]) -> str:
     heads = (
         "strategy", "expansions at most", "tokens at most", "n", "accuracy", "95%", "expansions",
         "tokens", "read", "best of N needs", "seed",
@@ -146,7 +167,7 @@ def _write_table(rows: list[dict[str, Any]]) -> str:
     return _lay_out(heads, lines)
 
 
-def _write_tokens(row: dict[str, Any]) -> str:
+def _write_tokens(row: Result) -> str:
     if row["blind"]:
         return "-"
     tokens = f"{row['generated_tokens']:.0f}"
@@ -154,12 +175,12 @@ def _write_tokens(row: dict[str, Any]) -> str:
     return tokens if in_turn is None else f"{tokens}; in turn {in_turn:.0f}"
 
 
-def _write_read(row: dict[str, Any]) -> str:
+def _write_read(row: Result) -> str:
     read = row.get("scored_tokens")
     return "-" if read is None or row["blind"] else f"{read:.0f}"
 
 
-def _write_prices(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def _write_prices(row: Result, rows: list[Result]) -> str:
     """`430 (2.9x); in turn 120 (0.8x)`."""
     said = []
     for way, price in price_by_chains(row, rows).items():
@@ -169,7 +190,7 @@ def _write_prices(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "; ".join(said) or "-"
 
 
-def _write_calibration(rows: list[dict[str, Any]]) -> str:
+def _write_calibration(rows: list[Result]) -> str:
     heads = (
         "strategy", "expansions at most", "tokens at most", "moves", "states", "solvable",
         "problems", "AUC", "ECE", "seed",

@@ -30,8 +30,9 @@ from watching import Watch, say
 
 from rlm_jax.core.stopping import catch_stop
 from rlm_jax.data.problems import read_problems
-from rlm_jax.data.records import Record, RecordWriter, list_changes, read_records
+from rlm_jax.data.records import RecordWriter, read_records
 from rlm_jax.evaluation import build, pause, solver
+from rlm_jax.evaluation.resume import read_finished
 from rlm_jax.reasoning.drive import Limits
 from rlm_jax.reasoning.sharding import count_shards
 from rlm_jax.reasoning.structure import Structure
@@ -241,7 +242,16 @@ def _read_question(task: Task, question: str) -> Example:
     except UnicodeEncodeError:
         raise ValueError("--question is not UTF-8") from None
     problem = Problem(question, id="question") if task.read is None else task.read(question)
-    return problem, Gold(_ANSWER.value)
+    gold, answer = Gold(_ANSWER.value), _ANSWER.value
+    if answer is not None:
+        try:
+            # Says now, and not behind a search, that it can grade nothing by the answer.
+            task.verify(problem, gold, "")
+        except ValueError as error:
+            raise ValueError(
+                f"--answer={answer!r:.60}: accepted is what task {task.name!r} grades by ({error})"
+            ) from None
+    return problem, gold
 
 
 @contextlib.contextmanager
@@ -254,8 +264,7 @@ def _open_files() -> Iterator[Files | None]:
         return
     default = pathlib.Path("runs") / f"solve-{pathlib.Path(_PROBLEMS.value or 'question').stem}"
     folder = pathlib.Path(_OUT.value) if _OUT.value else default
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out={folder} is a file; accepted is a folder")
+    launching.require_folder("out", folder)
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(RecordWriter(folder / "records.jsonl"))
         trace = None
@@ -303,30 +312,10 @@ def _unfinished(
       ValueError: the file holds records of the strategy under other settings or another seed,
         or another question under the id of one of the examples.
     """
-    questions = {problem.id: problem.question for problem, _ in examples}
-    done = set()
-    for record in read_records(writer.path):
-        if record["strategy"] != name:
-            continue
-        _check_same_run(writer.path, record, plan)
-        if questions.get(record["id"], record["question"]) != record["question"]:
-            raise ValueError(
-                f"{writer.path} holds another question under the id {record['id']!r}; "
-                "name another --out"
-            )
-        done.add(record["id"])
+    settings = plan.settings | {"seed": _SEED.value}
+    problems = [problem for problem, _ in examples]
+    done = {record["id"] for record in read_finished(writer.path, name, settings, problems)}
     return [example for example in examples if example[0].id not in done]
-
-
-def _check_same_run(path: pathlib.Path, record: Record, plan: build.Plan) -> None:
-    now = plan.settings | {"seed": _SEED.value}
-    then = record["config"] | {"seed": record["seed"]}
-    other = list_changes(then, now)
-    if other:
-        raise ValueError(
-            f"{path} holds records of {record['strategy']} with {', '.join(other)}; "
-            "name another --out, or go on with the same settings"
-        )
 
 
 def _make_solver(

@@ -134,6 +134,8 @@ def _make_open(shape):
     def open_batch(lm, keys):
         none = jax.random.key_data(keys)[..., 0].astype(jnp.int32) * 0
         structure, world = make_world(lm, none, shape.width, cfg=shape.language)
+        # All constants, and XLA would take seconds to sort them while it compiles.
+        structure = jax.lax.optimization_barrier(structure)
         return start(
             shape.strategy,
             keys,

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from rlm_jax.evaluation.chains import Price
-from rlm_jax.evaluation.results import name_row, price_by_chains, read_results
+from rlm_jax.evaluation.results import (
+    Cell,
+    name_row,
+    price_by_chains,
+    read_cells,
+    read_results,
+    write_cell,
+)
 
 
 def make(strategy="best_first", accuracy=0.8, tokens=150.0, **fields):
@@ -62,3 +69,36 @@ def test_results_come_back_from_their_file(tmp_path):
     assert read_results(path) == []
     path.write_text("".join(json.dumps(row) + "\n" for row in CHAINS) + "\n")
     assert read_results(path) == CHAINS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: not a JSON object"),
+        ('{"split": "s", "seed": 0}', "line 2: lacks strategy, max_expansions, budget_tokens, n$"),
+    ],
+)
+def test_a_line_that_is_no_result_is_named(tmp_path, line, message):
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n" + line + "\n")
+    with pytest.raises(ValueError, match=rf"results\.jsonl: {message}"):
+        read_cells(path, ("n",))
+
+
+def test_a_cell_is_written_in_place_of_what_it_had(tmp_path):
+    path = tmp_path / "out" / "results.jsonl"
+    one, other = (Cell("game24", "greedy", None, 64, seed) for seed in (0, 1))
+    write_cell(path, one, [make("greedy", split="game24", max_expansions=None, budget_tokens=64)])
+    (old,) = read_results(path)
+    # As earlier versions wrote it.
+    del old["num_chains"], old["blind"]
+    path.write_text(json.dumps(old) + "\n")
+    second = old | {"seed": 1}
+    write_cell(path, other, [second, second])
+    assert read_cells(path) == {one: [old], other: [second, second]}
+    write_cell(path, one, [old | {"accuracy": 0.9}])
+    assert read_results(path) == [second, second, old | {"accuracy": 0.9}]
+    write_cell(path, other, [])
+    assert list(read_cells(path)) == [one]
+    assert [file.name for file in path.parent.iterdir()] == ["results.jsonl"]

@@ -1,6 +1,7 @@
 """improve.py: two arms from the same networks, and the table of both."""
 
 import json
+import subprocess
 
 import pytest
 from running import run_program
@@ -16,6 +17,7 @@ CONFIG = "--config=configs/countdown.py:smoke"
     [
         ((), "--out=DIR is missing"),
         (("--seeds=a",), "--seeds=a: accepted are whole numbers"),
+        (("--max_expansions=0",), "--max_expansions=0: 0 is not a positive integer"),
         (("--config.train.num_steps=3",), "train.num_steps=3: accepted is >= 4, twice"),
         (("--config.train.search.num_steps=0",), "train.search.num_steps=0: accepted is >= 4"),
     ],
@@ -26,6 +28,37 @@ def test_wrong_flags_are_named(flags, message, tmp_path):
     assert done.status == 2
     assert message in done.err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), None),
+        (("--seeds=5", "--rounds=2"), None),
+        (("--limit=5",), "limit=4 (now 5)"),
+        (("--max_expansions=9", "--split=game24"), "max_expansions=8 (now 9)"),
+        (("--max_expansions=9", "--split=game24"), "split='countdown4-inputs' (now 'game24')"),
+        (
+            ("--config.train.search.num_steps=99",),
+            "holds a course with config.train.search.num_steps=2 (now 99); name another --out",
+        ),
+    ],
+)
+def test_a_course_goes_on_under_its_own_settings_alone(flags, message, tmp_path, monkeypatch):
+    started = []
+
+    def stop(command, check):
+        started.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", stop)
+    first = (CONFIG, f"--out={tmp_path}", "--limit=4", "--config.train.log_steps=1")
+    assert run_program("improve.py", *first).status == 3
+    done = run_program("improve.py", *first, *flags)
+    assert len(started) == (2 if message is None else 1)
+    assert done.status == (3 if message is None else 2)
+    assert (message or "") in done.err
+    assert done.err.count("\n") == (message is not None)
 
 
 @pytest.mark.slow

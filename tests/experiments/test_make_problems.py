@@ -37,6 +37,7 @@ def test_problems_of_reasoning_gym(tmp_path):
         (("--out=x.jsonl",), "--task is missing"),
         (("--task=sums", "--out=x.jsonl"), "--task=sums: accepted are arithmetic, countdown"),
         (("--task=game24", "--out=x.jsonl"), "--task=game24: accepted are"),
+        (("--task=sat", "--out=configs"), "--out=configs is a folder; accepted is a file"),
         (("--task=sat", "--difficulty=2", "--out=x.jsonl"), "difficulty must be in [0, 1]"),
         (("--task=sat", "--num_problems=0", "--out=x.jsonl"), "num_problems"),
         (

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from running import run_program
 
 CELL = {
@@ -104,6 +105,27 @@ def test_missing_files_are_named(tmp_path):
     done = run_program("report.py", f"--results={tmp_path}/none", f"--out={tmp_path}/page.md")
     assert done.status == 2
     assert "there is no such file" in done.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "line", "message"),
+    [
+        ("results", b"# Results", "line 2: not JSON"),
+        ("results", b"\xff\xfe", "line 2: not JSON"),
+        ("results", b"[1]", "line 2: not a JSON object"),
+        ("results", json.dumps(CALIBRATIONS[0]).encode(), "line 2: lacks n, accuracy, interv"),
+        ("improvement", json.dumps(RESULTS[0]).encode(), "line 2: lacks arm, round, steps"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, flag, line, message):
+    write(tmp_path / "results.jsonl", RESULTS)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes(b"\n" + line + b"\n")
+    flags = (f"--results={tmp_path}/results.jsonl", f"--{flag}={broken}")
+    done = run_program("report.py", *flags, f"--out={tmp_path}/page.md")
+    assert done.status == 2
+    assert done.err.startswith(f"report.py: --{flag}={broken}: {message}")
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_self_improvement_stands_beside_it(tmp_path):

@@ -310,6 +310,10 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
         ([*SMOKE, "--problems=configs"], "configs is a folder"),
         ([*SMOKE, "--problems=y", "--answer=2"], "--answer belongs to --question"),
         (
+            [*SMOKE, "--question=How many?", "--config.task=gsm8k", "--answer=abc"],
+            "--answer='abc': accepted is what task 'gsm8k' grades by .*'abc' is not a number",
+        ),
+        (
             [*SMOKE, "--question=x", "--strategy=mcts"],
             "'mcts': accepted are greedy, greedy_no_repeats, greedy_guided, greedy",
         ),
@@ -348,8 +352,14 @@ def test_a_question_too_long_for_the_context_is_skipped_in_a_file(solve, undistu
         ([*SMOKE, "--question=x", "--config.nothing=1"], r"--config\.nothing: no such field"),
         (
             [*SMOKE, "--question=x", "--config.batch_size=2", "--config.puct.nodes=9"],
-            r"(?<!, )--config\.puct\.nodes: no such field",  # And not the others.
+            r"(?<!; )--config\.puct\.nodes: no such field [^;]*; those of config\.puct are "
+            "[^;]*num_nodes",  # And not the others.
         ),
+        (
+            ["--config", "configs/smollm2.py:smoke", "--config.greedy.sampling.typo=1"],
+            r"typo: no such field in --config; those of config\.greedy\.sampling are [^;]*top_p",
+        ),
+        ([*SMOKE, "--config.task.typo=1"], r"typo: no such field in --config; config\.task has n"),
         ([*SMOKE, "--question=x", "--config.task=poetry"], "'poetry': accepted are free, gsm8k"),
         ([*SMOKE, "--question=x", "--config.evaluator=me"], "'me': accepted are confidence"),
         ([*SMOKE, "--question=x", "--config.dtype=int8"], "dtype 'int8' is not supported"),
