@@ -10,9 +10,10 @@ python experiments/evaluate.py --config=configs/countdown.py --model=DIR/policy 
     --split=countdown4-inputs --strategy=greedy,best_first --max_expansions=8,16 --out=DIR/results
 
 `--config=configs/countdown.py:smoke` is the same program at a size that runs in seconds and learns
-nothing of use. `:scarce` is a smaller network with no more than 4,096 demonstrations, for
-experiments/improve.py: what is left to learn it has to find by search. `:scarce_legal` is the same
-where chains and searches are held to legal lines: the rules are known, which line leads on is not.
+nothing of use; solve.py and evaluate.py take it with the --model=DIR/policy that it trained.
+`:scarce` is a smaller network with no more than 4,096 demonstrations, for experiments/improve.py:
+what is left to learn it has to find by search. `:scarce_legal` is the same where chains and
+searches are held to legal lines: the rules are known, which line leads on is not.
 """
 
 from ml_collections import ConfigDict
@@ -313,6 +314,8 @@ def _shrink(config: ConfigDict) -> None:
         config[name].update({"num_nodes": 17, "num_children": 2})
     for name in ("best_first_widening", "best_first_widening_controlled"):
         config[name].update({"num_nodes": 17, "num_children": 1})
+    # Nor do its likeliest lines follow; where they are drawn others come.
+    config.best_first.sampling.update({"method": "stochastic_beam", "min_ratio": 0.0})
     # A random network's tokens do not spell a task's lines.
     for name in ("greedy_controlled", *LOOK_AHEAD):
         config[name].sampling.update({"legal_only": False, "outcome_weight": 0.0})

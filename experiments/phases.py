@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from training_settings import Search, Settings, Supervised, Walking, as_sizes, make_named
+from training_settings import Search, Settings, Supervised, Walking, make_named
 from walks import open_walks, sample_chains
 
 from rlm_jax.core.sharding import TENSOR_PARALLEL, Rules
-from rlm_jax.data.countdown import draw_problems, is_held_out_question, make_shards
+from rlm_jax.data.countdown import draw_problems, is_held_out_question, make_shards, passes_held_out
 from rlm_jax.data.countdown_states import make_states
 from rlm_jax.data.examples import TokenExample, TokenTable
 from rlm_jax.data.generated import NUM_SHARDS, GeneratedSource, make_ahead, mix_shards
@@ -210,6 +210,7 @@ def read_solutions(config: dict[str, Any], tokenizer: Tokenizer) -> Sequence[Tok
         task=build.TASKS[config["task"]],
         tokenizer=tokenizer,
         held_out_fn=is_held_out_question,
+        passes_fn=passes_held_out,
         max_per_problem=records["max_per_problem"],
     )
 
@@ -352,7 +353,7 @@ def make_search_program(run: Run, networks: Networks) -> SearchProgram:
 
     def draw(number: int) -> tuple[Any, Any, Any]:
         rng = np.random.default_rng([run.train["seed"], 1, number])
-        problems = draw_problems(rng, search["num_problems"], as_sizes(search["sizes"]))
+        problems = draw_problems(rng, search["num_problems"], settings.sizes)
         prompts = [encode_problem(run.tokenizer, one.task, problem) for problem in problems]
         tokens, lengths = pad_prompts(prompts, run.config["bucket_tokens"])
         keys = jax.random.split(jax.random.key(number), len(problems))

@@ -28,7 +28,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 from phases import Phase, Run
-from training_settings import Settings, read_settings
+from training_settings import Settings, list_phases, list_used, read_settings
 
 from rlm_jax.core.files import write_whole
 from rlm_jax.core.sharding import FSDP, TENSOR_PARALLEL
@@ -75,10 +75,6 @@ TOKENIZER = "tokenizer.model"
 NOT_FINITE = 3
 
 
-class _StoppedError(Exception):
-    """A phase was stopped before its last step; what it did is a checkpoint."""
-
-
 class _Outputs(NamedTuple):
     """Where a phase leaves what it does."""
 
@@ -98,6 +94,7 @@ def main() -> None:
     if _FSDP.value and mesh is None:
         raise ValueError("--fsdp needs --mesh, as in --mesh=data=8")
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    launching.require_folder("workdir", workdir)
     settings = read_settings(config, str(workdir / TOKENIZER), mesh)
     start = _load_start(config["train"]["begin_with"])
     _check_state_value(config, settings, start)
@@ -106,14 +103,10 @@ def main() -> None:
     _require_disjoint(run)
     networks = _draw_networks(run) if start is None else phases.take_networks(run, start)
     with catch_stop() as is_stopped:
-        try:
-            if run.settings.state_value is not None:
-                found = _run_phase(run, phases.make_state_value(run), is_stopped)
-                run = run._replace(state_value=found)
-            networks = _train_policy(run, networks, is_stopped)
-        except _StoppedError:
-            print("stopped; the same command goes on from the last checkpoint")
-            return
+        if run.settings.state_value is not None:
+            found = _run_phase(run, phases.make_state_value(run), is_stopped)
+            run = run._replace(state_value=found)
+        networks = _train_policy(run, networks, is_stopped)
     _export(run, networks)
 
 
@@ -240,7 +233,7 @@ def _run_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any:
 
     Raises:
       SystemExit: an update was refused; the state before it is a checkpoint.
-      _StoppedError: it was stopped before.
+      KeyboardInterrupt: it was stopped before; what it did is a checkpoint.
     """
     try:
         return _finish_phase(run, phase, is_stopped)
@@ -259,7 +252,7 @@ def _finish_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any
     ) as checkpoints:
         done = checkpoints.latest_step()
         if done is not None:
-            _require_same_config(train, read_extra(checkpoints)["train"])
+            _require_same_config(run, read_extra(checkpoints))
             state, extra = restore_checkpoint(checkpoints, state)
             position = extra["position"]
         if done == phase.num_steps:
@@ -276,7 +269,7 @@ def _finish_phase(run: Run, phase: Phase, is_stopped: Callable[[], bool]) -> Any
             outputs = _Outputs(checkpoints, write, display)
             state = _take_steps(run, phase, steps, done or 0, outputs, is_stopped)
     if state is None:
-        raise _StoppedError
+        raise KeyboardInterrupt
     return phase.networks(state)
 
 
@@ -304,7 +297,7 @@ def _take_steps(
         if logs or looks or saves or stopped:
             means = _read(pending)
             if not all(map(math.isfinite, means.values())):
-                _refuse(checkpoints, pending, step, state, train, position_fn())
+                _refuse(checkpoints, pending, step, state, run, position_fn())
             if logs or stopped:
                 write(step, means)
                 display.update(step, metrics=_shown(means))
@@ -315,7 +308,7 @@ def _take_steps(
             write(step, scores, {"trees": trees})
             display.update(step, metrics=scores)
         if saves or stopped or (looks and train["keep_best"]):
-            _save(checkpoints, step, state, train, position_fn(), scores)
+            _save(checkpoints, step, state, run, position_fn(), scores)
         if ends:
             return state
         if stopped:
@@ -324,7 +317,7 @@ def _take_steps(
 
 
 def _refuse(
-    checkpoints: Checkpoints, pending: list[Any], step: int, state: Any, train: Any, position: Any
+    checkpoints: Checkpoints, pending: list[Any], step: int, state: Any, run: Run, position: Any
 ) -> None:
     """Ends a run at a step whose update was refused, with the networks before it saved.
 
@@ -334,7 +327,7 @@ def _refuse(
     bad = find_bad_step(pending, step)
     if bad is None:
         return
-    _save(checkpoints, bad.step, accept_updates(state), train, position)
+    _save(checkpoints, bad.step, accept_updates(state), run, position)
     checkpoints.wait()
     raise FloatingPointError(
         f"{bad.metric} is {bad.value} at step {bad.step}: its update was refused. The networks "
@@ -347,11 +340,12 @@ def _save(
     checkpoints: Checkpoints,
     step: int,
     state: Any,
-    train: Any,
+    run: Run,
     position: Any,
     scores: dict[str, float] | None = None,
 ) -> None:
-    extra = {"train": train, "position": position, "command": sys.argv}
+    used = list_used(run.config, run.settings)
+    extra = {"train": run.train, "used": used, "position": position, "command": sys.argv}
     save_checkpoint(checkpoints, step, state, extra, scores)
 
 
@@ -387,14 +381,27 @@ def _is_right(record: dict[str, Any]) -> bool:
     return record["correct"] is True
 
 
-def _require_same_config(now: dict[str, Any], saved: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(now))
-    other = list_changes(saved, {**dict.fromkeys(saved), **now})
+def _require_same_config(run: Run, saved: dict[str, Any]) -> None:
+    """Raises ValueError where a checkpoint's run was asked for something else."""
+    train, used = json.loads(json.dumps([run.train, list_used(run.config, run.settings)]))
+    other = list_changes(saved["train"], {**dict.fromkeys(saved["train"]), **train})
+    # Older checkpoints know less of it, or nothing.
+    known = saved.get("used", {})
+    other += list_changes(known, {name: used[name] for name in used if name in known})
     if other:
         raise ValueError(
             f"--workdir={_WORKDIR.value} holds a run with {', '.join(other)}; give another "
             "--workdir, or the config of that run"
         )
+
+
+def _find_command(run: Run) -> list[str]:
+    """The command that took the last step, which may have been an earlier one."""
+    names = list_phases(run.settings)
+    if not names:
+        return sys.argv
+    with open_checkpoints(run.workdir / "checkpoints" / names[-1], read_only=True) as checkpoints:
+        return read_extra(checkpoints)["command"]
 
 
 def _export(run: Run, networks: Networks) -> None:
@@ -406,7 +413,7 @@ def _export(run: Run, networks: Networks) -> None:
         run.workdir / TOKENIZER,
         value_head=networks.value_head,
         state_value=run.state_value,
-        metadata={"command": sys.argv, "train": json.loads(json.dumps(run.train))},
+        metadata={"command": _find_command(run), "train": json.loads(json.dumps(run.train))},
         overwrite=True,
     )
     print(f"the trained networks are in {folder}")

@@ -1,12 +1,13 @@
 """The settings of a training run: what a config asks of each phase, checked before any starts."""
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from walks import WalkSettings
 
-from rlm_jax.data.countdown import CountdownMix
+from rlm_jax.data.countdown import CountdownMix, check_sizes
 from rlm_jax.data.countdown_states import StateMix
 from rlm_jax.data.packing import Packed
 from rlm_jax.evaluation import build
@@ -22,6 +23,10 @@ from rlm_jax.tasks.countdown import NUM_GOALS
 
 # Siblings that are compared for each one that a search which widens writes at once.
 _MOST_WIDENED = 16
+# Behind a move from more numbers stand states that are problems of a test set.
+_MOST_SEARCHED = 4
+# The networks are those of `train`.
+_NOT_USED = ("model", "dtype", "quantize")
 
 
 class StateValued(NamedTuple):
@@ -57,6 +62,7 @@ class Search(NamedTuple):
     """Settings of the search phase. lora: None where all of the policy is learned."""
 
     plan: build.Plan
+    sizes: tuple[tuple[int, float], ...]
     collect: CollectConfig
     step: SearchStepConfig
     loss: LossConfig
@@ -98,7 +104,8 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
     scores = tuple(f"{name}_accuracy" for name in strategies)
     if train["best_metric"] not in scores:
         raise ValueError(f"train.best_metric {train['best_metric']!r}: accepted are {scores}")
-    data = {**train["data"], "sizes": as_sizes(train["data"]["sizes"])}
+    _check_records(train)
+    data = {**train["data"], "sizes": _read_sizes("train.data", train["data"])}
     num_shards = data.pop("num_shards")
     if num_shards is not None and num_shards < 1:
         raise ValueError(f"train.data.num_shards must be >= 1, got {num_shards}")
@@ -120,10 +127,45 @@ def read_settings(config: Mapping[str, Any], tokenizer: str, mesh: Mesh | None) 
     )
 
 
+def list_used(config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """What the phases use of a config beside `train`, in JSON, by phase and name."""
+    # Of walks that begin again, all chains are written alike.
+    plans = {"walks": settings.walking[0].plan} if settings.walking else {}
+    if settings.search is not None:
+        plans["search"] = settings.search.plan
+    return {
+        f"{phase}.{name}": value
+        for phase, plan in plans.items()
+        for name, value in {**plan.settings, "bucket_tokens": config["bucket_tokens"]}.items()
+        if name not in _NOT_USED
+    }
+
+
+def list_phases(settings: Settings) -> list[str]:
+    """The names of a run's phases, in turn."""
+    names = [name for name in ("state_value", "supervised") if getattr(settings, name) is not None]
+    names += [walking.name for walking in settings.walking]
+    return names if settings.search is None else [*names, "search"]
+
+
+def _check_records(train: Mapping[str, Any]) -> None:
+    """Raises ValueError where solutions that were found before would not be learned from."""
+    paths, share = tuple(train["records"]["paths"]), train["records"]["share"]
+    if not 0 <= share <= 1 or bool(share) != bool(paths):
+        accepted = "more than 0, at most 1, with" if paths else "0 without"
+        raise ValueError(f"train.records.share={share}: accepted is {accepted} train.records.paths")
+    if paths and not train["num_steps"]:
+        raise ValueError(
+            f"train.records.paths={paths}: accepted with train.num_steps above 0, as the "
+            "supervised phase alone learns from records"
+        )
+
+
 def _read_state_value(train: Mapping[str, Any], mesh: Mesh | None) -> StateValued:
     where, own = "train.state_value", train["state_value"]
     steps = {"num_steps": own["num_steps"]}
-    mix = {**own["data"], "seed": train["seed"], "sizes": as_sizes(own["data"]["sizes"])}
+    mix = {**own["data"], "seed": train["seed"]}
+    mix["sizes"] = _read_sizes(f"{where}.data", own["data"])
     _check_split(f"{where}.data.num_states", mix["num_states"], mesh)
     goals = {"num_goals": NUM_GOALS}
     return StateValued(
@@ -182,7 +224,7 @@ def _read_walking(
     plan = make_named("train.walks", build.plan_strategy, one_chain)
     _check_split("train.walks.rows", walks["rows"], mesh)
     changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
-    changes |= {"sizes": as_sizes(walks["sizes"]), "seed": train["seed"] + number}
+    changes |= {"sizes": _read_sizes("train.walks", walks), "seed": train["seed"] + number}
     mix = make_named("train.walks", CountdownMix, data, changes)
     learning = _read_supervised("train.walks", {**train, **walks}, data["num_goals"], mesh)
     own = {name: walks[name] for name in ("num_chains", "num_shards")}
@@ -195,6 +237,20 @@ def _read_walking(
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
     train, search = config["train"], config["train"]["search"]
     plan = build.plan_strategy({**config, "batch_size": 1}, search["strategy"])
+    if not config["use_verifier"]:
+        raise ValueError(
+            "use_verifier=False: accepted is True with train.search.num_steps above 0, as searches "
+            "teach what the verifier says"
+        )
+    sizes = _read_sizes("train.search", search)
+    if any(size > _MOST_SEARCHED for size, _ in sizes):
+        raise ValueError(
+            f"train.search.sizes={sizes}: accepted are 2 to {_MOST_SEARCHED} numbers, as searches "
+            "of more pass problems of the test sets"
+        )
+    make_named("train.search", check_sizes, {"sizes": sizes, "most": _MOST_SEARCHED})
+    if search["budget_tokens"] < 1:
+        raise ValueError(f"train.search.budget_tokens={search['budget_tokens']}: accepted is >= 1")
     step = make_named("train.search.step", SearchStepConfig, search["step"])
     _check_split("train.search.num_problems", search["num_problems"], mesh)
     _check_split("train.search.step.batch_rows", step.batch_rows, mesh)
@@ -207,13 +263,20 @@ def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
     _read_head(train, loss.value_loss)
     updates = {"num_steps": search["num_steps"] * step.num_updates}
     optimizer = make_named("train.search.optimizer", OptimizerConfig, updates, search["optimizer"])
+    collect = make_named("train.search.collect", CollectConfig, shape, search["collect"])
+    if collect.row_tokens < config["bucket_tokens"]:
+        raise ValueError(
+            f"train.search.collect.row_tokens={collect.row_tokens}: accepted is >= "
+            f"{config['bucket_tokens']}, the bucket_tokens of a prompt"
+        )
     lora = None
     if search["lora_rank"]:
         fields = {"rank": search["lora_rank"], "alpha": search["lora_alpha"]}
         lora = make_named("train.search.lora_rank, lora_alpha", LoraConfig, fields)
     return Search(
         plan=plan,
-        collect=make_named("train.search.collect", CollectConfig, shape, search["collect"]),
+        sizes=sizes,
+        collect=collect,
         step=step,
         loss=loss,
         optimizer=optimizer,
@@ -243,6 +306,11 @@ def _check_split(name: str, size: int, mesh: Mesh | None, num_parts: int = 1) ->
         )
 
 
-def as_sizes(sizes: Any) -> tuple[tuple[int, float], ...]:
+def _read_sizes(where: str, part: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
     """Numbers of a problem and their shares, as a config holds them, in tuples."""
-    return tuple((int(size), float(share)) for size, share in sizes)
+    try:
+        return tuple((operator.index(size), float(share)) for size, share in part["sizes"])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{where}.sizes={part['sizes']}: accepted are pairs of a whole number and its share"
+        ) from None

@@ -10,7 +10,15 @@ import numpy as np
 from rlm_jax.data.demonstrations import tokenize_demonstration
 from rlm_jax.data.examples import TokenExample
 from rlm_jax.tasks.base import Problem
-from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, draw_solvable, make_problem, read
+from rlm_jax.tasks.countdown import (
+    MAX_NUMBER,
+    NUM_NUMBERS,
+    TARGETS,
+    draw_solvable,
+    make_problem,
+    read,
+    read_line,
+)
 from rlm_jax.tasks.countdown_demos import (
     correct_walks,
     demonstrate,
@@ -18,7 +26,7 @@ from rlm_jax.tasks.countdown_demos import (
     demonstrate_states,
 )
 from rlm_jax.tasks.countdown_lines import demonstrate_lines
-from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_target
+from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_state, is_held_out_target
 from rlm_jax.tasks.demonstrations import Demonstration
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,7 +41,7 @@ class CountdownMix:
       tokenizer: path of the tokenizer's file or folder.
       seed: of everything; another seed shares no problem on purpose.
       shard_examples: examples of a shard.
-      sizes: numbers of a problem and their shares, which sum to 1.
+      sizes: numbers of a problem, at most 6, and their shares, which sum to 1.
       state_share: examples that are a state alone, behind one move of a problem of four numbers or
         more, and what it is worth: short, so that many of them are few tokens.
       line_share: of the others, examples that teach how lines end that begin at random, no more.
@@ -58,16 +66,25 @@ class CountdownMix:
     num_goals: int = 0
 
     def __post_init__(self):
+        # A walk through seven numbers takes the solver seconds.
+        check_sizes(self.sizes, max(NUM_NUMBERS))
         shares = ("state", "line", "opening", "small", "wrong", "stray")
         check_shares(self, (*(f"{name}_share" for name in shares), "return_weight"))
         if self.shard_examples < 1:
             raise ValueError(f"shard_examples must be >= 1, got {self.shard_examples}")
 
 
+def check_sizes(sizes: Sequence[tuple[int, float]], most: int) -> None:
+    """Raises ValueError unless `sizes` are 2 to `most` numbers, with shares that sum to 1."""
+    if not all(2 <= size <= most for size, _ in sizes):
+        raise ValueError(f"sizes={sizes}: accepted are 2 to {most} numbers")
+    shares = [share for _, share in sizes]
+    if not all(0 <= share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"sizes={sizes}: accepted are shares from 0 to 1 that sum to 1")
+
+
 def check_shares(mix: Any, names: Sequence[str]) -> None:
-    """Raises ValueError unless `mix.sizes` sum to 1 and each field in `names` lies in [0, 1]."""
-    if abs(sum(share for _, share in mix.sizes) - 1) > 1e-6:
-        raise ValueError(f"the shares of sizes {mix.sizes} do not sum to 1")
+    """Raises ValueError unless each field in `names` lies in [0, 1]."""
     for name in names:
         if not 0 <= getattr(mix, name) <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {getattr(mix, name)}")
@@ -150,6 +167,18 @@ def is_held_out_question(question: str) -> bool:
     """
     numbers, target = read(question).data
     return bool(is_held_out(np.sort(np.array([numbers])), np.array([target]))[0])
+
+
+def passes_held_out(question: str, solution: str) -> bool:
+    """Whether a chain of lines leaves, on its way, a state that no training may see.
+
+    Raises:
+      ValueError: the question is no puzzle of Countdown.
+    """
+    _, target = read(question).data
+    lines = map(read_line, solution.split("\n"))
+    states = [line.rest for line in lines if line is not None and line.rest is not None]
+    return any(is_held_out_state(np.array([s]), np.array([target]))[0] for s in states)
 
 
 def _training_targets() -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlm_jax.core.types import Int8, Int32
-from rlm_jax.data.countdown import PUZZLE_24_NUMBER, check_shares
+from rlm_jax.data.countdown import PUZZLE_24_NUMBER, check_shares, check_sizes
 from rlm_jax.tasks.countdown import MAX_NUMBER, NUM_GOALS
 from rlm_jax.tasks.countdown_demos import MAX_LISTED, draw_moves, label_goals
 
@@ -56,10 +56,8 @@ class StateMix:
     quotient_share: float = 0.0
 
     def __post_init__(self):
+        check_sizes(self.sizes, MAX_LISTED)
         check_shares(self, ("small_share", "deep_share", "whole_share", "quotient_share"))
-        for size, _ in self.sizes:
-            if not 2 <= size <= MAX_LISTED:
-                raise ValueError(f"a state of {size} numbers: accepted are 2 to {MAX_LISTED}")
         if self.num_states < 1:
             raise ValueError(f"num_states must be >= 1, got {self.num_states}")
         if self.deep_share + self.whole_share > 1:

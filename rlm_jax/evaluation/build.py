@@ -243,7 +243,10 @@ def build_solver(
     value_head = None
     if language.value_fn is not None:
         if policy.value_head is None:
-            raise ValueError(f"evaluator 'value_head': {policy.version} comes without a value head")
+            raise ValueError(
+                f"evaluator 'value_head': {policy.version} comes without a value head; accepted is "
+                "what needs none, such as confidence"
+            )
         value_head = policy.value_head
     state_value = None
     if needs_state_value(language.evaluator) or language.sampling.outcome_weight:

@@ -48,24 +48,30 @@ def read_examples(
     task: Task,
     tokenizer: Tokenizer,
     held_out_fn: Callable[[str], bool],
+    passes_fn: Callable[[str, str], bool],
     max_per_problem: int = 4,
 ) -> list[TokenExample]:
     """The right solutions in files of records, as examples of what to write behind their prompts.
 
     Every finished path is judged where the task verifies itself, else a record's own verdict
-    speaks for its chosen one. Solutions with equal token ids are one.
+    speaks for its chosen one. Solutions with equal token ids are one. Those on whose way a test
+    problem stands are left out.
 
     Args:
       paths: of solve.py's or evaluate.py's records, on problems that may be trained on.
       tokenizer: of the network that is to be trained.
       held_out_fn: whether a question belongs to a test set.
+      passes_fn: (question, solution) -> whether a problem of a test set stands on its way.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: a line that is no record, a question that is held out, token ids of another
         tokenizer, or no right solution at all.
     """
-    is_right = make_verifier(task) if task.self_verifying else None
+    verify = make_verifier(task) if task.self_verifying else chosen_is_right
+
+    def is_right(record: Record, path: Path) -> bool:
+        return verify(record, path) and not passes_fn(record["question"], path_text(path))
 
     def read() -> Iterator[Record]:
         for path in paths:
@@ -85,7 +91,9 @@ def read_examples(
 
     solutions = select_solutions(read(), max_per_problem=max_per_problem, is_right=is_right)
     if not solutions:
-        raise ValueError(f"no right solution in {', '.join(map(str, paths))}")
+        raise ValueError(
+            f"no right solution in {', '.join(map(str, paths))} that may be trained on"
+        )
     return [make_solution_example(solution) for solution in solutions]
 
 
@@ -120,8 +128,9 @@ def select_solutions(
 ) -> list[Solution]:
     """The distinct right solutions of searched problems, best first within each problem.
 
-    Records of one problem, of several seeds or rounds, are taken together; problems come in the
-    order of their first record.
+    Records of one problem, of several seeds or rounds, are taken together: those of one id and one
+    question, as ids of different files may be the same. Problems come in the order of their first
+    record.
 
     Args:
       is_right: judges a finished path of a record; None trusts the record's own verdict, which
@@ -136,9 +145,9 @@ def select_solutions(
         raise ValueError(f"max_per_problem must be >= 1, got {max_per_problem}")
     is_right = is_right or chosen_is_right
     key_fn = key_fn or token_key
-    found: dict[str, dict[Hashable, tuple[tuple[float, int], Solution]]] = {}
+    found: dict[tuple[str, str], dict[Hashable, tuple[tuple[float, int], Solution]]] = {}
     for record in records:
-        kept = found.setdefault(record["id"], {})
+        kept = found.setdefault((record["id"], record["question"]), {})
         for path in finished_paths(record):
             if not is_right(record, path):
                 continue

@@ -121,8 +121,8 @@ def _number_states(number):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sizes": ((3, 0.5),)}, "do not sum to 1"),
-        ({"sizes": ((6, 1.0),)}, "a state of 6 numbers: accepted are 2 to 5"),
+        ({"sizes": ((3, 0.5),)}, "accepted are shares from 0 to 1 that sum to 1"),
+        ({"sizes": ((6, 1.0),)}, r"sizes=\(\(6, 1.0\),\): accepted are 2 to 5 numbers"),
         ({"num_states": 0}, "num_states must be >= 1, got 0"),
         ({"small_share": 1.5}, r"small_share must lie in \[0, 1\], got 1.5"),
         ({"quotient_share": -0.1}, r"quotient_share must lie in \[0, 1\], got -0.1"),

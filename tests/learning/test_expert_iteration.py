@@ -3,7 +3,7 @@
 import pytest
 from record_trees import make_tree_record
 
-from rlm_jax.data.countdown import is_held_out_question
+from rlm_jax.data.countdown import is_held_out_question, passes_held_out
 from rlm_jax.data.records import RecordWriter
 from rlm_jax.learning.expert_iteration import (
     finished_paths,
@@ -90,6 +90,13 @@ def test_problems_keep_their_order_and_their_own_solutions():
     assert [s.problem for s in select_solutions(records)] == ["q", "p"]
 
 
+def test_problems_of_equal_ids_are_told_apart_by_their_questions():
+    """Ids are by the line of a file: another file's are the same."""
+    records = [make(), make(question="Make 25."), make()]
+    found = select_solutions(records, is_right=says_24, max_per_problem=1)
+    assert texts(found) == ["a;c=24", "a;c=24"]
+
+
 def test_dead_and_unfinished_ends_are_no_solutions_unless_chosen():
     ends = [path[-1]["id"] for path in finished_paths(make())]
     assert ends == [2, 3, 4, 6, 7]
@@ -141,7 +148,12 @@ def solved(**fields):
 
 def read(*paths, held_out_fn=is_held_out_question, **options):
     return read_examples(
-        paths, task=countdown.TASK, tokenizer=ByteTokenizer(), held_out_fn=held_out_fn, **options
+        paths,
+        task=countdown.TASK,
+        tokenizer=ByteTokenizer(),
+        held_out_fn=held_out_fn,
+        passes_fn=passes_held_out,
+        **options,
     )
 
 
@@ -162,6 +174,29 @@ def test_files_of_records_become_examples(tmp_path):
     # Two files of one problem hold no more than one does.
     again = write(tmp_path / "b.jsonl", solved(correct=False))
     assert len(read(path, again)) == 2
+
+
+def test_solutions_that_pass_a_test_problem_are_left_out(tmp_path):
+    """`24 : 1 3 9 9` is a hard puzzle of Game of 24, on the way of half of these."""
+    end = "9 / 3 = 3 ; 3 8\n", "8 * 3 = 24"
+    lines = [
+        (None, "24 : 1 7 9 9 10\n", False, True, None),
+        (0, "10 - 7 = 3 ; 1 3 9 9\n", False, True, 0.5),
+        (1, "9 - 1 = 8 ; 3 8 9\n", False, True, 0.5),
+        (2, end[0], False, True, 0.5),
+        (3, end[1], True, True, 0.9),
+        (0, "9 - 1 = 8 ; 7 8 9 10\n", False, True, 0.5),
+        (5, "10 - 7 = 3 ; 3 8 9\n", False, True, 0.5),
+        (6, end[0], False, True, 0.5),
+        (7, end[1], True, True, 0.1),
+    ]
+    fields = {"question": "Make 24 out of 1 7 9 9 10.", "chosen": (0, 1, 2, 3, 4)}
+    (example,) = read(write(tmp_path / "a.jsonl", make(lines, **fields)), max_per_problem=1)
+    text = bytes(example.tokens.tolist()).decode()
+    assert text == "".join(text for _, text, *_ in (lines[0], *lines[5:]))
+    path = write(tmp_path / "b.jsonl", make(lines[:5], **fields))
+    with pytest.raises(ValueError, match=r"no right solution in .*b\.jsonl that may be trained on"):
+        read(path)
 
 
 def test_what_must_not_be_trained_on_is_refused(tmp_path):
