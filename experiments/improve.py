@@ -127,6 +127,7 @@ def _run_seed(train: dict[str, Any], folder: pathlib.Path, seed: int) -> Iterato
             if arm == "search":
                 # Every round has problems of its own.
                 settings |= {"num_steps": 0, "seed": 1000 * number + seed}
+                settings |= {"records.paths": (), "records.share": 0.0}
             else:
                 seconds = train["search"]["num_steps"] * _seconds_per_step(before["search"])
                 steps = max(_least_steps(train), round(seconds / update_seconds))
