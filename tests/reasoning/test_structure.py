@@ -450,7 +450,7 @@ def answer_by_hand(s, ids, rule):
         leaf,
     ]
     pool = next(tier for tier in tiers if tier)
-    if rule in ("most_visited", "highest_value"):
+    if rule in ("most_visited", "highest_value") and not tiers[0]:
         score = s.visits[0] if rule == "most_visited" else value
         node = 0
         while children[node]:
@@ -458,7 +458,7 @@ def answer_by_hand(s, ids, rule):
         return node
 
     def votes(n):
-        if rule == "best" or ids[n] < 0:
+        if rule not in ("majority", "weighted") or ids[n] < 0:
             return value[n]
         agree = [m for m in pool if ids[m] == ids[n]]
         return np.float32(len(agree)) if rule == "majority" else value[agree].sum()
