@@ -211,8 +211,8 @@ def select_answer(
     seen first, and the solution of highest value stands for its answer. "most_visited" and
     "highest_value" walk down from the root instead, to the child of most visits or highest value
     each time (spec B2, D6). Solutions that are proven right stand before all others, and before
-    what a walk finds: the best of them answers then. Where nothing finished, the unfinished leaves compete; where no leaf states an answer, the leaf of highest
-    value wins.
+    what a walk finds: the best of them answers then. Where nothing finished, the unfinished leaves
+    compete; where no leaf states an answer, the leaf of highest value wins.
 
     Args:
       answer_ids: in [0, N), equal for nodes whose paths state the same answer; negative for none.
