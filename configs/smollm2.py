@@ -140,6 +140,7 @@ def get_config(variant: str = "") -> ConfigDict:
             **shared,
             "num_nodes": 145,
             "beam_width": 4,
+            "root_lanes": placeholder(int),
             "shrink": False,
             "dropped": "prune",
             "num_solutions": placeholder(int),

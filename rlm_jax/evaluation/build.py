@@ -305,9 +305,10 @@ def _write_once(name: str, own: Mapping[str, Any], method: str) -> dict[str, Any
                 f"{name}.{key}={own[key]}: accepted is {accepted} with sampling.method={method!r}, "
                 "which writes the same steps again"
             )
-    # Where nothing is said, a tree's root is sampled anew when all of it is exhausted.
-    resamples = name in TREE_SEARCHES and name != "beam"
-    return {**own, "resample": False} if resamples else dict(own)
+    # Where nothing is said, beams sample the root side by side, other trees an exhausted one anew.
+    if name == "beam":
+        return {**own, "root_lanes": 1}
+    return {**own, "resample": False} if name in TREE_SEARCHES else dict(own)
 
 
 def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingConfig) -> None:

@@ -264,6 +264,8 @@ def other_value(option, old):
     """Another value that the option accepts."""
     if option in OTHER_VALUES:
         return OTHER_VALUES[option]
+    if old is None:
+        return 1
     if isinstance(old, int) and not isinstance(old, bool):
         return old + 1
     return not old if isinstance(old, bool) else old / 2 or 0.25
@@ -277,7 +279,7 @@ def test_every_option_of_a_strategy_can_be_changed(name):
         if option == "sampling":
             continue
         config, new = get_config("smoke"), other_value(option, old)
-        if option == "root_lanes":
+        if option == "root_lanes" and name != "beam":
             config[name].num_lanes = 4
         if option == "num_children":
             config[name].sampling.method = "sample"
@@ -294,6 +296,14 @@ def test_every_option_of_a_strategy_can_be_changed(name):
         assert plan.settings[option] == new != old
         assert plan.strategy.name == name
         assert {one for one in usual if changed[one] != usual[one]} <= {name, "task"}
+
+
+def test_beams_that_would_write_the_same_steps_leave_the_root_to_one():
+    config = puzzle_config().to_dict()
+    for method, lanes in (("beam", 1), ("stochastic_beam", None)):
+        config["beam"]["sampling"]["method"] = method
+        plan = build.plan_strategy(config, "beam")
+        assert plan.settings.get("root_lanes") == lanes
 
 
 def test_a_root_is_sampled_anew_where_that_may_bring_other_steps():

@@ -37,7 +37,7 @@ CHAINS = {
     "best_of_n": [make_best_of_n(5, 12, max_refused=1)],
     "beam": [
         make_beam(beam_width=1, num_children=3, max_depth=5, dropped="keep"),
-        make_beam(beam_width=3, num_children=2, max_depth=5, shrink=True),
+        make_beam(beam_width=3, num_children=2, max_depth=5, shrink=True, root_lanes=2),
     ],
     "best_first": [
         make_best_first(num_children=3, max_depth=5, resample=False, num_solutions=4),
@@ -542,6 +542,7 @@ def test_a_chain_writes_on_where_a_step_was_refused(num_chains, max_refused):
         (lambda: make_gumbel(visits_per_round=0), "visits_per_round must be >= 1, got 0"),
         (lambda: make_gumbel(gumbel_scale=-1.0), "gumbel_scale"),
         (lambda: make_beam(beam_width=0), "beam_width must be >= 1, got 0"),
+        (lambda: make_beam(root_lanes=5), "root_lanes=5 of beam_width=4: accepted is at most"),
         (lambda: make_beam(num_solutions=-2), "num_solutions must be >= 1, got -2"),
         (lambda: make_beam(dropped="burn"), "burn"),
         (lambda: make_beam(answer_rule="loudest"), "loudest"),

@@ -3,9 +3,9 @@
 Every beam samples K next steps, the evaluator's values rank all W * K of them together, and the
 best W go on (spec C3.3, G-5; Snell et al., arXiv 2408.03314; AlphaMath's SBS(B1, B2) with B1 = W
 beams and B2 = K children, arXiv 2405.03553). The root is sampled by all beams at first: N = W * K
-first steps. Finished solutions leave the beam and stay in the structure, where they vote; a
-candidate that is dropped, and a beam that lost all its candidates, is pruned, which frees its
-pages.
+first steps, or by `root_lanes` of them. Finished solutions leave the beam and stay in the
+structure, where they vote; a candidate that is dropped, and a beam that lost all its candidates, is
+pruned, which frees its pages.
 
 Deviations: finished solutions are never dropped. Where search-and-learn copies beams to refill N,
 missing beams leave their lanes idle. A beam that the end of a budget left unserved competes with
@@ -54,6 +54,7 @@ def make_beam(
     beam_width: int = 4,
     num_children: int = 4,
     max_depth: int = 16,
+    root_lanes: int | None = None,
     shrink: bool = False,
     dropped: str = "prune",
     num_solutions: int | None = None,
@@ -63,6 +64,7 @@ def make_beam(
 
     Args:
       beam_width: W. num_children: K. max_depth: steps from the problem to the deepest node.
+      root_lanes: beams that sample the root; None: all of them.
       shrink: finished solutions among the best W take their place in the beam with them
         (AlphaMath); otherwise the best W unfinished ones go on (search-and-learn).
       dropped: what becomes of other unfinished candidates, "prune" or "keep" (for the record).
@@ -73,18 +75,30 @@ def make_beam(
       ValueError: a setting out of range.
     """
     numbers = {"beam_width": beam_width, "num_children": num_children, "max_depth": max_depth}
+    root_lanes = beam_width if root_lanes is None else root_lanes
+    numbers["root_lanes"] = root_lanes
     if num_solutions is not None:
         numbers["num_solutions"] = num_solutions
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be >= 1, got {number}")
+    if root_lanes > beam_width:
+        raise ValueError(
+            f"root_lanes={root_lanes} of beam_width={beam_width}: accepted is at most that"
+        )
     if dropped not in DROPPED:
         raise ValueError(f"dropped {dropped!r}: accepted are {DROPPED}")
     if answer_rule not in ANSWER_RULES:
         raise ValueError(f"answer rule {answer_rule!r}: accepted are {ANSWER_RULES}")
     return Strategy(
         name="beam",
-        init=functools.partial(init, beam_width=beam_width, max_depth=max_depth, shrink=shrink),
+        init=functools.partial(
+            init,
+            beam_width=beam_width,
+            root_lanes=root_lanes,
+            max_depth=max_depth,
+            shrink=shrink,
+        ),
         ask=functools.partial(ask, num_children=num_children, num_solutions=num_solutions),
         tell=functools.partial(tell, max_depth=max_depth, shrink=shrink, dropped=dropped),
         answer=functools.partial(select_answer, rule=answer_rule),
@@ -94,9 +108,15 @@ def make_beam(
 
 
 def init(
-    structure: Structure, keys: Keys, *, beam_width: int, max_depth: int, shrink: bool
+    structure: Structure,
+    keys: Keys,
+    *,
+    beam_width: int,
+    root_lanes: int,
+    max_depth: int,
+    shrink: bool,
 ) -> State:
-    """All beams at the root, or the best leaves of what was grown; each finished one shrinks."""
+    """Beams at the root, or at the best leaves of what was grown; each finished one shrinks."""
     del keys
     index = jnp.arange(structure.capacity, dtype=jnp.int32)[None]
     nodes = jnp.broadcast_to(index, structure.alive.shape)
@@ -105,7 +125,7 @@ def init(
     width = jnp.maximum(beam_width - finished * shrink, 0)
     goes_on = find_open(structure, max_depth) & (index > 0)
     beams, _ = _pick(nodes, structure.value, goes_on, width, beam_width)
-    at_root = jnp.broadcast_to(structure.num_nodes[:, None] * 0, beams.shape)
+    at_root = jnp.where(jnp.arange(beam_width) < root_lanes, 0, NO_NODE)
     beams = jnp.where(structure.num_nodes[:, None] <= 1, at_root, beams)
     leaves = add_to_paths(structure, structure.depth * 0, jnp.where(leaf, nodes, NO_NODE), leaf)
     return State(beams, width, leaves)
