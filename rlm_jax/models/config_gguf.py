@@ -90,8 +90,10 @@ def _gguf_pattern(layers: int) -> tuple[bool, ...]:
 
 
 def _gguf_rope_scaling(keys: Mapping[str, Any]) -> RopeScaling:
-    kind = str(keys.get("rope.scaling.type", "none"))
-    factor = shortest_decimal(read_number(keys, "rope.scaling.factor", float, 1.0))
+    # As llama.cpp has it: what does not say its kind is linear, by a key that had another name.
+    kind = str(keys.get("rope.scaling.type", "linear"))
+    linear = read_number(keys, "rope.scale_linear", float, 1.0)
+    factor = shortest_decimal(read_number(keys, "rope.scaling.factor", float, linear))
     if kind == "none" or factor in (0.0, 1.0):
         return RopeScaling()
     if kind == "linear":

@@ -39,6 +39,8 @@ _GEMMA3_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
 }
+# Those of Qwen2 and Qwen3; null in a config says that there is no window.
+_QWEN_WINDOWS: dict[str, Any] = {"sliding_window": 4096, "max_window_layers": 28}
 _HF_ACTIVATIONS: dict[str, str] = {
     "silu": "silu",
     "swish": "silu",
@@ -183,6 +185,8 @@ def _refuse_hf_features(config: Mapping[str, Any], model_type: str) -> None:
 def _hf_windows(
     config: Mapping[str, Any], model_type: str, layers: int
 ) -> tuple[int | None, tuple[bool, ...]]:
+    if model_type != "gemma3_text":
+        config = {**_QWEN_WINDOWS, **config}
     window = config.get("sliding_window")
     if model_type == "llama" or window is None or not 0 < layers <= MAX_LAYERS:
         return None, ()
@@ -201,7 +205,7 @@ def _hf_windows(
         check_count("sliding_window_pattern", period)
         sliding = tuple(bool((layer + 1) % period) for layer in range(layers))
     else:
-        first = read_number(config, "max_window_layers", int, layers)
+        first = read_number(config, "max_window_layers", int)
         sliding = tuple(layer >= first for layer in range(layers))
     pattern = shortest_period(sliding)
     return (read_number(config, "sliding_window", int) if pattern else None), pattern

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlm_jax.models.checkpoint import Checkpoint, load_params
+from rlm_jax.models.checkpoint import Checkpoint, described_shapes, load_params
 from rlm_jax.models.config import ModelConfig, RopeScaling
 from rlm_jax.models.config_gguf import config_from_gguf
 from rlm_jax.models.gguf_file import (
@@ -138,10 +138,9 @@ def _check_tensors(file: GGUFFile, cfg: ModelConfig) -> None:
     last = f"blk.{cfg.num_layers - 1}."
     if not any(name.startswith(last) for name in file.tensors):
         raise ValueError(f"block_count is {cfg.num_layers}, but there is no tensor {last}*")
-    known = set(_LAYER.values())
+    known = {gguf_name(name) for name, _ in described_shapes(cfg)} | {ROPE_FACTORS}
     for name, entry in file.tensors.items():
-        field = name.split(".", 2)[2] if name.startswith("blk.") and name.count(".") > 1 else ""
-        if field not in known and name not in (*_TOP.values(), ROPE_FACTORS):
+        if name not in known:
             raise ValueError(f"unsupported tensor {name[:80]!r}")
         if entry.type_number not in TENSOR_TYPES:
             accepted = ", ".join(t[0] for t in TENSOR_TYPES.values())

@@ -8,24 +8,33 @@ Deviation from `tokenizers`: `decode` joins exact bytes instead of running the f
 text is the same, except that a malformed UTF-8 run may count its U+FFFD marks differently.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlm_jax.text.gguf_vocab import end_of_generation_ids, tokenizer_json_from_gguf, unused_ids
+from rlm_jax.text.gguf_vocab import (
+    MAX_PIECE_CHARS,
+    adds_bos,
+    end_of_generation_ids,
+    tokenizer_json_from_gguf,
+    unused_ids,
+)
 from rlm_jax.text.tokenizer import (
     SPACE_MARK,
     bos_prefix,
     join_token_bytes,
     read_chat_template,
+    read_end_ids,
     read_json,
     utf8_bytes,
 )
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MAX_GAP = 65_536  # More ids than a vocabulary has tokens, beyond twice as many.
 
 
 class BPETokenizer:
@@ -57,6 +66,14 @@ class BPETokenizer:
         self._plain.encode_special_tokens = True
         vocab = self._plain.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
+        # Ids have gaps, but not without bound: all of them take memory.
+        if self.vocab_size > 2 * len(vocab) + _MAX_GAP:
+            raise ValueError(
+                f"token id {self.vocab_size - 1} in a vocabulary of {len(vocab)} tokens"
+            )
+        longest = max(map(len, vocab), default=0)
+        if longest > MAX_PIECE_CHARS:
+            raise ValueError(f"a token of {longest} characters: accepted are {MAX_PIECE_CHARS}")
         added = self._plain.get_added_tokens_decoder()
         self._special_text = {i: t.content for i, t in sorted(added.items()) if t.special}
         self.special_tokens: Mapping[str, int] = {text: i for i, text in self._special_text.items()}
@@ -83,11 +100,11 @@ class BPETokenizer:
         utf8_bytes(text)
         ids = bos_prefix(self.bos_id, add_bos)
         if allow_special:
-            return ids + self._parsing.encode(text, add_special_tokens=False).ids
+            return ids + _encode(self._parsing, text).ids
         return ids + self._encode_plain(text)
 
     def _encode_plain(self, text: str) -> list[int]:
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        encoding = _encode(self._plain, text)
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             # A vocabulary may spell a control token out of ordinary pieces: keep those apart.
             if end - start > 1 and token in self._special_text:
@@ -114,13 +131,27 @@ def _build(description: str):
         raise ValueError(
             "BPE tokenizers need the tokenizers package: pip install 'rlm_jax[text]'"
         ) from error
-    try:
+    with _as_value_error("not a tokenizer.json that tokenizers can read"):
         tokenizer = tokenizers.Tokenizer.from_str(description)
-    except Exception as error:  # the Rust side raises plain Exception
-        raise ValueError(f"not a tokenizer.json that tokenizers can read: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _encode(tokenizer, text: str):
+    with _as_value_error("a text that this tokenizer cannot read"):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _as_value_error(what: str) -> Iterator[None]:
+    """The Rust side raises plain Exception, and what is no Exception where it panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 @functools.cache
@@ -184,13 +215,11 @@ def load_tokenizer_json(path: str | pathlib.Path) -> BPETokenizer:
     config = read_json(folder / "special_tokens_map.json")
     config |= {k: v for k, v in read_json(folder / "tokenizer_config.json").items() if v}
     generation = read_json(folder / "generation_config.json")
-    model_config = read_json(folder / "config.json")
     try:
         ids = {t["content"]: t["id"] for t in description.get("added_tokens") or []}
         eos = [
             *_named_id(config.get("eos_token"), ids),
-            *_id_list(generation.get("eos_token_id")),
-            *_id_list(model_config.get("eos_token_id")),
+            *read_end_ids(folder),
         ]
         bos = [*_named_id(config.get("bos_token"), ids), *_id_list(generation.get("bos_token_id"))]
         return BPETokenizer(
@@ -242,12 +271,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> BPETokenizer:
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise ValueError(f"tokenizer.chat_template is not a string: {template!r:.80}")
-    default_bos = metadata.get("tokenizer.ggml.model") == "llama"
     return BPETokenizer(
         description,
         bos_id=None if bos is None else int(bos),
         eos_ids=end_of_generation_ids(metadata),
-        adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", default_bos)),
+        adds_bos=adds_bos(metadata),
         chat_template=template,
         unused=unused_ids(metadata),
     )

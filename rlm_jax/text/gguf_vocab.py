@@ -17,6 +17,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rlm_jax.text.tokenizer import SPACE_MARK
 
 # tokenizer.ggml.token_type
@@ -25,11 +27,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3 = "llama-bpe"
 _SPLIT_PATTERNS = {
-    "llama-bpe": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+    _LLAMA_3: rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
     "qwen2": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
 }
-_SAME_AS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "default": "gpt-2"}
+_SAME_AS = {"llama3": _LLAMA_3, "llama-v3": _LLAMA_3, "default": "gpt-2"}
 PRE_TOKENIZERS = ("smollm", "llama-bpe", "llama3", "llama-v3", "qwen2", "gpt-2", "default")
 
 # Control tokens that end a turn or a text: chat models have two, a GGUF file names one.
@@ -41,6 +44,9 @@ _END_TEXTS = (
     "<|end_of_text|>",
     "<|endoftext|>",
 )
+# These and the ones above are control tokens, whatever a file says their type is.
+_START_TEXTS = ("<|im_start|>", "<start_of_turn>", "<|start_header_id|>", "<|end_header_id|>")
+MAX_PIECE_CHARS = 4096
 
 
 def tokenizer_json_from_gguf(metadata: Mapping[str, Any]) -> str:
@@ -65,7 +71,7 @@ def tokenizer_json_from_gguf(metadata: Mapping[str, Any]) -> str:
             "added_tokens": _added_tokens(tokens, types),
             "normalizer": parts["normalizer"],
             "pre_tokenizer": parts["pre_tokenizer"],
-            "post_processor": _post_processor(metadata, tokens, default_bos=model == "llama"),
+            "post_processor": _post_processor(metadata, tokens),
             "decoder": parts["decoder"],
             "model": parts["model"],
         },
@@ -97,7 +103,7 @@ def _byte_level_parts(
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": _merges(metadata),
-            "ignore_merges": name == "llama-bpe",
+            "ignore_merges": name == _LLAMA_3,
         },
     }
 
@@ -114,7 +120,7 @@ def _merges(metadata: Mapping[str, Any]) -> list[str]:
 def _sentencepiece_parts(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 ) -> dict[str, Any]:
-    scores = metadata.get("tokenizer.ggml.scores")
+    scores = _number_list(metadata, "tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise ValueError("tokenizer.ggml.scores must hold one score per token")
     scores = [float(score) for score in scores]
@@ -176,11 +182,16 @@ def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[dict[str,
     return [describe(i, kinds[kind]) for i, kind in enumerate(types) if kind in kinds]
 
 
-def _post_processor(
-    metadata: Mapping[str, Any], tokens: Sequence[str], default_bos: bool
-) -> dict[str, Any] | None:
+def adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether a text begins with the bos token; files that do not say so follow their kind."""
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    default = metadata.get("tokenizer.ggml.model") == "llama" or _SAME_AS.get(pre, pre) == _LLAMA_3
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", default))
+
+
+def _post_processor(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any] | None:
     bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", default_bos):
+    if bos is None or not adds_bos(metadata):
         return None
     text = tokens[bos]
     first = {"SpecialToken": {"id": text, "type_id": 0}}
@@ -195,9 +206,22 @@ def _post_processor(
 
 def _string_list(metadata: Mapping[str, Any], key: str) -> list[str]:
     value = metadata.get(key)
-    if value is None or isinstance(value, str) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
         raise ValueError(f"{key} must be a list of strings")
+    longest = max(map(len, value), default=0)
+    if longest > 2 * MAX_PIECE_CHARS:
+        raise ValueError(f"{key} holds a string of {longest} characters: too long for a token")
     return list(value)
+
+
+def _number_list(metadata: Mapping[str, Any], key: str) -> list[Any] | None:
+    """A list of numbers, None where there is none."""
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if np.ndim(value) != 1 or np.asarray(value).dtype.kind not in "iuf":
+        raise ValueError(f"{key} must be a list of numbers")
+    return np.asarray(value).tolist()
 
 
 def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
@@ -210,8 +234,8 @@ def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[int
         seen: set[str] = set()
         twice = next(t for t in tokens if t in seen or seen.add(t))
         raise ValueError(f"tokenizer.ggml.tokens holds {twice!r} twice")
-    types = metadata.get("tokenizer.ggml.token_type")
-    types = [NORMAL] * len(tokens) if types is None else [int(t) for t in types]
+    types = _number_list(metadata, "tokenizer.ggml.token_type")
+    types = [NORMAL] * len(tokens) if types is None else list(map(int, types))
     if len(types) != len(tokens):
         raise ValueError(f"{len(types)} token types for {len(tokens)} tokens")
     for role in ("bos", "eos", "eot", "eom"):
@@ -221,7 +245,8 @@ def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[int
         if not 0 <= i < len(tokens):
             raise ValueError(f"tokenizer.ggml.{role}_token_id {i} is outside {len(tokens)} tokens")
         types[i] = CONTROL
-    return types
+    turns = {*_END_TEXTS, *_START_TEXTS}
+    return [CONTROL if token in turns else t for token, t in zip(tokens, types, strict=True)]
 
 
 def end_of_generation_ids(metadata: Mapping[str, Any]) -> list[int]:
@@ -235,5 +260,5 @@ def end_of_generation_ids(metadata: Mapping[str, Any]) -> list[int]:
 
 def unused_ids(metadata: Mapping[str, Any]) -> list[int]:
     """Ids that stand for nothing: padding that rounds the vocabulary up."""
-    types = metadata.get("tokenizer.ggml.token_type")
-    return [] if types is None else [i for i, kind in enumerate(types) if int(kind) == UNUSED]
+    types = _number_list(metadata, "tokenizer.ggml.token_type")
+    return [i for i, kind in enumerate(types or []) if int(kind) == UNUSED]

@@ -156,16 +156,26 @@ class SentencePieceTokenizer:
         ValueError: the file is not a SentencePiece model, or sentencepiece is not installed.
     """
 
-    def __init__(self, path: str | pathlib.Path, *, chat_template: str | None = None):
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        eos_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ):
         processor = self._processor = _read_sentencepiece(pathlib.Path(path))
         self.vocab_size = processor.vocab_size()
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
-        self.eos_ids = (processor.eos_id(),) if processor.eos_id() >= 0 else ()
+        own = (processor.eos_id(),) if processor.eos_id() >= 0 else ()
+        self.eos_ids = tuple(dict.fromkeys((*own, *eos_ids)))
+        for i in self.eos_ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"{path}: end token {i} is outside {self.vocab_size} token ids")
         self.adds_bos = self.bos_id is not None
         self.chat_template = chat_template
         ids = range(self.vocab_size)
         self._pieces = [_sentencepiece_bytes(processor, i) for i in ids]
-        control = [i for i in ids if processor.is_control(i)]
+        control = [i for i in ids if processor.is_control(i) or i in self.eos_ids]
         self.special_tokens: Mapping[str, int] = {processor.id_to_piece(i): i for i in control}
         self._special_text = {i: processor.id_to_piece(i) for i in control}
         self._silent = frozenset(i for i in ids if i in self._special_text or not self._pieces[i])
@@ -242,8 +252,19 @@ def load_tokenizer(source: str | pathlib.Path | Mapping[str, Any]) -> Tokenizer:
     if path.suffix == ".json":
         return bpe.load_tokenizer_json(path)
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path, chat_template=read_chat_template(path.parent))
+        template = read_chat_template(path.parent)
+        return SentencePieceTokenizer(
+            path, eos_ids=read_end_ids(path.parent), chat_template=template
+        )
     raise ValueError(f"{path}: expected tokenizer.json, tokenizer.model or a folder with one")
+
+
+def read_end_ids(folder: pathlib.Path) -> list[int]:
+    """The tokens that end a text by generation_config.json, then config.json, beside a model."""
+    files = [read_json(folder / name) for name in ("generation_config.json", "config.json")]
+    named = [file.get("eos_token_id") for file in files]
+    listed = [ids if isinstance(ids, list) else [ids] for ids in named]
+    return [i for ids in listed for i in ids if isinstance(i, int)]
 
 
 def read_chat_template(folder: pathlib.Path) -> str | None:
@@ -256,7 +277,8 @@ def read_chat_template(folder: pathlib.Path) -> str | None:
         return own_file.read_text(encoding="utf-8")
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        entries = [entry for entry in template if isinstance(entry, Mapping)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         template = named.get("default", next(iter(named.values()), None))
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is not a string")

@@ -287,6 +287,8 @@ def test_hostile_tensor_directories(entries, message, tmp_path):
         ({"drop": "layers.0.wq"}, r"layers\.0\.wq is missing"),
         ({"shape": "layers.0.w_up"}, r"layers\.0\.w_up is \[47, 32\], expected \[48, 32\]"),
         ({"add": "blk.0.attn_sinks.weight"}, r"unsupported tensor 'blk\.0\.attn_sinks\.weight'"),
+        ({"add": "blk.0.attn_q.bias"}, r"unsupported tensor 'blk\.0\.attn_q\.bias'"),
+        ({"add": "blk.7.attn_q.weight"}, r"unsupported tensor 'blk\.7\.attn_q\.weight'"),
         ({"layers": 3}, r"no tensor blk\.2\."),
         ({"quantise": 16}, "unsupported quantisation type 16: accepted F32, F16"),
         ({"factors": True}, "does not follow the Llama-3 rule"),

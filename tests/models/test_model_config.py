@@ -83,6 +83,28 @@ def test_gemma3_text_config_falls_back_to_the_family():
     assert [cfg.layer_theta(i) for i in (4, 5)] == [10_000.0, 1_000_000.0]
 
 
+def test_windows_of_qwen_that_a_config_leaves_out_are_at_their_defaults():
+    config = {**LLAMA, "model_type": "qwen2", "num_hidden_layers": 32, "use_sliding_window": True}
+    cfg = config_from_hf(config)
+    assert cfg.sliding_window == 4096
+    assert cfg.sliding_pattern == (False,) * 28 + (True,) * 4
+    assert config_from_hf({**config, "sliding_window": None}).sliding_window is None
+    assert config_from_hf({**config, "use_sliding_window": False}).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling"),
+    [
+        ({}, RopeScaling()),
+        ({"qwen3.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"qwen3.rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"qwen3.rope.scaling.factor": 4.0, "qwen3.rope.scaling.type": "none"}, RopeScaling()),
+    ],
+)
+def test_gguf_rope_scaling_of_no_named_kind_is_linear(changes, scaling):
+    assert config_from_gguf({**GGUF, **changes}, tie_embeddings=False).rope_scaling == scaling
+
+
 def test_rope_parameters_by_layer_type():
     parameters = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},

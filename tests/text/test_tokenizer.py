@@ -180,6 +180,33 @@ def test_whole_words_of_llama3_cannot_be_control_tokens(byte_level_pairs):
     assert rebuilt.decode(ids) == "go STOP STOP"
 
 
+@pytest.mark.parametrize("kind", [1, 4])
+def test_what_ends_a_turn_is_a_control_token_whatever_its_type(byte_level_pairs, kind):
+    """Published files call some of them normal or a user's own, and llama.cpp overrides that."""
+    original, rebuilt = byte_level_pairs["smollm"]
+    metadata = gguf_metadata(original, "smollm")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    metadata["tokenizer.ggml.eos_token_id"] = tokens.index("<|endoftext|>")
+    for text in ("<|im_end|>", "<|im_start|>"):
+        metadata["tokenizer.ggml.token_type"][tokens.index(text)] = kind
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert tokens.index("<|im_end|>") in tokenizer.eos_ids
+    text = "<|im_start|>a<|im_end|>"
+    assert tokenizer.encode(text) == rebuilt.encode(text)
+    assert tokenizer.encode(text, allow_special=True) == rebuilt.encode(text, allow_special=True)
+
+
+@pytest.mark.parametrize(("pre", "adds"), [("llama-bpe", True), ("qwen2", False)])
+def test_llama3_begins_a_text_where_its_file_does_not_say_so(byte_level_pairs, pre, adds):
+    """As llama.cpp does; what is converted says so."""
+    original, tokenizer = byte_level_pairs[pre]
+    assert tokenizer.adds_bos is adds
+    description = json.loads(tokenizer_json_from_gguf(gguf_metadata(original, pre)))
+    assert (description["post_processor"] is not None) is adds
+    silent = gguf_metadata(original, pre) | {"tokenizer.ggml.add_bos_token": False}
+    assert not tokenizer_from_gguf(silent).adds_bos
+
+
 def test_padding_of_the_vocabulary_stands_for_nothing(byte_level_pairs):
     original, _ = byte_level_pairs["qwen2"]
     metadata = gguf_metadata(original, "qwen2")
@@ -283,6 +310,23 @@ def test_sentencepiece_control_tokens(sentencepiece_pair):
         assert tokenizer.decode(ids, skip_special=True).strip() == "hi"
 
 
+def test_a_folder_says_what_else_ends_a_text(corpus, tmp_path):
+    """Chat models of SentencePiece end a turn by a piece that its own file knows nothing of."""
+    folder = (
+        train_sentencepiece(tmp_path, corpus, **LLAMA).rename(tmp_path / "tokenizer.model").parent
+    )
+    plain = load_tokenizer(folder / "tokenizer.model")
+    end = plain.vocab_size - 1
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_ids == (2, end)
+    assert tokenizer.is_special(end)
+    assert not plain.is_special(end)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 10**6}))
+    with pytest.raises(ValueError, match="end token 1000000 is outside"):
+        load_tokenizer(folder)
+
+
 # Files
 
 
@@ -346,6 +390,10 @@ SPM = {**SMALL, "tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0, 
         ({**SMALL, "tokenizer.ggml.merges": ["ab"]}, "'ab'; expected two tokens"),
         ({**SMALL, "tokenizer.ggml.merges": ["a c"]}, "not a tokenizer.json"),
         ({**SMALL, "tokenizer.ggml.token_type": [1]}, r"1 token types for 3 tokens"),
+        ({**SMALL, "tokenizer.ggml.token_type": 1}, "token_type must be a list of numbers"),
+        ({**SMALL, "tokenizer.ggml.tokens": 3}, "tokens must be a list of strings"),
+        ({**SMALL, "tokenizer.ggml.tokens": ["a", "b", "a" * 9000]}, "9000 characters: too long"),
+        ({**SPM, "tokenizer.ggml.scores": 1.0}, "scores must be a list of numbers"),
         ({**SMALL, "tokenizer.ggml.eos_token_id": 3}, "eos_token_id 3 is outside 3 tokens"),
         ({**SMALL, "tokenizer.chat_template": 5}, "chat_template"),
         ({**SPM, "tokenizer.ggml.scores": [0.0]}, "one score per token"),
@@ -364,6 +412,16 @@ def test_bad_files_are_refused(tmp_path):
     for content in ("", "{", "[]", "{}", '{"model": 1}', '{"added_tokens": 3}', "[" * 100_000):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            load_tokenizer(tmp_path)
+    hostile = json.loads(tokenizer_json_from_gguf(SMALL))
+    ids = {**hostile["model"]["vocab"], "z": 4_000_000_000}
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    for change, message in (
+        ({"model": {**hostile["model"], "vocab": ids}}, "token id 4000000000 in a vocabulary of 4"),
+        ({"normalizer": charsmap}, r"tokenizer\.json"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**hostile, **change}))
+        with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
