@@ -39,8 +39,14 @@ class Tried:
 def make_tried(
     tokens: Int32[Array, "R X S"], length: Int32[Array, "R X"], logprobs: Float32[Array, "R X S"]
 ) -> Tried:
-    """Steps, and the log-probabilities that their tokens were written with."""
+    """Steps, equal ones once, and the log-probabilities that their tokens were written with."""
     inside = jnp.arange(tokens.shape[-1]) < length[..., None]
+    # What several siblings wrote is taken away once.
+    plain = jnp.where(inside, tokens, -1)
+    same = (plain[:, :, None] == plain[:, None]).all(-1)
+    before = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
+    length = jnp.where((same & before).any(-1), 0, length)
+    inside &= (length > 0)[..., None]
     logprobs = jnp.where(inside, logprobs, 0.0)
     behind = jnp.cumsum(logprobs[..., ::-1], -1)[..., ::-1] - logprobs
     return Tried(tokens, length, jnp.exp(behind), length > 0)

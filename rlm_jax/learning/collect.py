@@ -222,6 +222,9 @@ def _draw_paths(
     """
     children = improved.children
     shown = (children >= 0) & improved.teaches[..., None]
+    # A child that nobody judged (on its first visit) has no opinion to end a path with.
+    judged = (structure.visits > 0) | structure.terminal
+    shown &= judged[jnp.arange(len(children))[:, None, None], jnp.maximum(children, 0)]
     best = jnp.where(shown, jnp.log(jnp.maximum(improved.weights, 1e-30)), -jnp.inf)
     searched = target_weights(structure, tree, min_visits=cfg.min_visits) > 0
     searched &= ~structure.terminal & (structure.depth > structure.depth[:, :1])
@@ -329,4 +332,9 @@ def _label_step(
     share = jnp.where(agree & there, weights[:, None], 0.0)
     total = share.sum(0)
     share = jnp.where(total > 0, share / jnp.where(total > 0, total, 1.0), 0.0)
+    # A word is one label, whoever of the siblings says it.
+    equal = (words[:, None] == words[None]) & ((share > 0)[:, None] & (share > 0)[None])
+    earlier = jnp.tril(jnp.ones(equal.shape[:2], bool), -1)[..., None]
+    together = jnp.where(equal, share[None], 0.0).sum(1)
+    share = jnp.where((equal & earlier).any(1), 0.0, together)
     return words.T, share.T

@@ -17,9 +17,9 @@ nothing but the network's own opinion teaches it nothing; nor does a node that w
 passing on the way to another answer count as wrong: its value is a mean with its visits behind it,
 and `min_visits` says how many are enough.
 
-A node of which nothing could be grown - steps were written, and the task dropped all of them - is
-a dead end: V is 0, as sure as an outcome. Without these the lost states that a search runs into
-have no value but the network's own, and a maximum over such opinions only ever rises.
+A node of which nothing could be grown - steps were written whole, and the task dropped all of them
+- is a dead end: V is 0, as sure as an outcome. Without these the lost states that a search runs
+into have no value but the network's own, and a maximum over such opinions only ever rises.
 
 An edge that ends a solution is worth its reward alone (V behind it is 0 by definition). As the
 target of a value network a terminal node's V is that reward too, the Blueprint's terminal trick
@@ -95,11 +95,34 @@ def value_tree(
 def find_dead_ends(structure: Structure) -> Bool[Array, "B N"]:
     """Living nodes, not ends themselves, whose children were all dropped as soon as they were made.
 
-    A step that was never written, for want of budget, drops nothing; pruned children were visited.
+    A step that was never written, or not to its end, for want of budget, drops nothing; pruned
+    children were visited, and those that were merged have a state.
     """
     made = jnp.arange(structure.capacity) < structure.num_nodes[:, None]
-    dropped = made & ~structure.alive & (structure.visits == 0) & (structure.span_length > 0)
-    return frontier(structure) & has_child(structure, dropped)
+    gone = made & ~structure.alive & (structure.visits == 0) & (structure.span_length > 0)
+    unsaid = gone & (find_torn(structure) | (structure.state_key != 0))
+    return frontier(structure) & has_child(structure, gone) & ~has_child(structure, unsaid)
+
+
+def find_torn(structure: Structure) -> Bool[Array, "B N"]:
+    """Steps that took all of their share of what was left of the budget, and may have been cut.
+
+    Those made in one round share it evenly (`language.make_expand`).
+    """
+    index = jnp.arange(structure.capacity, dtype=jnp.int32)
+    made = index < structure.num_nodes[:, None]
+    # Made in one round, they stand side by side.
+    begins = jnp.diff(structure.created_at, axis=-1, prepend=-1) != 0
+    first = jax.lax.cummax(jnp.where(begins | (index < 2), index, 0), axis=1)
+    ends = jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    last = jax.lax.cummin(jnp.where(ends, index, structure.capacity), axis=1, reverse=True)
+    last = jnp.minimum(last, structure.num_nodes[:, None] - 1)
+    totals = jnp.cumsum(jnp.where(made, structure.span_length, 0), -1)
+    tokens = jnp.take_along_axis(totals, last, -1) - jnp.take_along_axis(totals, first, -1)
+    tokens += jnp.take_along_axis(structure.span_length, first, -1)
+    left = structure.token_limit[:, None] - jnp.maximum(structure.created_at - tokens, 0)
+    share = left // jnp.maximum(last - first + 1, 1)
+    return made & (structure.span_length > 0) & (structure.span_length >= share)
 
 
 def target_weights(
@@ -124,9 +147,9 @@ def _back_up(
 ) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"]]:
     """The weight behind each node's children and the node's V, level by level from the deepest.
 
-    Every parent is shallower than its child, over all of several parents, so that when a level is
-    reached all that lies below it has been added.
+    When a level is reached all that lies below it has been added.
     """
+    depth = _find_levels(structure)
     rows = jnp.arange(visits.shape[0])[:, None, None]
     parents = structure.parents
     up = jnp.where(parents >= 0, parents, structure.capacity)
@@ -140,7 +163,7 @@ def _back_up(
         level, count, total = carry
         edge = rewards + jnp.where(ended, 0.0, discount * value_of(count, total))
         weight = jnp.where(ended, 1.0, count) if rule == "rollouts" else visits
-        here = structure.alive & (structure.depth == level) & (weight > 0)
+        here = structure.alive & (depth == level) & (weight > 0)
         weight = jnp.where(here, weight, 0.0)
         count = count.at[rows, up].add(weight[..., None], mode="drop")
         if rule == "max":
@@ -148,12 +171,28 @@ def _back_up(
             return level - 1, count, total.at[rows, up].max(best, mode="drop")
         return level - 1, count, total.at[rows, up].add((weight * edge)[..., None], mode="drop")
 
-    top = structure.depth[:, 0].min()
-    levels = jnp.where(structure.alive, structure.depth, top).max()
+    top = depth[:, 0].min()
+    levels = jnp.where(structure.alive, depth, top).max()
     start = jnp.full_like(visits, -jnp.inf) if rule == "max" else jnp.zeros_like(visits)
     carry = (levels, jnp.zeros_like(visits), start)
     _, count, total = jax.lax.while_loop(lambda c: c[0] > top, climb, carry)
     return count, value_of(count, total)
+
+
+def _find_levels(structure: Structure) -> Int32[Array, "B N"]:
+    """The longest way from the root: below all parents, where a node's depth is by its first."""
+    if not structure.more_parents.shape[-1]:
+        return structure.depth
+    rows = jnp.arange(structure.depth.shape[0])[:, None, None]
+
+    def deepen(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        old, _ = carry
+        above = jnp.where(structure.parents >= 0, old[rows, jnp.maximum(structure.parents, 0)], -1)
+        new = jnp.maximum(old, above.max(-1) + 1)
+        return new, (new != old).any()
+
+    start = (structure.depth, structure.depth.any() | True)
+    return jax.lax.while_loop(lambda carry: carry[1], deepen, start)[0]
 
 
 def trace_paths(

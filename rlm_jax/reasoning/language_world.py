@@ -62,6 +62,7 @@ class LanguageConfig:
     no nodes of the search; what they cost stays counted. may_return: a step may take earlier ones
     back, as a chain does; a tree goes back by itself, and there such steps are illegal.
     solved_reward: reward of the edge into a proven solution, whose value is 1 already.
+    keeps_subtrees: pages for a path above the root too, which `keep_world` needs.
     """
 
     model: ModelConfig
@@ -83,6 +84,7 @@ class LanguageConfig:
     drop_illegal: bool = True
     may_return: bool = False
     solved_reward: float = 0.0
+    keeps_subtrees: bool = False
 
     def __post_init__(self):
         weights = parse_evaluator(self.evaluator)
@@ -224,12 +226,14 @@ def make_world(
     none = like * 0
     structure = make_structure(none, cfg.num_nodes, token_limit=0)
     dtype = lm.policy.final_norm.dtype
+    num_above = cfg.max_depth if cfg.keeps_subtrees else 0
+    num_steps = cfg.num_nodes + num_above
     pages = make_pages(
         cfg.model,
         none,
         num_nodes=cfg.num_nodes,
         num_pages=pages_for_search(
-            width, cfg.num_nodes, slots, cfg.max_new_tokens, cfg.page_tokens
+            width, num_steps, slots, cfg.max_new_tokens + num_above * slots, cfg.page_tokens
         ),
         num_prompt_pages=width // cfg.page_tokens,
         num_path_pages=_path_pages(slots, cfg),
@@ -372,8 +376,18 @@ def _state_nothing(like: Int32[Array, "B N"]) -> AnswerState:
     return jax.tree.map(lambda array: array.reshape(*like.shape, *array.shape[1:]), answers)
 
 
-def keep_world(world: World, nodes: Int32[Array, "B"], order: Int32[Array, "B N"]) -> World:
-    """Follows `operators.structure.keep_subtree`: pages, tokens and all move with their nodes."""
+def keep_world(
+    world: World, nodes: Int32[Array, "B"], order: Int32[Array, "B N"], *, cfg: LanguageConfig
+) -> World:
+    """Follows `operators.structure.keep_subtree`: pages, tokens and all move with their nodes.
+
+    Raises:
+      ValueError: the world was made without room for what stands above a kept root.
+    """
+    if not cfg.keeps_subtrees:
+        raise ValueError(
+            "keeps_subtrees=False: accepted is True, as the root's own path takes pages"
+        )
     return World(
         pages=keep_pages(world.pages, nodes, order),
         tokens=take_nodes(world.tokens, order),

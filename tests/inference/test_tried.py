@@ -94,6 +94,20 @@ def test_greedy_choices_without_replacement_take_every_step_once():
     assert written[0][0] == logs[()].argmax()
 
 
+def test_what_two_siblings_wrote_is_taken_away_once():
+    step = np.array([[[5, 1], [5, 1], [5, 2]]], np.int32)
+    logprobs = np.log(np.array([[[0.9, 0.5], [0.9, 0.5], [0.9, 0.25]]], np.float32))
+    logits = jnp.log(jnp.full((1, 8), 1e-6).at[0, 5].set(0.9).at[0, 6].set(0.1))
+    found = []
+    for kept in ([0, 2], [0, 1, 2], [1, 2, 0]):
+        tried = _make(step[:, kept], np.full((1, len(kept)), 2, np.int32), logprobs[:, kept])
+        found.append(jax.nn.softmax(_take_away(logits, tried, jnp.int32(0)))[0])
+    # Of token 5 a quarter is left.
+    np.testing.assert_allclose(found[0][5] / found[0][6], 0.225 / 0.1, rtol=1e-4)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-6)
+
+
 def test_nothing_is_taken_away_where_nothing_was_tried():
     logits = jnp.asarray([[0.1, 0.2, -3.0, 0.0]])
     np.testing.assert_array_equal(_take_away(logits, as_tried([]), jnp.int32(0)), logits)

@@ -146,6 +146,44 @@ def test_nodes_that_were_searched_are_drawn_evenly(plant):
     assert counts.min() > 8
 
 
+def collect_of(plant, nodes, tokens, **fields):
+    """Rows of one structure of steps of two tokens."""
+    structure = plant([nodes], capacity=len(nodes))
+    depth = np.asarray(structure.depth)
+    structure = dataclasses.replace(
+        structure,
+        proven=structure.terminal,
+        span_start=jnp.asarray(np.where(depth > 0, PROMPT + 2 * (depth - 1), 0), jnp.int32),
+        span_length=jnp.asarray(np.where(depth > 0, 2, PROMPT), jnp.int32),
+    )
+    cfg = dataclasses.replace(CFG, num_paths=1, num_children=4, row_tokens=12, **fields)
+    keys, prompts = jax.random.split(jax.random.key(0), 1), jnp.ones((1, PROMPT), jnp.int32)
+    return collect_rows(structure, jnp.asarray([tokens], jnp.int32), prompts, keys, cfg=cfg)[0]
+
+
+def test_a_word_that_siblings_share_is_one_label(plant):
+    """Four equally good moves begin with one word: a policy that knows that has no loss."""
+    moves = [{"parents": [0], "visits": 1.0, "prior": 0.25} for _ in range(4)]
+    moves[0]["terminal"] = True
+    tokens = [[0, 0], [7, 1], [7, 2], [7, 3], [8, 4]]
+    found = collect_of(plant, [{"parents": [], "visits": 5.0}, *moves], tokens)
+    ids, weights = found.soft_ids[0, PROMPT], found.soft_weights[0, PROMPT]
+    assert ids[weights > 0].tolist() == [7, 8]
+    np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-6)
+    assert (found.soft_weights[0, PROMPT + 1] > 0).sum() == 3
+
+
+def test_no_path_ends_in_a_node_that_nobody_judged(plant):
+    """Judged on visit: the likelier move has had none, and no value to end a path with."""
+    moves = [
+        {"parents": [0], "visits": 0.0, "prior": 0.9},
+        {"parents": [0], "visits": 2.0, "prior": 0.1, "model_value": 0.6},
+    ]
+    nodes = [{"parents": [], "visits": 3.0, "model_value": 0.5}, *moves]
+    found = collect_of(plant, nodes, [[0, 0], [7, 1], [8, 2]], path_rule="td_lambda")
+    assert found.tokens[0, PROMPT : PROMPT + 2].tolist() == [8, 2]
+
+
 @pytest.mark.parametrize("nodes", ["finished", "proven"])
 def test_only_what_leads_to_a_solution_teaches_where_that_is_wanted(rows, nodes):
     found, all_teach = rows(policy_nodes=nodes), rows()

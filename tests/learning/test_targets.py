@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from rlm_jax.core.mesh import make_mesh
 from rlm_jax.learning.advantages import leads_to, path_advantages, tree_advantages
-from rlm_jax.learning.targets import VALUE_RULES, target_weights, trace_paths, value_tree
+from rlm_jax.learning.targets import (
+    VALUE_RULES,
+    find_dead_ends,
+    target_weights,
+    trace_paths,
+    value_tree,
+)
 from rlm_jax.reasoning.sharding import place_batch, shard_search
 from rlm_jax.reasoning.structure import path_to_root
 
@@ -159,6 +165,54 @@ def test_nodes_of_which_nothing_could_grow_are_dead_ends(plant):
     assert rollouts.value[0, 0] == 0.125
     weights = target_weights(structure, read(structure, rewards, rule="max"), min_visits=2.0)
     assert weights[0, :5].tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "merged", "expected"),
+    [
+        (1000, 0, [True, True]),
+        (24, 0, [True, True]),
+        (21, 0, [False, False]),
+        (1000, 7, [True, False]),
+    ],
+)
+def test_steps_that_were_cut_or_merged_make_no_dead_end(plant, limit, merged, expected):
+    """Of 21 tokens three lines of the second round share 13, four each, and two of the third 2.
+    `merged` is the state of one of the latter."""
+    parents = [[], [0], [0], [1], [1], [1], [2], [2]]
+    tree = [
+        {"parents": above, "visits": 2.0} | ({"alive": False, "visits": 0.0} if i > 2 else {})
+        for i, above in enumerate(parents)
+    ]
+    columns = {
+        "span_length": [0, 4, 4, 4, 4, 3, 1, 1],
+        "created_at": [0, 8, 8, 19, 19, 19, 21, 21],
+        "state_key": [0, 0, 0, 0, 0, 0, merged, 0],
+    }
+    structure = plant([tree])
+    changes = {
+        name: jnp.asarray([column + [0] * 8]).astype(getattr(structure, name).dtype)
+        for name, column in columns.items()
+    }
+    limits = jnp.asarray([limit], jnp.int32)
+    structure = dataclasses.replace(structure, token_limit=limits, **changes)
+    assert find_dead_ends(structure)[0, 1:3].tolist() == expected
+
+
+def test_values_pass_through_edges_to_deeper_parents(plant):
+    """Node 5 hangs on 2, which is one move down, and on 4, which is three: what is proven below
+    it is seen from all of them."""
+    tree = [{"parents": [], "visits": 9.0}]
+    for parents in ([0], [0], [1], [3], [2, 4]):
+        tree.append({"parents": parents, "visits": 2.0, "model_value": 0.2})
+    tree.append({"parents": [5], "visits": 1.0, "terminal": True})
+    structure = plant([tree], num_parents=2)
+    depth = structure.depth.at[0, 5].set(2).at[0, 6].set(3)
+    structure = dataclasses.replace(structure, depth=depth)
+    rewards = pad([0.0] * 6 + [1.0])
+    found = read(structure, rewards, rule="max")
+    assert found.value[0, :6].tolist() == [1.0] * 6
+    assert read(structure, rewards, rule="rollouts").known[0, :6].tolist() == [True] * 6
 
 
 @pytest.mark.parametrize("num_parents", [1, 2])

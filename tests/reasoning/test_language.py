@@ -45,6 +45,7 @@ def language(cfg, evaluator=STATISTICS, sampling=None, **changes):
         max_new_tokens=LIMIT,
         page_tokens=4,
         value_fn=apply_value_head if "value_head" in evaluator else None,
+        keeps_subtrees=True,
         **changes,
     )
 

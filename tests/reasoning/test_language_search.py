@@ -1,5 +1,6 @@
 """A running search over a language model: rows handed on, subtrees kept, pages freed, visits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -92,7 +93,7 @@ def test_a_kept_subtree_goes_on_where_it_was(model):
     @jax.jit
     def keep(structure, world):
         kept, order = keep_subtree(structure, nodes)
-        return kept, keep_world(world, nodes, order)
+        return kept, keep_world(world, nodes, order, cfg=config)
 
     kept, moved = keep(structure, world)
     check(kept)
@@ -119,6 +120,44 @@ def test_a_kept_subtree_goes_on_where_it_was(model):
             gaps.append(abs(float(grown.logprob[row, node]) - step))
     assert len(gaps) > 3
     assert max(gaps) < 1e-4
+
+
+def test_subtrees_are_kept_again_and_again(model):
+    """Each time the root's path is longer, and its pages are nobody else's."""
+    lm, cfg = model
+    rule = lm.step_rule
+    never = rule.replace(ends_alone=rule.ends_alone & False, final=rule.final & False)
+    lm = dataclasses.replace(lm, step_rule=never)
+    sizes = {"num_nodes": 8, "max_depth": 12, "max_new_tokens": 400}
+    config = dataclasses.replace(language(cfg, "confidence"), **sizes)
+    strategy = puct.make_puct(num_children=3, max_depth=12, resample=False)
+    grow = jax.jit(functools.partial(run_compiled, strategy, make_expand(config)))
+    limits = jnp.full(len(PROMPTS), 400, jnp.int32)
+    structure, world = begin(lm, *encode(PROMPTS), limits, cfg=config)
+
+    @jax.jit
+    def keep(structure, world):
+        inner = structure.alive & (structure.parent == 0)
+        nodes = jnp.argmax(jnp.where(inner, structure.visits, -1.0), -1).astype(jnp.int32)
+        kept, order = keep_subtree(structure, nodes)
+        return kept, keep_world(world, nodes, order, cfg=config)
+
+    for _ in range(5):
+        structure, world = grow(lm, keys_of(PROMPTS), world, structure)
+        check(structure)
+        assert_no_page_leaks(structure, world)
+        for row in range(len(PROMPTS)):
+            own = []
+            for node in np.flatnonzero(structure.alive[row]):
+                above = int(structure.parent[row, node])
+                lead = int(world.pages.table_length[row, above]) if above >= 0 else 0
+                listed = np.asarray(world.pages.table[row, node])
+                own += listed[lead:][listed[lead:] >= 0].tolist()
+            assert len(own) == len(set(own)) > 0
+        structure, world = keep(structure, world)
+    without = dataclasses.replace(config, keeps_subtrees=False)
+    with pytest.raises(ValueError, match="keeps_subtrees=False: accepted is True"):
+        keep_world(world, structure.num_nodes * 0, structure.parent, cfg=without)
 
 
 @pytest.mark.slow

@@ -311,7 +311,7 @@ def test_a_network_of_its_own_judges_the_states(judging):
 
 
 def test_states_move_with_a_kept_subtree(model):
-    structure, world, _ = search(model)
+    structure, world, config = search(model)
     inner = structure.alive & (structure.parent == 0) & ~structure.terminal & has_child(structure)
     assert inner.any(-1).all()
     nodes = jnp.argmax(inner, -1).astype(jnp.int32)
@@ -319,7 +319,7 @@ def test_states_move_with_a_kept_subtree(model):
     @jax.jit
     def keep(structure, world):
         kept, order = keep_subtree(structure, nodes)
-        return kept, keep_world(world, nodes, order), order
+        return kept, keep_world(world, nodes, order, cfg=config), order
 
     kept, moved, order = keep(structure, world)
     before, after = np.asarray(world.task_state["sum"]), np.asarray(moved.task_state["sum"])
