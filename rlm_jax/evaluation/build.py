@@ -187,9 +187,9 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
             f"{name}.widen=True: accepted is sampling.no_repeats=True with it, or a node writes "
             "the same steps again"
         )
-    if own.get("widen") and own["num_children"] > 1 and sampling.method == "sample":
+    if own.get("widen") and own.get("num_children") != 1 and sampling.method == "sample":
         raise ValueError(
-            f"{name}.num_children={own['num_children']}: accepted is 1 with widen=True and "
+            f"{name}.num_children={own.get('num_children')}: accepted is 1 with widen=True and "
             "sampling.method='sample', or a node's children may be the same step"
         )
     if own.get("merge_states") and (reason := _find_lack(config, "key", _NO_STATES, _STATES)):
