@@ -11,7 +11,7 @@ from the paper: a cumulative sum over all priorities and a bisection stand for i
 pass over `capacity` numbers a batch, and nothing to keep up to date); weights are scaled by the
 largest any row of the buffer could have, not by that of the sample, so that a row's weight does not
 depend on its neighbours; priorities are taken as given, and what is not above 0 (NaN included) is
-never drawn: add a small constant where 0 must not mean never.
+never drawn, but for exponent 0, which is uniform: add a small constant where 0 must not mean never.
 
 Sharded over a mesh the buffer is one ring a shard: `make_replay(..., num_shards=n)` lays them side
 by side, and every array's leading dimension splits over the batch axes, so that inside
@@ -132,7 +132,7 @@ def sample_rows(
 
     The draws are stratified: one from each of `num_rows` equal parts of the probability. An empty
     buffer gives rows of zeros with weight 0, so that losses and counts of such a batch are 0; so
-    does one whose priorities are all 0.
+    does one whose priorities are all 0, with an exponent above 0.
 
     Args:
       exponent: 0 is uniform; the paper's proportional variant uses 0.6.

@@ -93,11 +93,12 @@ Loss = Callable[..., tuple[Array, Metrics]]
 def make_schedule(cfg: OptimizerConfig) -> optax.Schedule:
     """Shares of the learning rate: up, level, and down at the end."""
     decay = max(1, round(cfg.decay_share * cfg.num_steps))
+    # A decay that would begin while the rate still rises begins behind that, and is shorter.
     level = max(cfg.warmup_steps, cfg.num_steps - decay)
     parts = [
         optax.linear_schedule(1 / max(cfg.warmup_steps, 1), 1.0, max(cfg.warmup_steps, 1)),
         optax.constant_schedule(1.0),
-        optax.linear_schedule(1.0, cfg.final_share, decay),
+        optax.linear_schedule(1.0, cfg.final_share, max(1, cfg.num_steps - level)),
     ]
     return optax.join_schedules(parts, [cfg.warmup_steps, level])
 

@@ -372,6 +372,12 @@ def test_schedule_rises_stays_and_falls():
     assert shares[100] == pytest.approx(0.1)
 
 
+def test_schedule_that_falls_from_the_start_falls_behind_its_rise():
+    cfg = OptimizerConfig(num_steps=100, warmup_steps=10, decay_share=1.0, final_share=0.1)
+    shares = [float(make_schedule(cfg)(step)) for step in (10, 55, 100)]
+    assert shares == pytest.approx([1.0, 0.55, 0.1])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
