@@ -17,9 +17,11 @@ nothing but the network's own opinion teaches it nothing; nor does a node that w
 passing on the way to another answer count as wrong: its value is a mean with its visits behind it,
 and `min_visits` says how many are enough.
 
-A node of which nothing could be grown - steps were written whole, and the task dropped all of them
-- is a dead end: V is 0, as sure as an outcome. Without these the lost states that a search runs
-into have no value but the network's own, and a maximum over such opinions only ever rises.
+A node of which nothing could be grown - steps were written, and the task dropped all of them - is
+a dead end: V is 0, as sure as an outcome. Without these the lost states that a search runs into
+have no value but the network's own, and a maximum over such opinions only ever rises. Steps that
+the end of the budget cut count too, though some such states are not lost: without them searches
+taught less (docs/log.md, 2026-11-30).
 
 An edge that ends a solution is worth its reward alone (V behind it is 0 by definition). As the
 target of a value network a terminal node's V is that reward too, the Blueprint's terminal trick
@@ -95,34 +97,13 @@ def value_tree(
 def find_dead_ends(structure: Structure) -> Bool[Array, "B N"]:
     """Living nodes, not ends themselves, whose children were all dropped as soon as they were made.
 
-    A step that was never written, or not to its end, for want of budget, drops nothing; pruned
-    children were visited, and those that were merged have a state.
+    A step that was never written, for want of budget, drops nothing; pruned children were visited,
+    and those that were merged have a state.
     """
     made = jnp.arange(structure.capacity) < structure.num_nodes[:, None]
     gone = made & ~structure.alive & (structure.visits == 0) & (structure.span_length > 0)
-    unsaid = gone & (find_torn(structure) | (structure.state_key != 0))
-    return frontier(structure) & has_child(structure, gone) & ~has_child(structure, unsaid)
-
-
-def find_torn(structure: Structure) -> Bool[Array, "B N"]:
-    """Steps that took all of their share of what was left of the budget, and may have been cut.
-
-    Those made in one round share it evenly (`language.make_expand`).
-    """
-    index = jnp.arange(structure.capacity, dtype=jnp.int32)
-    made = index < structure.num_nodes[:, None]
-    # Made in one round, they stand side by side.
-    begins = jnp.diff(structure.created_at, axis=-1, prepend=-1) != 0
-    first = jax.lax.cummax(jnp.where(begins | (index < 2), index, 0), axis=1)
-    ends = jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    last = jax.lax.cummin(jnp.where(ends, index, structure.capacity), axis=1, reverse=True)
-    last = jnp.minimum(last, structure.num_nodes[:, None] - 1)
-    totals = jnp.cumsum(jnp.where(made, structure.span_length, 0), -1)
-    tokens = jnp.take_along_axis(totals, last, -1) - jnp.take_along_axis(totals, first, -1)
-    tokens += jnp.take_along_axis(structure.span_length, first, -1)
-    left = structure.token_limit[:, None] - jnp.maximum(structure.created_at - tokens, 0)
-    share = left // jnp.maximum(last - first + 1, 1)
-    return made & (structure.span_length > 0) & (structure.span_length >= share)
+    merged = gone & (structure.state_key != 0)
+    return frontier(structure) & has_child(structure, gone) & ~has_child(structure, merged)
 
 
 def target_weights(

@@ -167,35 +167,18 @@ def test_nodes_of_which_nothing_could_grow_are_dead_ends(plant):
     assert weights[0, :5].tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("limit", "merged", "expected"),
-    [
-        (1000, 0, [True, True]),
-        (24, 0, [True, True]),
-        (21, 0, [False, False]),
-        (1000, 7, [True, False]),
-    ],
-)
-def test_steps_that_were_cut_or_merged_make_no_dead_end(plant, limit, merged, expected):
-    """Of 21 tokens three lines of the second round share 13, four each, and two of the third 2.
-    `merged` is the state of one of the latter."""
+@pytest.mark.parametrize(("merged", "expected"), [(0, [True, True]), (7, [True, False])])
+def test_steps_that_were_merged_make_no_dead_end(plant, merged, expected):
+    """Of the second node's two steps one led to state `merged`, which another node stands for."""
     parents = [[], [0], [0], [1], [1], [1], [2], [2]]
     tree = [
         {"parents": above, "visits": 2.0} | ({"alive": False, "visits": 0.0} if i > 2 else {})
         for i, above in enumerate(parents)
     ]
-    columns = {
-        "span_length": [0, 4, 4, 4, 4, 3, 1, 1],
-        "created_at": [0, 8, 8, 19, 19, 19, 21, 21],
-        "state_key": [0, 0, 0, 0, 0, 0, merged, 0],
-    }
     structure = plant([tree])
-    changes = {
-        name: jnp.asarray([column + [0] * 8]).astype(getattr(structure, name).dtype)
-        for name, column in columns.items()
-    }
-    limits = jnp.asarray([limit], jnp.int32)
-    structure = dataclasses.replace(structure, token_limit=limits, **changes)
+    lengths = jnp.asarray([[0, *[4] * 7, *[0] * 8]], jnp.int32)
+    keys = structure.state_key.at[0, 6].set(merged)
+    structure = dataclasses.replace(structure, span_length=lengths, state_key=keys)
     assert find_dead_ends(structure)[0, 1:3].tolist() == expected
 
 
