@@ -314,11 +314,11 @@ def _shrink(config: ConfigDict) -> None:
         config[name].update({"num_nodes": 17, "num_children": 2})
     for name in ("best_first_widening", "best_first_widening_controlled"):
         config[name].update({"num_nodes": 17, "num_children": 1})
-    # Nor do its likeliest lines follow; where they are drawn others come.
-    config.best_first.sampling.update({"method": "stochastic_beam", "min_ratio": 0.0})
     # A random network's tokens do not spell a task's lines.
     for name in ("greedy_controlled", *LOOK_AHEAD):
         config[name].sampling.update({"legal_only": False, "outcome_weight": 0.0})
+    # Nor do its likeliest lines follow; where they are drawn others come.
+    config.best_first.sampling.update({"method": "stochastic_beam", "min_ratio": 0.0})
     for name in LOOK_AHEAD:
         config[name].evaluator = config.evaluator
     config.beam.beam_width = 2

@@ -26,6 +26,7 @@ from rlm_jax.text.gguf_vocab import (
 from rlm_jax.text.tokenizer import (
     SPACE_MARK,
     bos_prefix,
+    id_list,
     join_token_bytes,
     read_chat_template,
     read_end_ids,
@@ -221,7 +222,7 @@ def load_tokenizer_json(path: str | pathlib.Path) -> BPETokenizer:
             *_named_id(config.get("eos_token"), ids),
             *read_end_ids(folder),
         ]
-        bos = [*_named_id(config.get("bos_token"), ids), *_id_list(generation.get("bos_token_id"))]
+        bos = [*_named_id(config.get("bos_token"), ids), *id_list(generation.get("bos_token_id"))]
         return BPETokenizer(
             path.read_text(encoding="utf-8"),
             bos_id=bos[0] if bos else None,
@@ -231,11 +232,6 @@ def load_tokenizer_json(path: str | pathlib.Path) -> BPETokenizer:
         )
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is not a tokenizer that can be used: {error}") from error
-
-
-def _id_list(value: Any) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int)]
 
 
 def _named_id(token: Any, ids: Mapping[str, int]) -> list[int]:

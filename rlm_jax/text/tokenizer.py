@@ -262,9 +262,13 @@ def load_tokenizer(source: str | pathlib.Path | Mapping[str, Any]) -> Tokenizer:
 def read_end_ids(folder: pathlib.Path) -> list[int]:
     """The tokens that end a text by generation_config.json, then config.json, beside a model."""
     files = [read_json(folder / name) for name in ("generation_config.json", "config.json")]
-    named = [file.get("eos_token_id") for file in files]
-    listed = [ids if isinstance(ids, list) else [ids] for ids in named]
-    return [i for ids in listed for i in ids if isinstance(i, int)]
+    return [i for file in files for i in id_list(file.get("eos_token_id"))]
+
+
+def id_list(value: Any) -> list[int]:
+    """The ids in what a file of a checkpoint names: one, several or none."""
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int)]
 
 
 def read_chat_template(folder: pathlib.Path) -> str | None:
