@@ -144,27 +144,7 @@ def _training() -> dict:
         "begin_with": placeholder(str),
         "num_steps": 6_000,
         # Before all else, and by itself: a value network that reads what is left, and no more.
-        "state_value": {
-            "num_steps": 12_000,
-            "network": {
-                "num_layers": 4,
-                "model_dim": 128,
-                "num_heads": 4,
-                "ffn_dim": 320,
-                "num_numbers": 8192,  # With rows of their own: most products of two numbers.
-            },
-            "data": {
-                "num_states": 192,
-                "sizes": ((2, 0.1), (3, 0.62), (4, 0.24), (5, 0.04)),
-                "small_share": 0.15,
-                "deep_share": 0.2,
-                "whole_share": 0.05,
-                "quotient_share": 0.25,
-            },
-            "optimizer": _muon(
-                learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=50, decay_share=0.5
-            ),
-        },
+        "state_value": _state_value_phase(),
         "network": {
             "num_layers": 7,
             "model_dim": 192,
@@ -176,6 +156,7 @@ def _training() -> dict:
         "data": {
             "sizes": ((3, 0.05), (4, 0.8), (5, 0.15)),
             "line_share": 0.25,  # How lines end that solutions hardly have.
+            "try_share": 0.0,  # All lines of small problems without a solution, in turn.
             "opening_share": 0.4,
             "state_share": 0.0,  # States alone, with all targets that they make (goal_coef).
             "small_share": 0.1,
@@ -194,22 +175,7 @@ def _training() -> dict:
         # Behind the supervised updates: chains by the network, every line corrected by the solver.
         # Then again for so many updates, as often as restarts says, each with other problems and a
         # learning rate that rises and falls anew. What comes out is the mean of all their ends.
-        "walks": {
-            "num_steps": 2_800,
-            "restarts": (1_500, 1_000),
-            "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
-            "shard_examples": 2048,
-            "num_chains": 512,
-            "num_shards": 2,  # A chain is learned from twice: it costs more than its updates.
-            "rows": 256,
-            "max_depth": 20,
-            "temperature": 0.5,
-            "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
-            "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
-            "optimizer": _muon(
-                learning_rate=3e-3, adam_learning_rate=6e-4, warmup_steps=100, decay_share=0.6
-            ),
-        },
+        "walks": _walks_phase(),
         # Or goals, which learns beside it which of all targets a state can be made (goal_coef); or
         # hl_gauss, a histogram, with value_loss hl_gauss.
         "value_head": "sigmoid",
@@ -230,41 +196,88 @@ def _training() -> dict:
         "eval_problems": 100,
         "keep_best": 0,  # Checkpoints beside the last two, by the evaluation during training.
         "best_metric": "greedy_accuracy",
-        "search": {
-            "num_steps": 0,  # Search-and-learn steps behind the supervised ones.
-            "strategy": "gumbel",
-            "num_problems": 64,
-            "sizes": ((4, 1.0),),
-            "step": {"batch_rows": 256, "num_updates": 2, "replay_rows": 8192},
-            "budget_tokens": 1024,
-            "lora_rank": 0,  # Adapters of the policy are learned; 0: all of it.
-            "lora_alpha": 16.0,
-            "loss": {"kl_coef": 0.0, "kl_estimator": "exact"},  # And what train.loss says.
-            "collect": {
-                "num_paths": 4,
-                "row_tokens": 64,
-                "improvement": "completed_q",
-                "temperature": 1.0,
-                "value_scale": 1.0,
-                "visit_offset": 50.0,
-                "min_visits": 2.0,
-                "value_rule": "max",
-                "discount": 1.0,
-                "path_rule": "none",  # Or monte_carlo, n_step, td_lambda: values by the path alone.
-                "path_steps": 1,
-                "path_trace": 0.95,
-                "policy_weight": "none",  # Or advantage: exp(A / advantage_scale).
-                "advantage_scale": 1.0,
-                "policy_nodes": "all",  # Or finished, or proven: those above such ends.
-            },
-            "optimizer": _muon(
-                learning_rate=2e-3,
-                adam_learning_rate=3e-4,
-                warmup_steps=10,
-                decay_share=0.2,
-                final_share=0.1,
-            ),
+        "search": _search_phase(),
+    }
+
+
+def _state_value_phase() -> dict:
+    return {
+        "num_steps": 12_000,
+        "network": {
+            "num_layers": 4,
+            "model_dim": 128,
+            "num_heads": 4,
+            "ffn_dim": 320,
+            "num_numbers": 8192,  # With rows of their own: most products of two numbers.
         },
+        "data": {
+            "num_states": 192,
+            "sizes": ((2, 0.1), (3, 0.62), (4, 0.24), (5, 0.04)),
+            "small_share": 0.15,
+            "deep_share": 0.2,
+            "whole_share": 0.05,
+            "quotient_share": 0.25,
+        },
+        "optimizer": _muon(
+            learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=50, decay_share=0.5
+        ),
+    }
+
+
+def _walks_phase() -> dict:
+    return {
+        "num_steps": 2_800,
+        "restarts": (1_500, 1_000),
+        "sizes": ((3, 0.05), (4, 0.65), (5, 0.22), (6, 0.08)),
+        "shard_examples": 2048,
+        "num_chains": 512,
+        "num_shards": 2,  # A chain is learned from twice: it costs more than its updates.
+        "rows": 256,
+        "max_depth": 20,
+        "temperature": 0.5,
+        "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
+        "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
+        "optimizer": _muon(
+            learning_rate=3e-3, adam_learning_rate=6e-4, warmup_steps=100, decay_share=0.6
+        ),
+    }
+
+
+def _search_phase() -> dict:
+    return {
+        "num_steps": 0,  # Search-and-learn steps behind the supervised ones.
+        "strategy": "gumbel",
+        "num_problems": 64,
+        "sizes": ((4, 1.0),),
+        "step": {"batch_rows": 256, "num_updates": 2, "replay_rows": 8192},
+        "budget_tokens": 1024,
+        "lora_rank": 0,  # Adapters of the policy are learned; 0: all of it.
+        "lora_alpha": 16.0,
+        "loss": {"kl_coef": 0.0, "kl_estimator": "exact"},  # And what train.loss says.
+        "collect": {
+            "num_paths": 4,
+            "row_tokens": 64,
+            "improvement": "completed_q",
+            "temperature": 1.0,
+            "value_scale": 1.0,
+            "visit_offset": 50.0,
+            "min_visits": 2.0,
+            "value_rule": "max",
+            "discount": 1.0,
+            "path_rule": "none",  # Or monte_carlo, n_step, td_lambda: values by the path alone.
+            "path_steps": 1,
+            "path_trace": 0.95,
+            "policy_weight": "none",  # Or advantage: exp(A / advantage_scale).
+            "advantage_scale": 1.0,
+            "policy_nodes": "all",  # Or finished, or proven: those above such ends.
+        },
+        "optimizer": _muon(
+            learning_rate=2e-3,
+            adam_learning_rate=3e-4,
+            warmup_steps=10,
+            decay_share=0.2,
+            final_share=0.1,
+        ),
     }
 
 
@@ -338,6 +351,7 @@ def _shrink(config: ConfigDict) -> None:
     train.value_head = "goals"
     train.loss.goal_coef = 3.0
     train.data.state_share = 0.8
+    train.data.try_share = 0.3
     train.optimizer.warmup_steps = 2
     train.log_steps = 2
     train.checkpoint_steps = 2

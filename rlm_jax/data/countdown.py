@@ -24,8 +24,10 @@ from rlm_jax.tasks.countdown_demos import (
     demonstrate,
     demonstrate_openings,
     demonstrate_states,
+    draw_moves,
 )
-from rlm_jax.tasks.countdown_lines import demonstrate_lines
+from rlm_jax.tasks.countdown_lines import demonstrate_lines, demonstrate_tries
+from rlm_jax.tasks.countdown_solvable import is_solvable
 from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_state, is_held_out_target
 from rlm_jax.tasks.demonstrations import Demonstration
 from rlm_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -45,6 +47,8 @@ class CountdownMix:
       state_share: examples that are a state alone, behind one move of a problem of four numbers or
         more, and what it is worth: short, so that many of them are few tokens.
       line_share: of the others, examples that teach how lines end that begin at random, no more.
+      try_share: of what is left, examples of problems without a solution (of two to four numbers)
+        where every move is tried once. They are long: 0.15 is a quarter of a shard's tokens.
       opening_share: of what is left, demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
       wrong_share, stray_share, max_wrong, return_weight, sharpness, num_goals: see `demonstrate`.
@@ -56,6 +60,7 @@ class CountdownMix:
     sizes: tuple[tuple[int, float], ...] = ((3, 0.05), (4, 0.85), (5, 0.1))
     state_share: float = 0.0
     line_share: float = 0.0
+    try_share: float = 0.0
     opening_share: float = 0.4
     small_share: float = 0.1
     wrong_share: float = 0.2
@@ -68,7 +73,7 @@ class CountdownMix:
     def __post_init__(self):
         # A walk through seven numbers takes the solver seconds.
         check_sizes(self.sizes, max(NUM_NUMBERS))
-        shares = ("state", "line", "opening", "small", "wrong", "stray")
+        shares = ("state", "line", "try", "opening", "small", "wrong", "stray")
         check_shares(self, (*(f"{name}_share" for name in shares), "return_weight"))
         if self.shard_examples < 1:
             raise ValueError(f"shard_examples must be >= 1, got {self.shard_examples}")
@@ -203,7 +208,8 @@ def _demonstrate(
     )
     num_states = rng.binomial(count, mix.state_share) if size > 3 and mix.state_share else 0
     num_lines = rng.binomial(count - num_states, mix.line_share) if mix.line_share else 0
-    num_left = count - num_states - num_lines
+    num_tries = rng.binomial(count - num_states - num_lines, mix.try_share) if mix.try_share else 0
+    num_left = count - num_states - num_lines - num_tries
     num_openings = rng.binomial(num_left, mix.opening_share) if size > 3 else 0
     goals = {"num_goals": mix.num_goals}
     opening = functools.partial(demonstrate_openings, sharpness=mix.sharpness, **goals)
@@ -212,13 +218,29 @@ def _demonstrate(
         (opening, num_openings),
         (functools.partial(demonstrate_states, **goals), num_states),
         (demonstrate_lines, num_lines),
+        (_demonstrate_tries, num_tries),
     ):
         made = 0
         while made < wanted:
             draw = draw_solvable(rng, wanted - made, size, targets, highest=highest)
-            demonstrations = make(rng, *draw)
+            demonstrations = list(make(rng, *draw))
             yield from demonstrations
             made += len(demonstrations)
+
+
+def _demonstrate_tries(
+    rng: np.random.Generator, numbers: np.ndarray, targets: np.ndarray
+) -> Iterator[Demonstration]:
+    """`demonstrate_tries` of what some random moves leave of each problem: two to four numbers."""
+    sizes = rng.choice((2, 3, 4), len(numbers), p=(0.1, 0.5, 0.4))
+    targets = rng.choice(_training_targets(), len(targets))
+    for size in (2, 3, 4):
+        states, wanted = numbers[sizes == size], targets[sizes == size]
+        while states.shape[1] > size and len(states):
+            states = draw_moves(rng, states)
+        if len(states):
+            lost = ~is_solvable(states, wanted) & ~is_held_out(states, wanted)
+            yield from demonstrate_tries(rng, states[lost], wanted[lost])
 
 
 def _tokenize(tokenizer: Tokenizer, demonstration: Demonstration) -> TokenExample:

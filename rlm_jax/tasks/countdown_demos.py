@@ -29,7 +29,8 @@ class _Visit:
     """A state on a walk: row `row` of `moves`.
 
     right: shares of the moves [A] that keep the problem solvable; all 0 in a lost state.
-    wrong: weights of the others that were not tried yet. choices: the right lines.
+    wrong: weights of the others that were not tried yet. untried: `right`, where a chain may have
+      left a right move again, without those that it has made. choices: the lines of these.
     """
 
     moves: Moves
@@ -37,11 +38,18 @@ class _Visit:
     state: np.ndarray
     right: np.ndarray
     wrong: np.ndarray
+    untried: np.ndarray
     choices: tuple[tuple[str, float], ...]
 
     @property
     def lost(self) -> bool:
-        return not self.choices
+        return not self.right.any()
+
+    def note_try(self, move: int) -> None:
+        """Neither `move` nor another one to the same state is to be chosen once more."""
+        states = self.moves.states[self.row]
+        self.untried = np.where((states == states[move]).all(-1), 0.0, self.untried)
+        self.choices = _list_choices(self.moves, self.row, self.untried)
 
 
 @dataclasses.dataclass
@@ -131,6 +139,9 @@ def correct_walks(
     are labelled as there; one that does not follow ends the chain, and where a chain ends without a
     solution one right line is added. Problems are left out as there.
 
+    A right line that a chain has written, and gone back behind, is not right once more: a network
+    that gave up there would do so again, and nothing would tell it to try something else.
+
     Args:
       numbers, targets: solvable problems, as in `demonstrate`. chains: lines of each, as written.
     """
@@ -147,8 +158,8 @@ def correct_walks(
             missed = len(state) == 1
         if walk.path[-1].lost or (missed and not walk.solved):
             _take_back(walk)
-        elif not walk.solved:
-            _take_right(walk, draw_index(rng, walk.path[-1].right))
+        elif not walk.solved and (here := walk.path[-1]).choices:
+            _take_right(walk, draw_index(rng, here.untried))
         target = targets[index : index + 1]
         clean[index] &= not any(is_held_out_state(np.array([s]), target)[0] for s in known)
     return _tell(walks, numbers, targets, clean, num_goals)
@@ -174,10 +185,10 @@ def demonstrate_openings(
     goals = _list_goals(list(numbers), num_goals)
     for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
         choices = tuple(
-            (_write_opening(moves, row, move), float(weight[row, move]))
+            (write_opening(moves, row, move), float(weight[row, move]))
             for move in np.flatnonzero(weight[row]).tolist()
         )
-        step = Step(_write_opening(moves, row, draw_index(rng, weight[row])), choices, None)
+        step = Step(write_opening(moves, row, draw_index(rng, weight[row])), choices, None)
         demonstrations.append(
             Demonstration(write_state(target, state) + "\n", (step,), False, None, goals[row])
         )
@@ -230,12 +241,12 @@ def weigh_moves(below: np.ndarray, sharpness: float) -> np.ndarray:
 
 def write_move(moves: Moves, row: int, move: int) -> str:
     """`10 - 4 = 6 ; 4 6 7` and a newline; the last move of a chain ends on its result."""
-    return f"{_write_opening(moves, row, move)} {_write_rest(moves, row, move)}"
+    return f"{write_opening(moves, row, move)} {_write_rest(moves, row, move)}"
 
 
 def write_consequence(moves: Moves, row: int, move: int) -> tuple[Step, Step]:
     """A line of which not the choice, but what follows from it is to be learned."""
-    opening = _write_opening(moves, row, move)
+    opening = write_opening(moves, row, move)
     rest = _write_rest(moves, row, move).removesuffix("\n") + "\n"
     return Step(opening, (), None), Step(rest, ((rest, 1.0),), None)
 
@@ -294,12 +305,16 @@ def _visit(
         right = weigh_moves(below, sharpness)
         wrong = (moves.legal & (below == 0)) / (1 + moves.result / 100)
         for row, index in enumerate(indices):
-            choices = tuple(
-                (write_move(moves, row, move), float(right[row, move]))
-                for move in np.flatnonzero(right[row]).tolist()
-            )
-            visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], choices)
+            shares, choices = right[row], _list_choices(moves, row, right[row])
+            visits[index] = _Visit(moves, row, states[row], shares, wrong[row], shares, choices)
     return visits
+
+
+def _list_choices(moves: Moves, row: int, weights: np.ndarray) -> tuple[tuple[str, float], ...]:
+    """The lines of moves of weight, and their shares; none where no move has any."""
+    weighed = np.flatnonzero(weights).tolist()
+    total = weights.sum()
+    return tuple((write_move(moves, row, move), float(weights[move] / total)) for move in weighed)
 
 
 def _go_on(
@@ -407,6 +422,7 @@ def _take_line(walk: _Walk, line: Line, arrived: _Visit | None, missed: bool) ->
     if line.sign:
         move = _find_move(here.moves, here.row, line)
         (_take_right if here.right[move] > 0 else _take_wrong)(walk, move)
+        here.note_try(move)
         walk.path += [] if arrived is None else [arrived]
         return
     assert arrived is not None
@@ -423,7 +439,7 @@ def _find_move(moves: Moves, row: int, line: Line) -> int:
     return int(np.flatnonzero(same & moves.legal[row])[0])
 
 
-def _write_opening(moves: Moves, row: int, move: int) -> str:
+def write_opening(moves: Moves, row: int, move: int) -> str:
     sign = OPERATORS[moves.operator[row, move]]
     return f"{moves.larger[row, move]} {sign} {moves.smaller[row, move]}"
 

@@ -1,8 +1,9 @@
-"""Lines of Countdown that begin at random, to learn how they end.
+"""Lines of Countdown that begin at random, to learn how they end, and not to write them twice.
 
 The one idea: a line is a choice and what follows from it. Solutions, and walks around them, teach
 both for the lines that solutions are made of; what a search tries when these are used up they
-hardly show, and a network gets it wrong. Here the choices are drawn, and not taught.
+hardly show, and a network gets it wrong. Here the choices are drawn. What may be taught of them is
+that a chain which came back tries something else.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlm_jax.tasks.countdown import write_return, write_state
-from rlm_jax.tasks.countdown_demos import draw_index, write_consequence
+from rlm_jax.tasks.countdown_demos import draw_index, write_consequence, write_opening
 from rlm_jax.tasks.countdown_solver import list_moves
 from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_state
 from rlm_jax.tasks.demonstrations import Demonstration, Step
 
 MAX_RESULT = 9_999
 MAX_LINES = 6
+MAX_TRIES = 12
 _RETURN_SHARE = 0.4
 
 
@@ -56,6 +58,42 @@ def demonstrate_lines(
         if not any(is_held_out_state(state[None], np.array([target]))[0] for state in seen):
             prompt = write_state(target, start) + "\n"
             demonstrations.append(Demonstration(prompt, tuple(steps), False, None))
+    return demonstrations
+
+
+def demonstrate_tries(
+    rng: np.random.Generator, numbers: np.ndarray, targets: np.ndarray
+) -> list[Demonstration]:
+    """Every move of a problem that has no solution, once each and in any order, up to `MAX_TRIES`.
+
+    Nothing is right there but what was not tried yet. So a network learns to look up, in its own
+    text, which lines it has written from a state: walks of problems that can be solved say the same
+    (no line that failed is ever right), too seldom to be learned from. When to go back they do not
+    teach: behind every line, as here, would be too soon (`return_weight` of `demonstrate`).
+
+    Args:
+      numbers, targets: unsolvable problems of two numbers or more, as in `demonstrate`.
+    """
+    moves = list_moves(numbers)
+    weights = moves.legal * (moves.result <= MAX_RESULT) / (1 + moves.result / 100)
+    demonstrations = []
+    for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
+        left = weights[row]
+        back = write_return(state)
+        steps: list[Step] = []
+        for _ in range(min(MAX_TRIES, np.count_nonzero(left))):
+            shares = left / left.sum()
+            move = draw_index(rng, shares)
+            choices = tuple(
+                (write_opening(moves, row, other), float(shares[other]))
+                for other in np.flatnonzero(shares).tolist()
+            )
+            opening, rest = write_consequence(moves, row, move)
+            steps += [opening._replace(choices=choices), rest._replace(value=0.0)]
+            steps.append(Step(back, ((back, 1.0),), 0.0, weight=0.0))
+            left[move] = 0.0
+        prompt = write_state(target, state) + "\n"
+        demonstrations.append(Demonstration(prompt, tuple(steps), False, None))
     return demonstrations
 
 

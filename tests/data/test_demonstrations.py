@@ -118,6 +118,19 @@ def test_lines_take_their_share(mix):
         assert not example.value_weight.any()
 
 
+def test_tries_take_their_share(mix):
+    shard = make_shard(dataclasses.replace(mix, try_share=0.5), 0)
+    assert len(shard) == 48
+    # Where no line is right for long, values are those of lost states alone.
+    tries = [
+        example
+        for example in shard
+        if example.value_weight.sum() > 1 and not example.value_target.any()
+    ]
+    assert 12 <= len(tries) <= 36
+    assert all(example.soft_weights.any() for example in tries)
+
+
 def test_stored_examples_take_their_share_of_every_shard(mix):
     stored = TokenTable([make_example([1, 2, 3]), make_example([4, 5])])
     mixed = mix_shards(make_shards(mix), stored, share=0.25, seed=3)
@@ -190,6 +203,7 @@ def test_a_shard_of_another_size_is_refused():
         ({"shard_examples": 0}, "shard_examples"),
         ({"state_share": -0.5}, "state_share"),
         ({"line_share": 2.0}, "line_share"),
+        ({"try_share": 1.5}, "try_share"),
     ],
 )
 def test_wrong_mixes_are_named(fields, message):

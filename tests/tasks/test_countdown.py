@@ -21,7 +21,7 @@ from rlm_jax.tasks.countdown_demos import (
     list_moves,
     write_move,
 )
-from rlm_jax.tasks.countdown_lines import demonstrate_lines
+from rlm_jax.tasks.countdown_lines import MAX_TRIES, demonstrate_lines, demonstrate_tries
 from rlm_jax.tasks.countdown_solver import count_below, count_solutions
 from rlm_jax.tasks.expressions import parse
 from rlm_jax.text.tokenizer import ByteTokenizer
@@ -351,6 +351,40 @@ def test_the_device_knows_what_was_left():
     assert num_left > 50
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_tries_are_not_written_twice(size):
+    """Of a problem without a solution all moves are tried, and right is what was not tried yet."""
+    rng = np.random.default_rng(14)
+    numbers = np.sort(rng.integers(1, 100, (300, size)), axis=1)
+    targets = rng.integers(10, 101, 300)
+    lost = count_solutions(numbers, targets) == 0
+    tries = demonstrate_tries(rng, numbers[lost], targets[lost])
+    assert len(tries) == lost.sum()
+    for one in tries:
+        target, state = one.prompt.split(":")
+        problem = list(map(int, state.split()))
+        moves = list_moves(np.array([problem]))
+        every = {
+            " ".join(write_move(moves, 0, move).split()[:3])
+            for move in np.flatnonzero(moves.legal[0] & (moves.result[0] < 10_000))
+        }
+        tried = set()
+        for opening, rest, back in zip(*[iter(one.steps)] * 3, strict=True):
+            assert {text for text, _ in opening.choices} == every - tried
+            assert sum(weight for _, weight in opening.choices) == pytest.approx(1)
+            tried.add(opening.text)
+            path = countdown.follow(
+                [problem], countdown.read_line(f"{opening.text} {rest.text[:-1]}")
+            )
+            assert path[-1] != [int(target)]
+            assert countdown.follow(path, countdown.read_line(back.text[:-1])) == [problem]
+            assert rest.choices == ((rest.text, 1.0),)
+            assert (back.choices, back.weight) == (((back.text, 1.0),), 0.0)
+            assert (opening.value, rest.value, back.value) == (None, 0.0, 0.0)
+        assert len(tried) == min(len(every), MAX_TRIES) == len(one.steps) // 3
+        assert not one.finished
+
+
 def test_lines_teach_how_they_end_and_no_choice():
     rng = np.random.default_rng(9)
     numbers, wanted = countdown.draw_solvable(rng, 200, 4, np.array([24, 33, 51]))
@@ -464,6 +498,15 @@ def test_lines_of_a_network_that_are_wrong_are_corrected():
     assert taken[1].text == root
     assert taken[1].choices == correct(right)[1].choices
     assert root not in dict(taken[1].choices)
+    # Who went back behind a right line, or all of them, is to try another one.
+    others = [line for line, _ in first[0].choices if line != right]
+    assert [line for line, _ in taken[2].choices] == others
+    again = correct(right + root + right)
+    assert (again[2].text, again[2].choices, again[2].value) == (right, taken[2].choices, 1.0)
+    assert sum(weight for _, weight in taken[2].choices) == pytest.approx(1)
+    all_right = "".join(line + root for line in (right, *others))
+    assert correct(all_right)[-1].text == root
+    assert correct(all_right + right)[-2].choices == ()
 
 
 def test_training_never_meets_what_is_held_out():
