@@ -48,7 +48,8 @@ class CountdownMix:
         more, and what it is worth: short, so that many of them are few tokens.
       line_share: of the others, examples that teach how lines end that begin at random, no more.
       try_share: of what is left, examples of problems without a solution (of two to four numbers)
-        where every move is tried once. They are long: 0.15 is a quarter of a shard's tokens.
+        where every move is tried once. Long ones: 0.15 in configs/countdown.py's mix are 28% of the
+        tokens, and rows have to hold 256 for all of them to be learned from.
       opening_share: of what is left, demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
       wrong_share, stray_share, max_wrong, return_weight, sharpness, num_goals: see `demonstrate`.
@@ -233,9 +234,10 @@ def _demonstrate_tries(
 ) -> Iterator[Demonstration]:
     """`demonstrate_tries` of what some random moves leave of each problem: two to four numbers."""
     sizes = rng.choice((2, 3, 4), len(numbers), p=(0.1, 0.5, 0.4))
-    targets = rng.choice(_training_targets(), len(targets))
+    # For its own target a problem of four numbers has a solution.
+    others = rng.choice(_training_targets(), len(targets))
     for size in (2, 3, 4):
-        states, wanted = numbers[sizes == size], targets[sizes == size]
+        states, wanted = numbers[sizes == size], others[sizes == size]
         while states.shape[1] > size and len(states):
             states = draw_moves(rng, states)
         if len(states):
