@@ -10,7 +10,7 @@ numbers make 24 is one bit, what they make is a hundred, and costs a network no 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class _Visit:
 
     right: shares of the moves [A] that keep the problem solvable; all 0 in a lost state.
     wrong: weights of the others that were not tried yet. untried: `right`, where a chain may have
-      left a right move again, without those that it has made. choices: the lines of these.
+      left a right move again, without those that it has made.
     """
 
     moves: Moves
@@ -39,7 +39,10 @@ class _Visit:
     right: np.ndarray
     wrong: np.ndarray
     untried: np.ndarray
-    choices: tuple[tuple[str, float], ...]
+
+    @property
+    def choices(self) -> tuple[tuple[str, float], ...]:
+        return list_choices(write_move, self.moves, self.row, self.untried)
 
     @property
     def lost(self) -> bool:
@@ -49,7 +52,6 @@ class _Visit:
         """Neither `move` nor another one to the same state is to be chosen once more."""
         states = self.moves.states[self.row]
         self.untried = np.where((states == states[move]).all(-1), 0.0, self.untried)
-        self.choices = _list_choices(self.moves, self.row, self.untried)
 
 
 @dataclasses.dataclass
@@ -158,8 +160,8 @@ def correct_walks(
             missed = len(state) == 1
         if walk.path[-1].lost or (missed and not walk.solved):
             _take_back(walk)
-        elif not walk.solved and (here := walk.path[-1]).choices:
-            _take_right(walk, draw_index(rng, here.untried))
+        elif not walk.solved and (untried := walk.path[-1].untried).any():
+            _take_right(walk, draw_index(rng, untried))
         target = targets[index : index + 1]
         clean[index] &= not any(is_held_out_state(np.array([s]), target)[0] for s in known)
     return _tell(walks, numbers, targets, clean, num_goals)
@@ -184,10 +186,7 @@ def demonstrate_openings(
     demonstrations = []
     goals = _list_goals(list(numbers), num_goals)
     for row, (state, target) in enumerate(zip(numbers, targets.tolist(), strict=True)):
-        choices = tuple(
-            (write_opening(moves, row, move), float(weight[row, move]))
-            for move in np.flatnonzero(weight[row]).tolist()
-        )
+        choices = list_choices(write_opening, moves, row, weight[row])
         step = Step(write_opening(moves, row, draw_index(rng, weight[row])), choices, None)
         demonstrations.append(
             Demonstration(write_state(target, state) + "\n", (step,), False, None, goals[row])
@@ -242,6 +241,21 @@ def weigh_moves(below: np.ndarray, sharpness: float) -> np.ndarray:
 def write_move(moves: Moves, row: int, move: int) -> str:
     """`10 - 4 = 6 ; 4 6 7` and a newline; the last move of a chain ends on its result."""
     return f"{write_opening(moves, row, move)} {_write_rest(moves, row, move)}"
+
+
+def write_opening(moves: Moves, row: int, move: int) -> str:
+    """`10 - 4`: the choice that a line is, without what follows from it."""
+    sign = OPERATORS[moves.operator[row, move]]
+    return f"{moves.larger[row, move]} {sign} {moves.smaller[row, move]}"
+
+
+def list_choices(
+    write: Callable[[Moves, int, int], str], moves: Moves, row: int, weights: np.ndarray
+) -> tuple[tuple[str, float], ...]:
+    """`Step.choices`: the moves of weight [A], as `write` writes them; none where none has any."""
+    weighed = np.flatnonzero(weights).tolist()
+    total = weights.sum()
+    return tuple((write(moves, row, move), float(weights[move] / total)) for move in weighed)
 
 
 def write_consequence(moves: Moves, row: int, move: int) -> tuple[Step, Step]:
@@ -305,16 +319,8 @@ def _visit(
         right = weigh_moves(below, sharpness)
         wrong = (moves.legal & (below == 0)) / (1 + moves.result / 100)
         for row, index in enumerate(indices):
-            shares, choices = right[row], _list_choices(moves, row, right[row])
-            visits[index] = _Visit(moves, row, states[row], shares, wrong[row], shares, choices)
+            visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], right[row])
     return visits
-
-
-def _list_choices(moves: Moves, row: int, weights: np.ndarray) -> tuple[tuple[str, float], ...]:
-    """The lines of moves of weight, and their shares; none where no move has any."""
-    weighed = np.flatnonzero(weights).tolist()
-    total = weights.sum()
-    return tuple((write_move(moves, row, move), float(weights[move] / total)) for move in weighed)
 
 
 def _go_on(
@@ -437,11 +443,6 @@ def _find_move(moves: Moves, row: int, line: Line) -> int:
     written = (moves.larger[row], moves.smaller[row], moves.operator[row])
     same = np.logical_and.reduce([all_of == one for all_of, one in zip(written, ends, strict=True)])
     return int(np.flatnonzero(same & moves.legal[row])[0])
-
-
-def write_opening(moves: Moves, row: int, move: int) -> str:
-    sign = OPERATORS[moves.operator[row, move]]
-    return f"{moves.larger[row, move]} {sign} {moves.smaller[row, move]}"
 
 
 def _write_rest(moves: Moves, row: int, move: int) -> str:

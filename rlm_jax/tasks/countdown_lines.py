@@ -11,7 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlm_jax.tasks.countdown import write_return, write_state
-from rlm_jax.tasks.countdown_demos import draw_index, write_consequence, write_opening
+from rlm_jax.tasks.countdown_demos import (
+    draw_index,
+    list_choices,
+    write_consequence,
+    write_opening,
+)
 from rlm_jax.tasks.countdown_solver import list_moves
 from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_state
 from rlm_jax.tasks.demonstrations import Demonstration, Step
@@ -82,12 +87,8 @@ def demonstrate_tries(
         back = write_return(state)
         steps: list[Step] = []
         for _ in range(min(MAX_TRIES, np.count_nonzero(left))):
-            shares = left / left.sum()
-            move = draw_index(rng, shares)
-            choices = tuple(
-                (write_opening(moves, row, other), float(shares[other]))
-                for other in np.flatnonzero(shares).tolist()
-            )
+            choices = list_choices(write_opening, moves, row, left)
+            move = draw_index(rng, left)
             opening, rest = write_consequence(moves, row, move)
             steps += [opening._replace(choices=choices), rest._replace(value=0.0)]
             steps.append(Step(back, ((back, 1.0),), 0.0, weight=0.0))
