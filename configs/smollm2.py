@@ -9,6 +9,8 @@ Expected: a chain of about 60 tokens in 2-3 s and a search of 512 tokens in 8-15
 on one core, nothing to download, and no sense in its answers.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -37,8 +39,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.bucket_tokens = 64
     config.page_tokens = 4
     config.max_depth = 16
+    _add_chains(config)
+    _add_trees(config)
+    if variant == "smoke":
+        _shrink(config)
+    return config
 
-    sampling = {
+
+def _sampling(**changes: Any) -> dict[str, Any]:
+    """How steps are drawn, but for `changes`."""
+    return {
         "method": "sample",
         "temperature": 0.7,
         "top_k": 0,
@@ -53,19 +63,26 @@ def get_config(variant: str = "") -> ConfigDict:
         "outcome_weight": 0.0,
         "return_bias": 0.0,
         "doubt_weight": 0.0,
+        **changes,
     }
+
+
+def _add_chains(config: ConfigDict) -> None:
     chain = {"max_refused": 0}
-    config.greedy = ConfigDict({**chain, "sampling": {**sampling, "method": "greedy"}})
-    no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
+    config.greedy = ConfigDict({**chain, "sampling": _sampling(method="greedy")})
+    no_repeats = _sampling(method="greedy", no_repeats=True)
     config.greedy_no_repeats = ConfigDict({**chain, "sampling": no_repeats})
     # The same, where no step goes back, and no task lists its steps.
     config.greedy_guided = ConfigDict({**chain, "sampling": no_repeats})
     config.greedy_controlled = ConfigDict({**chain, "sampling": no_repeats})
     config.greedy_legal = ConfigDict({"max_refused": 8, "sampling": no_repeats})
     config.best_of_n = ConfigDict(
-        {**chain, "num_chains": 8, "rule": "majority", "sampling": sampling}
+        {**chain, "num_chains": 8, "rule": "majority", "sampling": _sampling()}
     )
-    shared = {"num_children": 4, "answer_rule": "weighted", "sampling": sampling}
+
+
+def _add_trees(config: ConfigDict) -> None:
+    shared = {"num_children": 4, "answer_rule": "weighted", "sampling": _sampling()}
     tree = {
         **shared,
         "num_nodes": 129,
@@ -161,23 +178,25 @@ def get_config(variant: str = "") -> ConfigDict:
             "widen": False,
         }
     )
+    no_repeats = _sampling(method="greedy", no_repeats=True)
     widening = {"widen": True, "num_children": 1, "prior_weight": 0.7, "sampling": no_repeats}
     config.best_first_widening = ConfigDict({**config.best_first, **widening})
     # The same again: no task here lists its steps.
-    config.best_first_controlled = ConfigDict({**config.best_first, "sampling": sampling})
+    config.best_first_controlled = ConfigDict({**config.best_first, "sampling": _sampling()})
     config.best_first_widening_controlled = ConfigDict({**config.best_first, **widening})
-    if variant == "smoke":
-        config.model = "random:tiny-llama"
-        config.step.max_tokens = 8
-        config.budget_tokens = 48
-        config.batch_size = 2
-        config.max_depth = 4
-        config.best_of_n.num_chains = 2
-        several = ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first")
-        for name in (*several, "best_first_controlled"):
-            config[name].update({"num_nodes": 17, "num_children": 2})
-        for name in ("best_first_widening", "best_first_widening_controlled"):
-            config[name].update({"num_nodes": 17, "num_children": 1})
-        config.beam.beam_width = 2
-        config.gumbel.update({"num_simulations": 6, "num_lanes": 2, "root_lanes": 2})
-    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    config.model = "random:tiny-llama"
+    config.step.max_tokens = 8
+    config.budget_tokens = 48
+    config.batch_size = 2
+    config.max_depth = 4
+    config.best_of_n.num_chains = 2
+    several = ("gumbel", "puct", "uct", "td_mcts", "beam", "best_first")
+    for name in (*several, "best_first_controlled"):
+        config[name].update({"num_nodes": 17, "num_children": 2})
+    for name in ("best_first_widening", "best_first_widening_controlled"):
+        config[name].update({"num_nodes": 17, "num_children": 1})
+    config.beam.beam_width = 2
+    config.gumbel.update({"num_simulations": 6, "num_lanes": 2, "root_lanes": 2})
