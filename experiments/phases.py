@@ -44,6 +44,7 @@ from rlm_jax.models.params import Params, param_axes
 from rlm_jax.models.state_value import StateValue, init_state_value, widen_numbers
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
 from rlm_jax.tasks.base import Problem
+from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, make_problem
 from rlm_jax.text.tokenizer import Tokenizer
 
 
@@ -298,6 +299,18 @@ def _mix_in_records(run: Run) -> Callable[[int], list[TokenExample]]:
     mixed = functools.partial(mix_shards, make_shards(mix), TokenTable(run.solutions))
     share = run.train["records"]["share"]
     return make_named("train.records", mixed, {"share": share, "seed": mix.seed})
+
+
+def require_room(config: Mapping[str, Any], search: Search, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where the longest problem to search has no room in `bucket_tokens`."""
+    most = max(size for size, _ in search.sizes)
+    longest = make_problem((MAX_NUMBER,) * most, max(TARGETS))
+    needed = len(encode_problem(tokenizer, build.TASKS[config["task"]], longest))
+    if needed > config["bucket_tokens"]:
+        raise ValueError(
+            f"bucket_tokens={config['bucket_tokens']}: accepted is >= {needed}, the tokens of a "
+            f"prompt of {most} numbers, which train.search.sizes asks for"
+        )
 
 
 class SearchProgram(NamedTuple):

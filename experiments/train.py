@@ -154,6 +154,8 @@ def _prepare(
             with write_whole(path) as beside:
                 shutil.copyfile(find_model(train["begin_with"]) / TOKENIZER, beside)
     tokenizer = load_tokenizer(path)
+    if settings.search is not None:
+        phases.require_room(config, settings.search, tokenizer)
     model = phases.make_model(train["network"], tokenizer) if start is None else start.cfg
     rules = FSDP if _FSDP.value else TENSOR_PARALLEL
     state_value = None if start is None else start.state_value

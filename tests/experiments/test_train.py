@@ -467,6 +467,14 @@ def test_records_that_are_not_there_are_named_before_a_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
 
 
+def test_a_prompt_that_has_no_room_is_named_before_a_step(tmp_path):
+    room = ("--config.bucket_tokens=4", "--config.train.search.collect.row_tokens=8")
+    done = _train(tmp_path, *room)
+    assert done.status == 2
+    assert "bucket_tokens=4: accepted is >= 8, the tokens of a prompt of 4 numbers" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
 def test_a_workdir_that_is_a_file_is_named(tmp_path):
     file = tmp_path / "file"
     file.touch()
