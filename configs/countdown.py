@@ -57,17 +57,20 @@ def get_config(variant: str = "") -> ConfigDict:
     sampling |= {"return_bias": 0.0, "doubt_weight": 0.0}
     distinct = {**sampling, "method": "stochastic_beam"}
     # A chain may go back, and try again: it takes more lines than the tree is deep.
-    chain = {"max_depth": 32, "max_refused": 0}
+    chain = {"max_depth": 32, "max_refused": 0, "may_err": False}
     config.greedy = ConfigDict({**chain, "sampling": {**sampling, "method": "greedy"}})
     # The same chain, decoded so that from one state it writes no line twice, and goes back to
     # states that it has left. It does so less readily: taught by a solver that goes back from every
     # lost state at once, it would leave states that it cannot judge.
     no_repeats = {**sampling, "method": "greedy", "no_repeats": True}
     careful = {**no_repeats, "copy_returns": True}
-    config.greedy_no_repeats = ConfigDict({**chain, "sampling": {**careful, "return_bias": -1.0}})
+    # With something new in every line it has use for more of them, and a line of its own that does
+    # not follow is one more that leads nowhere: it may go on from it, and back.
+    longer = {**chain, "max_depth": 60, "may_err": True}
+    config.greedy_no_repeats = ConfigDict({**longer, "sampling": {**careful, "return_bias": -1.0}})
     # It also goes back where the value network sees no way on, and hardly anywhere else.
     config.greedy_guided = ConfigDict(
-        {**chain, "sampling": {**careful, "return_bias": -6.0, "doubt_weight": 1.0}}
+        {**longer, "sampling": {**careful, "return_bias": -6.0, "doubt_weight": 1.0}}
     )
     # And it writes legal lines alone, weighed by what that network says of what they leave.
     controlled = {"legal_only": True, "outcome_weight": 1.0}
@@ -75,9 +78,8 @@ def get_config(variant: str = "") -> ConfigDict:
         {**chain, "sampling": {**config.greedy_guided.sampling, **controlled}}
     )
     # Or where a line does not follow it writes another one.
-    config.greedy_legal = ConfigDict(
-        {**chain, "max_refused": 16, "sampling": {**careful, "return_bias": -1.5}}
-    )
+    refereed = {**longer, "may_err": False, "max_refused": 40}
+    config.greedy_legal = ConfigDict({**refereed, "sampling": {**careful, "return_bias": -1.5}})
     config.best_of_n = ConfigDict(
         {**chain, "num_chains": 16, "rule": "majority", "sampling": sampling}
     )

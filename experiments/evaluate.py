@@ -412,9 +412,14 @@ def _score(
     score = {"correct": record["correct"] is True, **spent}
     task = build.TASKS[split.task]
     if cell.num_chains is not None and task.self_verifying:
-        score["tokens_in_turn"] = count_tokens_in_turn(
-            read_chains(record), lambda text: task.verify(problem, gold, text).correct is True
-        )
+
+        def is_right(text: str) -> bool:
+            if record["config"].get("may_err"):
+                assert task.drop_errors is not None
+                text = task.drop_errors(problem, text)
+            return task.verify(problem, gold, text).correct is True
+
+        score["tokens_in_turn"] = count_tokens_in_turn(read_chains(record), is_right)
     return score
 
 

@@ -170,6 +170,8 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     _make("step", StepSpec, config["step"])
     own = {key: value for key, value in config[name].items() if key not in _NOT_SETTINGS}
     max_depth = own.pop("max_depth", config["max_depth"])
+    may_err = own.pop("may_err", False)
+    _check_may_err(config, name, may_err)
     sampling = _make(f"{name}.sampling", SamplingConfig, config[name]["sampling"])
     if sampling.repeats:
         own = _write_once(name, own, sampling.method)
@@ -204,6 +206,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
         _make_language(config, sampling, num_nodes, judge),
         max_depth=max_depth,
         may_return=name not in TREE_SEARCHES,
+        may_err=may_err,
     )
     shared = (
         "model",
@@ -220,6 +223,7 @@ def plan_strategy(config: Mapping[str, Any], name: str) -> Plan:
     settings |= {f"step.{key}": value for key, value in config["step"].items()}
     settings |= {f"sampling.{key}": v for key, v in config[name]["sampling"].items()}
     settings |= own | {"max_depth": max_depth}
+    settings |= {"may_err": True} if may_err else {}
     return Plan(strategy, language, settings)
 
 
@@ -332,6 +336,23 @@ def _check_going_back(config: Mapping[str, Any], name: str, sampling: SamplingCo
         accepted = False if value is True else 0
         where = f"{name}.sampling.{settings[0]}"
         raise ValueError(f"{where}={value}: accepted is {accepted}, as {reason}")
+
+
+def _check_may_err(config: Mapping[str, Any], name: str, may_err: bool) -> None:
+    """Raises ValueError where wrong steps cannot be gone on from."""
+    if may_err is False:
+        return
+    accepted, reason = "False", None
+    if may_err is not True:
+        accepted, reason = "true, false", "it is a flag"
+    elif name in TREE_SEARCHES:
+        reason = "a tree goes on from steps that follow alone"
+    elif TASKS[config["task"]].drop_errors is None:
+        reason = f"task {config['task']!r} does not say what a wrong step leaves"
+    elif not config["use_verifier"]:
+        reason = "without use_verifier nothing says what steps leave"
+    if reason is not None:
+        raise ValueError(f"{name}.may_err={may_err!r}: accepted is {accepted}, as {reason}")
 
 
 def _check_legal_only(config: Mapping[str, Any], name: str, sampling: SamplingConfig) -> None:

@@ -3,7 +3,8 @@
 Gold answers play no part here.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from rlm_jax.text.tokenizer import Tokenizer
 class Finding(NamedTuple):
     """What one structure says.
 
-    answer: the canonical one, None where it found none. solution: the text of the path to it.
+    answer: the canonical one, None where it found none. solution: what the path to it tells.
     chosen: the nodes of that path. nodes, budget: as in a record.
     """
 
@@ -37,19 +38,22 @@ def read_findings(
     structure: Structure,
     tokens: np.ndarray,
     prompts: Mapping[int, Sequence[int]],
+    tell: Callable[[int, Sequence[int]], str],
 ) -> dict[int, Finding]:
     """The findings of finished rows.
 
     Args:
       structure, tokens: of the whole batch, on the host. prompts: token ids by row, of those rows
-        that are finished.
+        that are finished. tell: a row and the token ids of a path -> the solution that it tells.
     """
     ids, names = np.full(structure.depth.shape, -1, np.int32), {}
     for row in prompts:
         # Where the task checked the steps, a solution that is not proven is refuted.
         checked = structure.budget.verifier_calls[row] > 0
         refuted = np.asarray(structure.terminal[row] & ~structure.proven[row] & checked)
-        _name_answers(task, tokenizer, structure, tokens, row, refuted, ids, names)
+        _name_answers(
+            task, functools.partial(tell, row), structure, tokens, row, refuted, ids, names
+        )
     best = jax.device_get(jax.jit(strategy.answer)(structure, ids)).node
     findings = {}
     for row, prompt in prompts.items():
@@ -57,7 +61,7 @@ def read_findings(
         solution = path_tokens(structure, tokens, row, max(node, 0))
         findings[row] = Finding(
             answer=names.get((row, node)),
-            solution=tokenizer.decode(solution, skip_special=True),
+            solution=tell(row, solution),
             chosen=path_to_root(structure, row, node) if node >= 0 else [],
             nodes=_node_columns(tokenizer, prompt, structure, tokens, row),
             budget={name: int(getattr(structure.budget, name)[row]) for name in BUDGET_FIELDS},
@@ -75,7 +79,7 @@ def path_tokens(structure: Structure, tokens: np.ndarray, row: int, node: int) -
 
 def _name_answers(
     task: Task,
-    tokenizer: Tokenizer,
+    tell: Callable[[Sequence[int]], str],
     structure: Structure,
     tokens: np.ndarray,
     row: int,
@@ -91,7 +95,7 @@ def _name_answers(
         if node == 0 or node in inner or refuted[node]:
             continue
         path = path_tokens(structure, tokens, row, int(node))
-        answer = task.extract(tokenizer.decode(path, skip_special=True))
+        answer = task.extract(tell(path))
         if answer is not None:
             ids[row, node] = known.setdefault(answer, len(known))
             names[row, int(node)] = answer

@@ -406,6 +406,14 @@ def _read_rows(
 ) -> Iterator[Solved]:
     """Records of finished rows."""
     structure, tokens, trace = jax.device_get((search.structure, search.world.tokens, search.trace))
+
+    def tell(row: int, ids: Sequence[int]) -> str:
+        text = solver.tokenizer.decode(ids, skip_special=True)
+        if not solver.language.may_err:
+            return text
+        assert solver.task.drop_errors is not None
+        return solver.task.drop_errors(batch[done[row].place].problem, text)
+
     findings = read_findings(
         solver.strategy,
         solver.task,
@@ -413,6 +421,7 @@ def _read_rows(
         structure,
         tokens,
         {row: batch[slot.place].prompt for row, slot in done.items()},
+        tell,
     )
     evaluator = solver.language.evaluator
     for row, slot in done.items():

@@ -337,6 +337,7 @@ def _check(lm, cfg, world, steps, rows) -> Verdicts:
         steps.length,
         steps.terminal,
         may_return=cfg.may_return,
+        may_err=cfg.may_err,
     )
 
 

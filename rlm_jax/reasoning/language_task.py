@@ -63,12 +63,14 @@ def check_steps(
     ends: Bool[Array, "R"],
     *,
     may_return: bool = True,
+    may_err: bool = False,
 ) -> Verdicts:
     """Asks the task about R steps; steps without a token are not looked at.
 
     Args:
       states: of what the steps follow, leaves [R, ...]. ends: the step ends its solution.
       may_return: whether steps are legal that take earlier ones back, or make that necessary.
+      may_err: whether steps are legal that do not follow, but say what they leave.
     """
     made = length > 0
     if task is None:
@@ -78,6 +80,8 @@ def check_steps(
     checked = jax.vmap(task.step, (None, 0, 0, 0, 0))(tables, states, tokens, length, ends)
     told = made & checked.known
     legal = checked.legal if may_return else checked.legal & ~checked.chain_only
+    if may_err:
+        legal |= checked.claims
     illegal = told & ~legal
     solved = told & legal & checked.solved
     terminal = made & (ends | illegal | solved)

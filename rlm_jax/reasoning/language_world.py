@@ -60,7 +60,9 @@ class LanguageConfig:
     task: checks every step against the problem alone (`language_task.py`); None checks nothing.
     dead_value: what the steps it refutes are worth. drop_illegal: steps that do not follow become
     no nodes of the search; what they cost stays counted. may_return: a step may take earlier ones
-    back, as a chain does; a tree goes back by itself, and there such steps are illegal.
+    back, as a chain does; a tree goes back by itself, and there such steps are illegal. may_err: a
+    step that does not follow, but says what it leaves, is gone on from as if that was so; what it
+    proves is nothing.
     solved_reward: reward of the edge into a proven solution, whose value is 1 already.
     keeps_subtrees: pages for a path above the root too, which `keep_world` needs.
     """
@@ -83,6 +85,7 @@ class LanguageConfig:
     dead_value: float = 0.0
     drop_illegal: bool = True
     may_return: bool = False
+    may_err: bool = False
     solved_reward: float = 0.0
     keeps_subtrees: bool = False
 

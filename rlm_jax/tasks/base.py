@@ -80,6 +80,8 @@ class Task:
       notation: problem -> the text that models trained on the task read and nothing else; where a
         tokenizer has no chat template it takes the place of `prompt`.
       device: the checker of steps on token ids, where there is one; only self-verifying tasks.
+      drop_errors: (problem, the text of a chain) -> the chain without steps that do not follow, and
+        without what stands on them, where steps say what they leave (`StepCheck.claims`).
     """
 
     name: str
@@ -94,6 +96,7 @@ class Task:
     read: Callable[[str], Problem] | None = None
     notation: Callable[[Problem], str] | None = None
     device: DeviceTask | None = None
+    drop_errors: Callable[[Problem, str], str] | None = None
 
 
 def judge(correct: bool | None, reason: str) -> Verdict:

@@ -301,6 +301,46 @@ def follow(path: list[list[int]], line: Line) -> list[list[int]] | str:
     return [*path, state]
 
 
+def drop_errors(problem: Problem, text: str) -> str:
+    """A chain of lines without those that do not follow, and without what stands on them.
+
+    Behind a wrong line that says what it leaves a chain may go on as if that was so, and go back:
+    it solves the problem where what remains of it does.
+    """
+    return drop_wrong_lines(problem.data[0], text)
+
+
+def drop_wrong_lines(numbers: Sequence[int], text: str) -> str:
+    """`drop_errors` on plain numbers."""
+    # States on the way, the first `num_sound` of which follow from the numbers.
+    path, num_sound, kept = [sorted(numbers)], 1, []
+    for text_line in text.split("\n"):
+        line = read_line(text_line)
+        found = "" if line is None else follow(path, line)
+        if line is not None and isinstance(found, str) and _says_rest(path[-1], line):
+            path = [*path, line.rest or [line.result]]
+            continue
+        if line is None or isinstance(found, str):
+            # Nothing goes on from here; a blank line is none.
+            kept.append(text_line)
+            continue
+        if not line.sign:
+            is_kept, num_sound = len(found) < num_sound, min(num_sound, len(found))
+        else:
+            is_kept = num_sound == len(path)
+            num_sound += is_kept
+        path = found
+        kept += [text_line] if is_kept else []
+    return "\n".join(kept)
+
+
+def _says_rest(state: list[int], line: Line) -> bool:
+    """Whether a move from `state`, right or wrong, says as many numbers as it would leave."""
+    if len(state) <= 2:
+        return len(state) == 2 and bool(line.sign) and line.rest is None
+    return bool(line.sign) and line.rest is not None and len(line.rest) == len(state) - 1
+
+
 def _read_lines(text: str) -> list[Line] | None:
     """The lines of a chain; None where one is none."""
     lines: list[Line] = []
@@ -373,4 +413,5 @@ TASK = Task(
     read=read,
     notation=notation,
     device=DEVICE_TASK,
+    drop_errors=drop_errors,
 )

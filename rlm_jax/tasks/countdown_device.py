@@ -57,12 +57,14 @@ class State:
     """What is left, and was left on the way: row k of `path` holds k + 1 numbers.
 
     path: numbers, falling, -1 where there are fewer; rows below `count` - 1 mean nothing.
-    count: how many are left; 0 when it is not known.
+    count: how many are left; 0 when it is not known. sound: rows that follow from the problem; the
+    others are what a wrong line says that it leaves.
     """
 
     path: Int32[Array, "8 8"]
     count: Int32[Array, ""]
     target: Int32[Array, ""]
+    sound: Bool[Array, "8"]
 
 
 @struct
@@ -134,6 +136,7 @@ def begin(tables: Tables, tokens: Int32[Array, "T"], length: Int32[Array, ""]) -
         path=jnp.where(is_here[:, None], numbers, _NONE),
         count=count,
         target=jnp.where(known, found.values[0], 0),
+        sound=jnp.ones(MAX_NUMBERS, bool),
     )
 
 
@@ -149,18 +152,23 @@ def step(
     known = state.count > 0
     follows, numbers = _move(line, state)
     returns, last = _return(line, state)
+    says, said = _say(line, state)
     is_last = state.count == 2
-    solved = known & follows & is_last & (numbers[0] == state.target)
+    sound = follows & state.sound[jnp.maximum(state.count - 1, 0)]
+    solved = known & sound & is_last & (numbers[0] == state.target)
     # A line that was cut short may read differently once it goes on.
     whole = line.ended | ends | solved
     legal = ~known | ((follows | returns) & whole)
+    claims = known & says & ~follows & whole
     count = jnp.where(returns, last, state.count - 1)
+    numbers = jnp.where(follows, numbers, said)
     numbers = jnp.where(returns, state.path[last - 1], numbers)
     is_here = jnp.arange(MAX_NUMBERS) == count - 1
     path = jnp.where(is_here[:, None], numbers, state.path)
-    after = State(path, jnp.where(known, count, 0), state.target)
+    sound = jnp.where(is_here & ~returns, sound, state.sound)
+    after = State(path, jnp.where(known, count, 0), state.target, sound)
     chain_only = known & (returns | (follows & is_last & ~solved))
-    return StepCheck(after, legal, solved, state_key(after), known, chain_only)
+    return StepCheck(after, legal, solved, state_key(after), known, chain_only, claims)
 
 
 def state_key(state: State) -> UInt32[Array, ""]:
@@ -189,6 +197,15 @@ def _move(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, "8
     says_rest = jnp.where(state.count == 2, line.count == _LINE_PATTERN, rest)
     is_right = _is_right(line.signs[1], left, right, result)
     return _has_shape(line) & has_left & has_right & is_right & says_rest, numbers
+
+
+def _say(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, "8"]]:
+    """Whether a line reads as a move from here, right or wrong, and what it says is left."""
+    is_last = state.count == 2
+    num_lexemes = jnp.where(is_last, _LINE_PATTERN, _LINE_PATTERN + state.count)
+    result = jnp.full(MAX_NUMBERS, _NONE, jnp.int32).at[0].set(line.values[4])
+    said = jnp.where(is_last, result, _sorted_values(line, _LINE_PATTERN + 1))
+    return _has_shape(line) & (state.count > 1) & (line.count == num_lexemes), said
 
 
 def _return(line: Lexemes, state: State) -> tuple[Bool[Array, ""], Int32[Array, ""]]:

@@ -21,13 +21,15 @@ class StepCheck(NamedTuple):
     """What is known about one step.
 
     Attributes:
-      state: the task's state behind the step; meaningless unless `legal`.
+      state: the task's state behind the step; meaningless unless `legal` or `claims`.
       legal: the step follows from the state before it. A task that cannot tell says True.
       solved: the step ends a solution that is right.
       key: hash of the state behind the step, equal for equal states; 0 where there is none.
       known: the task could read the problem; otherwise it decides nothing about its steps.
       chain_only: the step takes earlier ones back, or nothing but that can follow it. A chain may
         go on from it; a tree goes back by itself.
+      claims: the step does not follow, but says what it leaves; `state` is that, and nothing that
+        stands on it solves the problem.
     """
 
     state: PyTree
@@ -36,6 +38,7 @@ class StepCheck(NamedTuple):
     key: UInt32[Array, ""]
     known: Any = np.True_
     chain_only: Any = np.False_
+    claims: Any = np.False_
 
 
 class Observation(NamedTuple):

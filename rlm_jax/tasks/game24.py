@@ -112,6 +112,11 @@ def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
     return countdown.judge_expression(problem.data, TARGET, expression)
 
 
+def drop_errors(problem: Problem, text: str) -> str:
+    """As `countdown.drop_errors`."""
+    return countdown.drop_wrong_lines(problem.data, text)
+
+
 def solve(numbers: tuple[int, ...]) -> str | None:
     """An expression that makes 24 out of `numbers`, or None when there is none. Exact."""
     if len(numbers) == 1:
@@ -174,4 +179,5 @@ TASK = Task(
     read=read,
     notation=notation,
     device=countdown.DEVICE_TASK,
+    drop_errors=drop_errors,
 )

@@ -187,6 +187,26 @@ def test_use_verifier_is_yes_or_no():
             "outcome_weight=1.0: accepted is a number >= 0, and 0 without legal_only",
         ),
         ("greedy_legal", {"use_verifier": False}, "max_refused=8: accepted is 0 without"),
+        (
+            "greedy",
+            {"may_err": True},
+            "greedy.may_err=True: accepted is False, as task 'free' does not say what a wrong step",
+        ),
+        (
+            "greedy",
+            {"may_err": True, "task": "countdown", "use_verifier": False},
+            "greedy.may_err=True: accepted is False, as without use_verifier nothing says what",
+        ),
+        (
+            "puct",
+            {"may_err": True, "task": "countdown"},
+            "puct.may_err=True: accepted is False, as a tree goes on from steps that follow alone",
+        ),
+        (
+            "greedy",
+            {"may_err": 1, "task": "countdown"},
+            "greedy.may_err=1: accepted is true, false, as it is a flag",
+        ),
         ("greedy_legal", {"drop_illegal": False}, "max_refused=8: accepted is 0 without"),
         (
             "best_first_widening",

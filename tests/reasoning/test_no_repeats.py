@@ -48,13 +48,14 @@ def program(config, num_chains, max_refused):
     return jax.jit(run)
 
 
-def search(model, num_chains=1, task=None, max_refused=0, **sampling):
+def search(model, num_chains=1, task=None, max_refused=0, may_err=False, **sampling):
     """Structures of chains that never end by themselves, their world, and the config."""
     lm, cfg = model
     rule = lm.step_rule.replace(final=lm.step_rule.final & False)
     lm = dataclasses.replace(lm, step_rule=rule, task_tables=make_tables(range(cfg.vocab_size)))
     num_nodes = 1 + num_chains * (LONG + max_refused)
     sizes = {"num_nodes": num_nodes, "max_depth": LONG, "max_new_tokens": 1000}
+    sizes["may_err"] = may_err
     config = language(cfg, "confidence", SamplingConfig(**sampling), task=task, may_return=True)
     config = dataclasses.replace(config, **sizes)
     structure, world = program(config, num_chains, max_refused)(
@@ -83,6 +84,29 @@ def check_some(tables, state, tokens, length, ends):
     """As `check_step`; but half of the steps, told by their tokens, are against the rules."""
     checked = check_step(tables, state, tokens, length, ends)
     return checked._replace(legal=weigh(tables[tokens], length) % 2 == 0)
+
+
+def test_a_chain_that_may_err_goes_on_where_a_step_says_what_it_leaves(model):
+    """As if each of its steps followed; those that do not say so still end it."""
+
+    def claim(least):
+        def check(*args):
+            checked = check_some(*args)
+            says = checked.state["sum"] >= least
+            return checked._replace(claims=~checked.legal & says)
+
+        return TASK._replace(step=check)
+
+    options = {"method": "greedy", "no_repeats": True}
+    free, world, _ = search(model, task=TASK, **options)
+    erring, erring_world, _ = search(model, task=claim(0), may_err=True, **options)
+    assert free.num_nodes.tolist() == erring.num_nodes.tolist()
+    np.testing.assert_array_equal(free.state_key, erring.state_key)
+    np.testing.assert_array_equal(world.tokens, erring_world.tokens)
+    strict, _, _ = search(model, task=claim(0), **options)
+    some, _, _ = search(model, task=claim(2), may_err=True, **options)
+    made = [int(structure.alive.sum()) for structure in (strict, some, erring)]
+    assert made == sorted(set(made))
 
 
 def test_a_refused_step_is_not_written_again(model):

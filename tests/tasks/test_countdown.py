@@ -606,14 +606,17 @@ def _change(rough: random.Random, line: str) -> str:
     return line + line
 
 
-@pytest.mark.parametrize("name", ["bytes", "pieces"])
-def test_the_device_says_what_python_says(name):
+@pytest.mark.parametrize(
+    ("name", "may_err"), [("bytes", False), ("pieces", False), ("pieces", True)]
+)
+def test_the_device_says_what_python_says(name, may_err):
+    """may_err: a chain goes on behind a wrong line that says what it leaves, and may go back."""
     pieces = _vocabularies()[name]
     encode = _make_encode(pieces)
     task = countdown.TASK.device
     tables = task.make_tables(pieces)
     prompts, lines, lengths, expected = [], [], [], []
-    most_steps, width = 7, 48
+    most_steps, width, num_mended = 7, 48, 0
     for numbers, target, steps in _hostile_chains(10_000):
         # A step ends with its first newline behind something, as decoding would end it.
         text = "".join(steps)
@@ -626,8 +629,9 @@ def test_the_device_says_what_python_says(name):
         prompts.append(prompt + [0] * (24 - len(prompt)))
         lines.append([line + [0] * (width - len(line)) for line in ids])
         lengths.append([len(prompt), *map(len, ids)])
-        verdict = countdown.verify_text(numbers, target, text)
-        expected.append(bool(verdict.correct))
+        told = countdown.drop_wrong_lines(numbers, text) if may_err else text
+        num_mended += told != text and bool(countdown.verify_text(numbers, target, told).correct)
+        expected.append(bool(countdown.verify_text(numbers, target, told).correct))
 
     def check(prompt, line, length):
         state = task.begin(tables, prompt, length[0])
@@ -635,8 +639,9 @@ def test_the_device_says_what_python_says(name):
         for i in range(most_steps):
             there = length[i + 1] > 0
             seen = task.step(tables, state, line[i], length[i + 1], jnp.bool_(False))
+            goes_on = seen.legal | (seen.claims & may_err)
             solved = jnp.where(there, alive & seen.legal & seen.solved, solved)
-            alive &= ~there | (seen.legal & ~(solved & ~seen.solved))
+            alive &= ~there | (goes_on & ~(solved & ~seen.solved))
             state = jax.tree.map(functools.partial(jnp.where, there), seen.state, state)
         return solved & alive
 
@@ -647,6 +652,29 @@ def test_the_device_says_what_python_says(name):
     assert not len(wrong), [lines[row] for row in wrong[:5]]
     assert len(expected) > 5000
     assert 0.1 < np.mean(expected) < 0.7
+    assert (num_mended > 50) == may_err
+
+
+def test_what_stands_on_a_wrong_line_is_dropped():
+    """Up to the line that goes back to what stood before; and a wrong line proves nothing."""
+    wrong = "9 - 4 = 6 ; 2 6\n6 * 2 = 12\n: 2 4 9\n"
+    right = "9 - 4 = 5 ; 2 5\n5 * 2 = 10"
+    problem = countdown.make_problem((2, 4, 9), 10)
+    assert countdown.drop_errors(problem, wrong + right) == right
+    assert countdown.verify(problem, Gold(), wrong + right).correct is False
+    twelve = countdown.make_problem((2, 4, 9), 12)
+    assert countdown.drop_errors(twelve, wrong).strip() == ""
+    # It goes back behind right lines as well, and those are taken back, not dropped.
+    back = "9 + 4 = 13 ; 2 13\n13 - 2 = 10\n: 2 4 9\n"
+    kept = "9 + 4 = 13 ; 2 13\n: 2 4 9\n"
+    assert countdown.drop_errors(problem, back + right) == kept + right
+    assert countdown.verify(problem, Gold(), kept + right).correct is True
+    assert game24.TASK.drop_errors(game24.make_problem((1, 2, 4, 6), "a"), "7 * 1 = 7 ; 7") != ""
+    # What does not say what it leaves is gone on from by nothing.
+    for line in ("9 - 4 = 6", "9 - 4 = 6 ; 6", ": 4 9", "nine"):
+        text = f"{line}\n{right}"
+        dropped = countdown.drop_errors(problem, text)
+        assert countdown.verify(problem, Gold(), dropped).correct is False
 
 
 @pytest.mark.parametrize("name", ["bytes", "pieces"])
