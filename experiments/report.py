@@ -40,9 +40,11 @@ Written by `experiments/report.py` from what `experiments/evaluate.py` measured;
 Accuracy in %, with Wilson's 95% interval. Tokens are generated tokens, a mean per problem.
 
 - A search, and `best_of_n` without a number, stops at the first answer that its task proves right.
-  `greedy` is one chain; `greedy_no_repeats` is one too, decoded so that from one state it writes no
-  step twice, and where it goes back spells numbers that it left: nothing but its own text tells it
-  what it tried and what it left, no verdict and no other chain.
+  `greedy` is one chain, and ends with a step that does not follow; `greedy_no_repeats` is one too,
+  decoded so that from one state it writes no step twice, and where it goes back spells numbers that
+  it left: nothing but its own text tells it what it tried and what it left, no verdict and no other
+  chain. It goes on from what a step says is left, right or wrong, and back; its answer is what its
+  right steps make, and nobody tells it which they are.
   `greedy_guided` is that chain with a value network beside the policy: where it gives the numbers
   that are left no chance, the chain goes back. No verdict here either.
   `greedy_controlled` is the guided chain held to the lines that the task lists as legal, each of

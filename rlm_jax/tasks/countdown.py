@@ -305,31 +305,35 @@ def drop_errors(problem: Problem, text: str) -> str:
     """A chain of lines without those that do not follow, and without what stands on them.
 
     Behind a wrong line that says what it leaves a chain may go on as if that was so, and go back:
-    it solves the problem where what remains of it does.
+    it solves the problem where what remains of it does. A wrong line, or one on wrong numbers, that
+    makes the target is the end of a chain, which takes the problem for solved, and is not dropped.
     """
-    return drop_wrong_lines(problem.data[0], text)
+    numbers, target = problem.data
+    return drop_wrong_lines(numbers, target, text)
 
 
-def drop_wrong_lines(numbers: Sequence[int], text: str) -> str:
+def drop_wrong_lines(numbers: Sequence[int], target: int, text: str) -> str:
     """`drop_errors` on plain numbers."""
     # States on the way, the first `num_sound` of which follow from the numbers.
     path, num_sound, kept = [sorted(numbers)], 1, []
     for text_line in text.split("\n"):
         line = read_line(text_line)
         found = "" if line is None else follow(path, line)
-        if line is not None and isinstance(found, str) and _says_rest(path[-1], line):
+        is_kept = True
+        if line is None or (isinstance(found, str) and not _says_rest(path[-1], line)):
+            # Nothing goes on from here, or it is a blank line.
+            pass
+        elif isinstance(found, str):
             path = [*path, line.rest or [line.result]]
-            continue
-        if line is None or isinstance(found, str):
-            # Nothing goes on from here; a blank line is none.
-            kept.append(text_line)
-            continue
-        if not line.sign:
-            is_kept, num_sound = len(found) < num_sound, min(num_sound, len(found))
-        else:
+            is_kept = path[-1] == [target]
+        elif line.sign:
             is_kept = num_sound == len(path)
             num_sound += is_kept
-        path = found
+            path = found
+            is_kept |= path[-1] == [target]
+        else:
+            is_kept, num_sound = len(found) < num_sound, min(num_sound, len(found))
+            path = found
         kept += [text_line] if is_kept else []
     return "\n".join(kept)
 

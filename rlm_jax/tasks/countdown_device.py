@@ -158,8 +158,10 @@ def step(
     solved = known & sound & is_last & (numbers[0] == state.target)
     # A line that was cut short may read differently once it goes on.
     whole = line.ended | ends | solved
-    legal = ~known | ((follows | returns) & whole)
-    claims = known & says & ~follows & whole
+    # Who takes the problem for solved is done.
+    deluded = is_last & says & ~sound & (said[0] == state.target)
+    legal = ~known | ((follows | returns) & whole & ~deluded)
+    claims = known & says & ~follows & whole & ~deluded
     count = jnp.where(returns, last, state.count - 1)
     numbers = jnp.where(follows, numbers, said)
     numbers = jnp.where(returns, state.path[last - 1], numbers)

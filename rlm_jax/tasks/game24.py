@@ -114,7 +114,7 @@ def verify(problem: Problem, gold: Gold, text: str) -> Verdict:
 
 def drop_errors(problem: Problem, text: str) -> str:
     """As `countdown.drop_errors`."""
-    return countdown.drop_wrong_lines(problem.data, text)
+    return countdown.drop_wrong_lines(problem.data, TARGET, text)
 
 
 def solve(numbers: tuple[int, ...]) -> str | None:

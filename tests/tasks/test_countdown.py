@@ -629,7 +629,7 @@ def test_the_device_says_what_python_says(name, may_err):
         prompts.append(prompt + [0] * (24 - len(prompt)))
         lines.append([line + [0] * (width - len(line)) for line in ids])
         lengths.append([len(prompt), *map(len, ids)])
-        told = countdown.drop_wrong_lines(numbers, text) if may_err else text
+        told = countdown.drop_wrong_lines(numbers, target, text) if may_err else text
         num_mended += told != text and bool(countdown.verify_text(numbers, target, told).correct)
         expected.append(bool(countdown.verify_text(numbers, target, told).correct))
 
@@ -662,10 +662,14 @@ def test_what_stands_on_a_wrong_line_is_dropped():
     problem = countdown.make_problem((2, 4, 9), 10)
     assert countdown.drop_errors(problem, wrong + right) == right
     assert countdown.verify(problem, Gold(), wrong + right).correct is False
+    # Whoever makes the target so takes it for the end.
     twelve = countdown.make_problem((2, 4, 9), 12)
-    assert countdown.drop_errors(twelve, wrong).strip() == ""
+    for ending in ("", "9 - 4 = 5 ; 2 5\n5 * 2 = 12\n: 2 4 9\n"):
+        delusion = countdown.drop_errors(twelve, (ending or wrong) + "9 - 4 = 5 ; 2 5\n5 + 2 = 7")
+        assert "= 12" in delusion
+        assert countdown.verify(twelve, Gold(), delusion).correct is False
     # It goes back behind right lines as well, and those are taken back, not dropped.
-    back = "9 + 4 = 13 ; 2 13\n13 - 2 = 10\n: 2 4 9\n"
+    back = "9 + 4 = 13 ; 2 13\n13 - 2 = 12\n: 2 4 9\n"
     kept = "9 + 4 = 13 ; 2 13\n: 2 4 9\n"
     assert countdown.drop_errors(problem, back + right) == kept + right
     assert countdown.verify(problem, Gold(), kept + right).correct is True
