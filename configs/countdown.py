@@ -67,7 +67,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # With something new in every line it has use for more of them, and a line of its own that does
     # not follow is one more that leads nowhere: it may go on from it, and back.
     longer = {**chain, "max_depth": 60, "may_err": True}
-    config.greedy_no_repeats = ConfigDict({**longer, "sampling": {**careful, "return_bias": -1.0}})
+    config.greedy_no_repeats = ConfigDict({**longer, "sampling": {**careful, "return_bias": -2.0}})
     # It also goes back where the value network sees no way on, and hardly anywhere else.
     config.greedy_guided = ConfigDict(
         {**longer, "sampling": {**careful, "return_bias": -6.0, "doubt_weight": 1.0}}
