@@ -235,9 +235,11 @@ def _walks_phase() -> dict:
         "num_chains": 512,
         "num_shards": 2,  # A chain is learned from twice: it costs more than its updates.
         "rows": 256,
+        "strategy": "greedy",  # By its rules chains are written; or greedy_no_repeats.
         "max_depth": 20,
         "temperature": 0.5,
         "return_weight": 0.2,  # At 1, chains go back before they have tried anything.
+        "keep_share": 0.0,
         "layout": {"num_rows": 10, "row_tokens": 256, "num_soft": 8},
         "optimizer": _muon(
             learning_rate=3e-3, adam_learning_rate=6e-4, warmup_steps=100, decay_share=0.6

@@ -25,6 +25,8 @@ from rlm_jax.tasks.countdown import NUM_GOALS
 _MOST_WIDENED = 16
 # Behind a move from more numbers stand states that are problems of a test set.
 _MOST_SEARCHED = 4
+# Chains that ask no network but the policy, and of which every line was written by it.
+_WALKING = ("greedy", "greedy_no_repeats")
 # The networks are those of `train`.
 _NOT_USED = ("model", "dtype", "quantize")
 
@@ -217,21 +219,25 @@ def _read_walking(
     train = config["train"]
     walks = {**train["walks"], "num_steps": num_steps}
     sampling = {"temperature": walks["temperature"], "method": "sample"}
-    chain = {**config["greedy"], "max_depth": walks["max_depth"]}
+    name = walks["strategy"]
+    if name not in _WALKING:
+        raise ValueError(f"train.walks.strategy={name!r}: accepted are {', '.join(_WALKING)}")
+    chain = {**config[name], "max_depth": walks["max_depth"]}
     chain["sampling"] = {**chain["sampling"], **sampling}
     # Nobody asks what the states of these chains are worth.
-    one_chain = {"config": {**config, "greedy": chain, "evaluator": "none"}, "name": "greedy"}
+    one_chain = {"config": {**config, name: chain, "evaluator": "none"}, "name": name}
     plan = make_named("train.walks", build.plan_strategy, one_chain)
     _check_split("train.walks.rows", walks["rows"], mesh)
-    changes = {name: walks[name] for name in ("shard_examples", "return_weight")}
+    changes = {name: walks[name] for name in ("shard_examples", "return_weight", "keep_share")}
+    changes["may_err"] = chain["may_err"]
     changes |= {"sizes": _read_sizes("train.walks", walks), "seed": train["seed"] + number}
     mix = make_named("train.walks", CountdownMix, data, changes)
     learning = _read_supervised("train.walks", {**train, **walks}, data["num_goals"], mesh)
     own = {name: walks[name] for name in ("num_chains", "num_shards")}
     own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
     own_walks = make_named("train.walks", WalkSettings, own)
-    name = f"walking_{number}" if number else "walking"
-    return Walking(name, plan, walks["rows"], own_walks, learning)
+    phase = f"walking_{number}" if number else "walking"
+    return Walking(phase, plan, walks["rows"], own_walks, learning)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:

@@ -53,6 +53,7 @@ class CountdownMix:
       opening_share: of what is left, demonstrations that stop at the choice of the first move.
       small_share: problems of four numbers up to 13, as in Game of 24; a third have target 24.
       wrong_share, stray_share, max_wrong, return_weight, sharpness, num_goals: see `demonstrate`.
+      keep_share, may_err: of chains that a network wrote, see `correct_walks`.
     """
 
     tokenizer: str
@@ -69,13 +70,16 @@ class CountdownMix:
     max_wrong: int = 4
     return_weight: float = 1.0
     sharpness: float = 0.5
+    keep_share: float = 0.0
+    may_err: bool = False
     num_goals: int = 0
 
     def __post_init__(self):
         # A walk through seven numbers takes the solver seconds.
         check_sizes(self.sizes, max(NUM_NUMBERS))
         shares = ("state", "line", "try", "opening", "small", "wrong", "stray")
-        check_shares(self, (*(f"{name}_share" for name in shares), "return_weight"))
+        weights = ("return_weight", "keep_share")
+        check_shares(self, (*(f"{name}_share" for name in shares), *weights))
         if self.shard_examples < 1:
             raise ValueError(f"shard_examples must be >= 1, got {self.shard_examples}")
 
@@ -129,6 +133,8 @@ def make_walks(
             [chains[i] for i in rows],
             sharpness=mix.sharpness,
             return_weight=mix.return_weight,
+            keep_share=mix.keep_share,
+            may_err=mix.may_err,
             num_goals=mix.num_goals,
         )
         examples += [_tokenize(tokenizer, walk) for walk in walks]

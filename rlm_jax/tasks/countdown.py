@@ -19,7 +19,7 @@ can be solved.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -314,28 +314,48 @@ def drop_errors(problem: Problem, text: str) -> str:
 
 def drop_wrong_lines(numbers: Sequence[int], target: int, text: str) -> str:
     """`drop_errors` on plain numbers."""
-    # States on the way, the first `num_sound` of which follow from the numbers.
-    path, num_sound, kept = [sorted(numbers)], 1, []
+    kept, num_sound = [], 1
+    for found in trace_lines(numbers, text):
+        moves = found.num_sound != num_sound
+        num_sound = found.num_sound
+        if found.line is None or moves or found.path[-1] == [target]:
+            kept.append(found.text)
+    return "\n".join(kept)
+
+
+class Traced(NamedTuple):
+    """A line of a chain that may err, and the states on the way to what it leaves.
+
+    Attributes:
+      text, line: as written; line None where it is none, or nothing goes on from it, and the next
+        one is read as if it were not there.
+      path: states from the problem on, each as the line that leads there says.
+      num_sound: of these states, those that follow from the problem's numbers; they come first.
+      follows: whether the line follows from the state before it, sound or not.
+    """
+
+    text: str
+    line: Line | None
+    path: list[list[int]]
+    num_sound: int
+    follows: bool
+
+
+def trace_lines(numbers: Sequence[int], text: str) -> Iterator[Traced]:
+    """Goes the way that the lines of a chain say, the wrong ones too."""
+    path, num_sound = [sorted(numbers)], 1
     for text_line in text.split("\n"):
         line = read_line(text_line)
         found = "" if line is None else follow(path, line)
-        is_kept = True
         if line is None or (isinstance(found, str) and not _says_rest(path[-1], line)):
-            # Nothing goes on from here, or it is a blank line.
-            pass
+            yield Traced(text_line, None, path, num_sound, False)
         elif isinstance(found, str):
             path = [*path, line.rest or [line.result]]
-            is_kept = path[-1] == [target]
-        elif line.sign:
-            is_kept = num_sound == len(path)
-            num_sound += is_kept
-            path = found
-            is_kept |= path[-1] == [target]
+            yield Traced(text_line, line, path, num_sound, False)
         else:
-            is_kept, num_sound = len(found) < num_sound, min(num_sound, len(found))
+            num_sound = min(num_sound + (line.sign != "" and num_sound == len(path)), len(found))
             path = found
-        kept += [text_line] if is_kept else []
-    return "\n".join(kept)
+            yield Traced(text_line, line, path, num_sound, True)
 
 
 def _says_rest(state: list[int], line: Line) -> bool:

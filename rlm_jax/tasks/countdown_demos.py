@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rlm_jax.tasks.countdown import Line, follow, read_line, write_return, write_state
+from rlm_jax.tasks.countdown import Line, Traced, trace_lines, write_return, write_state
 from rlm_jax.tasks.countdown_solvable import find_reachable, is_solvable
 from rlm_jax.tasks.countdown_solver import OPERATORS, Moves, count_below, list_moves
 from rlm_jax.tasks.countdown_split import held_out_goals, is_held_out, is_held_out_state
@@ -29,8 +29,8 @@ class _Visit:
     """A state on a walk: row `row` of `moves`.
 
     right: shares of the moves [A] that keep the problem solvable; all 0 in a lost state.
-    wrong: weights of the others that were not tried yet. untried: `right`, where a chain may have
-      left a right move again, without those that it has made.
+    wrong: weights of the others that were not tried yet. tried: moves that a chain has made, and
+      others to the same states; one that it has left again is not right once more.
     """
 
     moves: Moves
@@ -38,7 +38,11 @@ class _Visit:
     state: np.ndarray
     right: np.ndarray
     wrong: np.ndarray
-    untried: np.ndarray
+    tried: np.ndarray
+
+    @property
+    def untried(self) -> np.ndarray:
+        return np.where(self.tried, 0.0, self.right)
 
     @property
     def choices(self) -> tuple[tuple[str, float], ...]:
@@ -51,7 +55,7 @@ class _Visit:
     def note_try(self, move: int) -> None:
         """Neither `move` nor another one to the same state is to be chosen once more."""
         states = self.moves.states[self.row]
-        self.untried = np.where((states == states[move]).all(-1), 0.0, self.untried)
+        self.tried |= (states == states[move]).all(-1)
 
 
 @dataclasses.dataclass
@@ -59,12 +63,13 @@ class _Walk:
     """path: the states from the problem to where the walk stands; num_wrong: errors so far.
 
     states: what is left behind each step, None in the midst of a line. return_weight: of the choice
-    to go back.
+    to go back. keep_share: see `correct_walks`.
     """
 
     path: list[_Visit]
     steps: list[Step]
     return_weight: float
+    keep_share: float = 0.0
     num_wrong: int = 0
     solved: bool = False
     states: list[np.ndarray | None] = dataclasses.field(default_factory=list)
@@ -132,38 +137,48 @@ def correct_walks(
     *,
     sharpness: float,
     return_weight: float = 1.0,
+    keep_share: float = 0.0,
+    may_err: bool = False,
     num_goals: int = 0,
 ) -> list[Demonstration]:
     """What the solver says to chains that a network wrote (DAgger, Ross et al., arXiv 1011.0686).
 
     In a walk of `demonstrate` the wrong moves are drawn; here they are the network's own, so it
     learns for the states, and with the tries behind it, that it will meet when it is asked. Lines
-    are labelled as there; one that does not follow ends the chain, and where a chain ends without a
-    solution one right line is added. Problems are left out as there.
+    are labelled as there, and where a chain ends without a solution one right line is added.
+    Problems are left out as there.
 
     A right line that a chain has written, and gone back behind, is not right once more: a network
     that gave up there would do so again, and nothing would tell it to try something else.
 
     Args:
       numbers, targets: solvable problems, as in `demonstrate`. chains: lines of each, as written.
+      keep_share: where nothing is right but to go back, what the chain itself did, if it did
+        nothing twice, has so much of the label, against the way back with what remains of
+        `return_weight`. So a network takes over by what rule its chains were decoded.
+      may_err: a line that does not follow, but says what it leaves, leads to a state in which
+        nothing is right but to go back; else it ends the chain.
     """
-    walks = [_Walk([], [], return_weight) for _ in numbers]
-    taken = [_follow_chain(row.tolist(), chain) for row, chain in zip(numbers, chains, strict=True)]
+    walks = [_Walk([], [], return_weight, keep_share) for _ in numbers]
+    taken = [
+        _follow_chain(row.tolist(), chain, may_err)
+        for row, chain in zip(numbers, chains, strict=True)
+    ]
     clean = ~is_held_out(numbers, targets)
     visits = _visit_chains(numbers, targets, taken, sharpness)
     for index, (walk, lines) in enumerate(zip(walks, taken, strict=True)):
         known = visits[index]
-        walk.path.append(known[tuple(numbers[index].tolist())])
+        walk.path.append(known[_name_start(numbers[index])])
         missed = False
-        for line, state in lines:
-            _take_line(walk, line, known.get(tuple(state)), missed)
-            missed = len(state) == 1
+        for taken_line in lines:
+            _take_line(walk, taken_line, known.get(_name_state(taken_line)), missed)
+            missed = len(taken_line.path[-1]) == 1
         if walk.path[-1].lost or (missed and not walk.solved):
             _take_back(walk)
         elif not walk.solved and (untried := walk.path[-1].untried).any():
             _take_right(walk, draw_index(rng, untried))
         target = targets[index : index + 1]
-        clean[index] &= not any(is_held_out_state(np.array([s]), target)[0] for s in known)
+        clean[index] &= not any(is_held_out_state(np.array([s]), target)[0] for s, _ in known)
     return _tell(walks, numbers, targets, clean, num_goals)
 
 
@@ -319,7 +334,8 @@ def _visit(
         right = weigh_moves(below, sharpness)
         wrong = (moves.legal & (below == 0)) / (1 + moves.result / 100)
         for row, index in enumerate(indices):
-            visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], right[row])
+            tried = np.zeros(right.shape[1], bool)
+            visits[index] = _Visit(moves, row, states[row], right[row], wrong[row], tried)
     return visits
 
 
@@ -357,7 +373,7 @@ def _take_wrong(walk: _Walk, move: int) -> np.ndarray:
     """Makes a move that is not right; the state that it leads to."""
     here = walk.path[-1]
     opening, rest = write_consequence(here.moves, here.row, move)
-    choices, weight = _what_is_right(walk)
+    choices, weight = _label(walk, "" if here.tried[move] else opening.text)
     state = here.moves.states[here.row, move]
     walk.add(opening._replace(choices=choices, weight=weight), None)
     walk.add(rest._replace(value=0.0), state)
@@ -373,68 +389,98 @@ def _take_back(walk: _Walk) -> None:
     walk.add(Step(back, ((back, 1.0),), 1.0, walk.return_weight), state)
 
 
-def _what_is_right(
-    walk: _Walk, missed: bool = False
+def _label(
+    walk: _Walk, own: str = "", missed: bool = False
 ) -> tuple[tuple[tuple[str, float], ...], float]:
     """The right lines where the walk stands, and what choosing one counts for.
 
-    missed: it stands behind a last line that made another number than the target.
+    own: what was written there, if that may be kept. missed: the walk stands behind a last line
+    that made another number than the target.
     """
-    if not (missed or walk.path[-1].lost):
-        return walk.path[-1].choices, 1.0
-    alive = next(visit for visit in reversed(walk.path) if not visit.lost)
-    return ((write_return(alive.state), 1.0),), walk.return_weight
+    here = walk.path[-1]
+    if not missed and here.untried.any():
+        return here.choices, 1.0
+    kept = walk.keep_share if own else 0.0
+    weights = {own: kept}
+    if missed or here.lost:
+        alive = next(visit for visit in reversed(walk.path) if not visit.lost)
+        back = write_return(alive.state)
+        if own.startswith(":"):
+            # It went back: that is kept, and the solver says where to.
+            weights = {back: kept}
+        weights[back] = weights.get(back, 0.0) + (1 - walk.keep_share) * walk.return_weight
+    total = sum(weights.values())
+    return tuple((text, part / total) for text, part in weights.items() if part), total
 
 
-def _follow_chain(state: list[int], chain: str) -> list[tuple[Line, list[int]]]:
-    """The lines of a chain up to the first that does not follow, and the state behind each."""
-    path, taken = [state], []
-    for text in chain.split("\n"):
-        line = read_line(text)
-        if line is None or isinstance(found := follow(path, line), str):
+def _follow_chain(state: list[int], chain: str, may_err: bool) -> list[Traced]:
+    """The lines of a chain up to the first that nothing goes on from."""
+    taken = []
+    for found in trace_lines(state, chain):
+        if found.line is None or not (found.follows or may_err):
             break
-        path = found
-        taken.append((line, path[-1]))
+        taken.append(found)
     return taken
+
+
+def _name_start(state: np.ndarray) -> tuple[tuple[int, ...], bool]:
+    return tuple(state.tolist()), True
+
+
+def _name_state(found: Traced) -> tuple[tuple[int, ...], bool]:
+    """The state behind a line, and whether it follows from the problem."""
+    return tuple(found.path[-1]), found.num_sound == len(found.path)
 
 
 def _visit_chains(
     numbers: np.ndarray,
     targets: np.ndarray,
-    taken: Sequence[Sequence[tuple[Line, list[int]]]],
+    taken: Sequence[Sequence[Traced]],
     sharpness: float,
-) -> list[dict[tuple[int, ...], _Visit]]:
-    """Of each chain, what the solver says of its states of two numbers or more."""
+) -> list[dict[tuple[tuple[int, ...], bool], _Visit]]:
+    """Of each chain, what the solver says of its states of two numbers or more.
+
+    In a state that does not follow from the problem nothing is right.
+    """
     keys = [
-        (index, state)
+        (index, name)
         for index, lines in enumerate(taken)
-        for state in {tuple(numbers[index].tolist()), *(tuple(state) for _, state in lines)}
-        if len(state) > 1
+        for name in {_name_start(numbers[index]), *map(_name_state, lines)}
+        if len(name[0]) > 1
     ]
     wanted = targets[[index for index, _ in keys]]
-    visits = _visit({at: np.array(state) for at, (_, state) in enumerate(keys)}, wanted, sharpness)
-    found: list[dict[tuple[int, ...], _Visit]] = [{} for _ in numbers]
-    for at, (index, state) in enumerate(keys):
-        found[index][state] = visits[at]
+    states = {at: np.array(state) for at, (_, (state, _)) in enumerate(keys)}
+    visits = _visit(states, wanted, sharpness)
+    found: list[dict[tuple[tuple[int, ...], bool], _Visit]] = [{} for _ in numbers]
+    for at, (index, (state, is_sound)) in enumerate(keys):
+        visit = visits[at]
+        if not is_sound:
+            visit = dataclasses.replace(visit, right=np.zeros_like(visit.right))
+        found[index][state, is_sound] = visit
     return found
 
 
-def _take_line(walk: _Walk, line: Line, arrived: _Visit | None, missed: bool) -> None:
+def _take_line(walk: _Walk, found: Traced, arrived: _Visit | None, missed: bool) -> None:
     """Labels a line that was written, and goes where it leads.
 
-    arrived: None for a state of one number. missed: see `_what_is_right`.
+    arrived: None for a state of one number. missed: see `_label`.
     """
-    here = walk.path[-1]
-    if line.sign:
+    here, line = walk.path[-1], found.line
+    assert line is not None
+    if line.sign and found.follows:
         move = _find_move(here.moves, here.row, line)
         (_take_right if here.right[move] > 0 else _take_wrong)(walk, move)
         here.note_try(move)
+    elif line.sign:
+        choices, weight = _label(walk)
+        walk.add(Step(f"{found.text}\n", choices, 0.0, weight), np.array(found.path[-1]))
+    if line.sign:
         walk.path += [] if arrived is None else [arrived]
         return
     assert arrived is not None
-    choices, weight = _what_is_right(walk, missed)
-    value = 0.0 if arrived.lost else 1.0
-    walk.add(Step(write_return(arrived.state), choices, value, weight), arrived.state)
+    text = write_return(arrived.state)
+    choices, weight = _label(walk, text, missed)
+    walk.add(Step(text, choices, 0.0 if arrived.lost else 1.0, weight), arrived.state)
     walk.path = walk.path[: walk.path.index(arrived) + 1]
 
 

@@ -405,6 +405,8 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("walks.num_chains=12", "num_chains=12 * num_shards=2: accepted is less than"),
                 ("walks.num_shards=0", "train.walks: num_shards must be >= 1"),
                 ("walks.rows=0", "train.walks.rows=0"),
+                ("walks.strategy=puct", "train.walks.strategy='puct': accepted are greedy, "),
+                ("walks.keep_share=1.5", "train.walks: keep_share must lie in [0, 1], got 1.5"),
                 ("walks.sizes=((4, 0.5),)", "train.walks: sizes=((4, 0.5),): accepted are shares"),
                 ("walks.restarts=(4, 0)", "train.walks.restarts=(4, 0): accepted are numbers of"),
                 (

@@ -509,6 +509,51 @@ def test_lines_of_a_network_that_are_wrong_are_corrected():
     assert correct(all_right + right)[-2].choices == ()
 
 
+def _correct(chain: str, **options: float):
+    """Labels of a chain for 24 : 3 5 6 8, which goes back by its own rule with 3/4 of the label."""
+    numbers, target = np.array([[3, 5, 6, 8]]), np.array([24])
+    options = {"sharpness": 0.0, "keep_share": 0.75, **options}
+    (walk,) = correct_walks(np.random.default_rng(5), numbers, target, [chain], **options)
+    return walk.steps
+
+
+def test_what_a_chain_did_where_nothing_is_right_may_be_kept():
+    root, lost = ": 3 5 6 8\n", "8 * 5 = 40 ; 3 6 40\n"
+    right = _correct("")[0].choices
+    steps = _correct(lost + "40 + 3 = 43 ; 6 43\n: 3 6 40\n40 + 3 = 43 ; 6 43\n" + root + lost)
+    # Where something is right it is the label, whatever was written.
+    assert steps[0].choices == steps[8].choices == right
+    first, other, again = steps[2], steps[4], steps[5]
+    assert (first.text, first.choices) == ("40 + 3", (("40 + 3", 0.75), (root, 0.25)))
+    # To go back is kept, where to is corrected; what was tried is not kept.
+    assert (other.text, other.choices) == (": 3 6 40\n", ((root, 1.0),))
+    assert (again.text, again.choices, again.weight) == ("40 + 3", ((root, 1.0),), 0.25)
+    # The way back weighs less, its own part of the label with it.
+    light = _correct(lost + "40 + 3 = 43 ; 6 43\n", return_weight=0.2)[2]
+    assert light.weight == pytest.approx(0.8)
+    assert dict(light.choices) == pytest.approx({"40 + 3": 0.75 / 0.8, root: 0.05 / 0.8})
+    # All that was right is used up: the problem can be solved, and nothing says how.
+    steps = _correct("".join(line + root for line, _ in right) + lost)
+    used_up = next(step for step in steps if step.text == "8 * 5")
+    assert (used_up.choices, used_up.weight) == ((("8 * 5", 1.0),), 0.75)
+
+
+def test_chains_that_may_err_are_shown_the_way_back():
+    root, wrong = ": 3 5 6 8\n", "8 - 6 = 3 ; 3 3 5\n"
+    assert len(_correct(wrong)) == 1
+    steps = _correct(wrong + "5 * 3 = 15 ; 3 15\n15 + 3 = 18\n: 3 3 5\n" + root, may_err=True)
+    assert steps[0].text == wrong
+    assert (steps[0].choices, steps[0].value) == (_correct("")[0].choices, 0.0)
+    assert steps[1].choices == (("5 * 3", 0.75), (root, 0.25))
+    last = next(step for step in steps if step.text == ": 3 3 5\n")
+    assert (last.choices, last.value) == (((root, 1.0),), 0.0)
+    assert [step.text for step in steps[-2:-1]] == [root]
+    # 24 made of wrong numbers solves nothing, and of a line that leaves 4 of 4 nothing goes on.
+    ended = _correct(wrong + "5 + 3 = 8 ; 3 8\n8 * 3 = 24", may_err=True)
+    assert [step.text for step in ended][-1] == root
+    assert len(_correct("9 * 3 = 27 ; 5 6 8 8\n" + wrong, may_err=True)) == 1
+
+
 def test_training_never_meets_what_is_held_out():
     rng = np.random.default_rng(3)
     numbers = np.sort(rng.integers(1, 14, (4000, 4)), axis=1)
