@@ -7,7 +7,7 @@ Parts, each beside what it should be at most:
     large        peak memory of a process that searches thousands of nodes with the config's model
     capacity     seconds per expansion as the capacity N grows, expansions being equal
     bookkeeping  seconds of a search whose expander does nothing, over those of the real one
-    linearity    T(4N) / 4 T(N) of Gumbel over small networks
+    linearity    T(4N) / 4 T(N) of Gumbel, over small networks and a language model
 
 The program is its own other side in part "large": peak memory can be asked of a process alone.
 """
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_language import SAMPLING, load, make_language_model
-from bench_small import WIDTH, init_networks, make_strategy, search_for_depth
+from bench_linearity import LinearitySizes, run_linearity
 from bench_timing import Compiled, Patience, Prepared, compile_call, program_bytes, time_pair
 from side_process import SideProcess, serve
 
@@ -50,7 +50,6 @@ class MemorySizes:
     model: see `bench_language.load`. depths, num_nodes, capacities: each one case. num_structures,
     large_nodes: of part "large", nodes per structure; large_expansions: 0 to fill them all.
     num_expansions: of part "capacity", and rounds of part "bookkeeping", of W leaves each.
-    simulations: the N of part "linearity".
     """
 
     model: str = "8m"
@@ -67,8 +66,6 @@ class MemorySizes:
     large_children: int = 5
     large_expansions: int = 0
     large_dtype: str = "float32"
-    simulations: Sequence[int] = (8, 32, 128)
-    batches: Sequence[int] = (1, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +111,17 @@ def run_memory(
     if "large" in parts:
         # First: a process that starts when this one is small finds more memory free.
         yield measure_large(config["model"], sizes)
-    if {"nodes", "capacity", "bookkeeping"} & set(parts):
-        policy = load(config, sizes.model)
-        if "nodes" in parts:
-            yield from measure_nodes(policy, sizes)
-        if "capacity" in parts:
-            yield from measure_capacity(policy, sizes, patience)
-        if "bookkeeping" in parts:
-            yield from measure_bookkeeping(policy, sizes, patience)
+    if not set(parts) - {"large"}:
+        return
+    policy = load(config, sizes.model)
+    if "nodes" in parts:
+        yield from measure_nodes(policy, sizes)
+    if "capacity" in parts:
+        yield from measure_capacity(policy, sizes, patience)
+    if "bookkeeping" in parts:
+        yield from measure_bookkeeping(policy, sizes, patience)
     if "linearity" in parts:
-        yield from measure_linearity(sizes, patience)
+        yield from run_linearity(policy, LinearitySizes(), patience)
 
 
 # Bytes.
@@ -343,44 +341,6 @@ def measure_bookkeeping(
             "simulations": num_expansions,
             "leaves": num_lanes,
         }
-
-
-def measure_linearity(sizes: MemorySizes, patience: Patience) -> Iterator[dict[str, Any]]:
-    """T(4N) / 4 T(N) of Gumbel over small networks, one lane per child.
-
-    A larger tree is deeper, so each of its simulations descends and climbs more levels, which is
-    what small networks spend their time on; so the ratio stands there over that of depths too.
-    """
-    params = init_networks(jax.random.key(0))
-    for batch in sizes.batches:
-        states = jax.random.normal(jax.random.key(1), (batch, WIDTH))
-        for number in sizes.simulations:
-            four, one = (
-                compile_call(
-                    functools.partial(search_for_depth, make_strategy("gumbel", n, 16), n),
-                    params,
-                    states,
-                )
-                for n in (4 * number, number)
-            )
-            depths = [float(program.call()) for program in (four, one)]
-            times = time_pair(four.call, one.call, patience)
-            ours, other = min(times.ours), min(times.other)
-            yield {
-                "case": "linearity_gumbel",
-                "ours": ours,
-                "other": 4 * other,
-                "ratio": ours / (4 * other),
-                "ratio_per_level": ours / (4 * other) * depths[1] / depths[0],
-                "mean_depths": depths,
-                "unit": "s (other: four searches of a quarter)",
-                "at_most": 1.1,
-                "batch": batch,
-                "simulations": 4 * number,
-                "leaves": 16,
-                "calls": [len(times.ours), len(times.other)],
-                "machine_busy_before": times.busy,
-            }
 
 
 def _make_search(sizes: MemorySizes, **changes: Any) -> Search:

@@ -414,9 +414,7 @@ def _score(
     if cell.num_chains is not None and task.self_verifying:
 
         def is_right(text: str) -> bool:
-            if record["config"].get("may_err"):
-                assert task.drop_errors is not None
-                text = task.drop_errors(problem, text)
+            text = task.keep_sound(problem, text, record["config"].get("may_err", False))
             return task.verify(problem, gold, text).correct is True
 
         score["tokens_in_turn"] = count_tokens_in_turn(read_chains(record), is_right)

@@ -409,10 +409,8 @@ def _read_rows(
 
     def tell(row: int, ids: Sequence[int]) -> str:
         text = solver.tokenizer.decode(ids, skip_special=True)
-        if not solver.language.may_err:
-            return text
-        assert solver.task.drop_errors is not None
-        return solver.task.drop_errors(batch[done[row].place].problem, text)
+        problem = batch[done[row].place].problem
+        return solver.task.keep_sound(problem, text, solver.language.may_err)
 
     findings = read_findings(
         solver.strategy,

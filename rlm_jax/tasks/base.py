@@ -98,6 +98,18 @@ class Task:
     device: DeviceTask | None = None
     drop_errors: Callable[[Problem, str], str] | None = None
 
+    def keep_sound(self, problem: Problem, text: str, may_err: bool) -> str:
+        """What is judged of a chain: all of it, or, of one that `may_err`, what follows.
+
+        Raises:
+          ValueError: `may_err`, and the task cannot say what follows.
+        """
+        if not may_err:
+            return text
+        if self.drop_errors is None:
+            raise ValueError(f"may_err=True: accepted is False for task {self.name}")
+        return self.drop_errors(problem, text)
+
 
 def judge(correct: bool | None, reason: str) -> Verdict:
     """A verdict with the binary reward."""

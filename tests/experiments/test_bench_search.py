@@ -188,7 +188,6 @@ def tiny(program):
     return program("bench_memory").MemorySizes(
         depths=(4,), num_nodes=9, capacities=(9, 17), num_expansions=2, leaves=(2,),
         num_children=2, step_tokens=4, context_tokens=8, num_structures=2, large_nodes=11,
-        simulations=(8,), batches=(1,),
     )  # fmt: skip
 
 
@@ -222,15 +221,22 @@ def test_capacity_and_bookkeeping_compare_equal_work(program, policy, tiny):
 
 
 @pytest.mark.slow
-def test_linearity_is_of_four_times_the_simulations(program, tiny):
+def test_linearity_is_of_four_times_the_simulations(program, policy):
+    bench = program("bench_linearity")
     patience = program("bench_timing").Patience(1, 1.0, 0.0)
-    (line,) = program("bench_memory").measure_linearity(tiny, patience)
-    assert line.keys() >= FIELDS
-    assert line["simulations"] == 32
-    assert line["ratio"] == line["ours"] / line["other"]
-    deeper, shallower = line["mean_depths"]
+    sizes = bench.LinearitySizes(
+        simulations=(8,), batches=(1,), language_simulations=(4,), language_batches=(2,),
+        num_children=4, step_tokens=4, context_tokens=8,
+    )  # fmt: skip
+    small, language = bench.run_linearity(policy, sizes, patience)
+    for line in (small, language):
+        assert line.keys() >= FIELDS
+        assert line["ratio"] == line["ours"] / line["other"]
+    assert (small["simulations"], small["batch"]) == (32, 1)
+    deeper, shallower = small["mean_depths"]
     assert deeper > shallower >= 1
-    assert line["ratio_per_level"] == pytest.approx(line["ratio"] * shallower / deeper)
+    assert small["ratio_per_level"] == pytest.approx(small["ratio"] * shallower / deeper)
+    assert (language["simulations"], language["batch"], language["leaves"]) == (16, 2, 4)
 
 
 @pytest.mark.slow
