@@ -341,6 +341,7 @@ def _solve_widths(
     widths = [solver.bucket_width(one, item) for item in encoded]
     for width in sorted(set(widths)):
         places = [place for place, other in enumerate(widths) if other == width]
+        launching.return_memory()
         yield from solver.solve_stream(
             one, [encoded[i] for i in places], [golds[i] for i in places]
         )

@@ -245,6 +245,17 @@ def _keep_memory() -> None:
     mallopt(_ARENA_MAX, 1)
 
 
+def return_memory() -> None:
+    """Gives the system what `launch` has the C library keep: between searches, of gigabytes each.
+
+    What one leaves free does not always fit the next, since arrays are aligned: both stay mapped.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
+
+
 def _processor() -> str:
     """A short name of the instruction sets: code compiled for others may crash here."""
     try:

@@ -399,6 +399,7 @@ def _solve_examples(
     with watch.live:
         for (_, width), group in itertools.groupby(sorted(encoded, key=order), order):
             items, golds = zip(*group, strict=True)
+            launching.return_memory()
             in_flight = _REQUESTS_IN_FLIGHT.value
             if in_flight is not None:
                 found = _solve_apart(one, items, golds, watch, in_flight)
