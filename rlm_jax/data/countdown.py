@@ -19,8 +19,8 @@ from rlm_jax.tasks.countdown import (
     read,
     read_line,
 )
+from rlm_jax.tasks.countdown_corrections import correct_walks
 from rlm_jax.tasks.countdown_demos import (
-    correct_walks,
     demonstrate,
     demonstrate_openings,
     demonstrate_states,

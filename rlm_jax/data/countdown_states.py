@@ -14,7 +14,8 @@ import numpy as np
 from rlm_jax.core.types import Int8, Int32
 from rlm_jax.data.countdown import PUZZLE_24_NUMBER, check_shares, check_sizes
 from rlm_jax.tasks.countdown import MAX_NUMBER, NUM_GOALS
-from rlm_jax.tasks.countdown_demos import MAX_LISTED, draw_moves, label_goals
+from rlm_jax.tasks.countdown_demos import draw_moves
+from rlm_jax.tasks.countdown_walks import MAX_LISTED, label_goals
 
 # Of quotients: the least product, and the largest quotient that one more move takes to a goal.
 _LEAST_PRODUCT = 256

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlm_jax.tasks.countdown import write_return, write_state
-from rlm_jax.tasks.countdown_demos import (
+from rlm_jax.tasks.countdown_solver import list_moves
+from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_state
+from rlm_jax.tasks.countdown_walks import (
     draw_index,
     list_choices,
     write_consequence,
     write_opening,
 )
-from rlm_jax.tasks.countdown_solver import list_moves
-from rlm_jax.tasks.countdown_split import is_held_out, is_held_out_state
 from rlm_jax.tasks.demonstrations import Demonstration, Step
 
 MAX_RESULT = 9_999

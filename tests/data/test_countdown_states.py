@@ -13,8 +13,8 @@ from rlm_jax.data.countdown_states import (
 )
 from rlm_jax.data.generated import make_ahead
 from rlm_jax.tasks.countdown import NUM_GOALS
-from rlm_jax.tasks.countdown_demos import label_goals
 from rlm_jax.tasks.countdown_split import HARD_24, is_held_out_input, is_held_out_target
+from rlm_jax.tasks.countdown_walks import label_goals
 
 MIX = StateMix(seed=3, num_states=400)
 

@@ -13,16 +13,11 @@ import pytest
 
 from rlm_jax.tasks import countdown, countdown_device, countdown_split, game24
 from rlm_jax.tasks.base import Gold
-from rlm_jax.tasks.countdown_demos import (
-    correct_walks,
-    demonstrate,
-    demonstrate_openings,
-    demonstrate_states,
-    list_moves,
-    write_move,
-)
+from rlm_jax.tasks.countdown_corrections import correct_walks
+from rlm_jax.tasks.countdown_demos import demonstrate, demonstrate_openings, demonstrate_states
 from rlm_jax.tasks.countdown_lines import MAX_TRIES, demonstrate_lines, demonstrate_tries
-from rlm_jax.tasks.countdown_solver import count_below, count_solutions
+from rlm_jax.tasks.countdown_solver import count_below, count_solutions, list_moves
+from rlm_jax.tasks.countdown_walks import write_move
 from rlm_jax.tasks.expressions import parse
 from rlm_jax.text.tokenizer import ByteTokenizer
 
