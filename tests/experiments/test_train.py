@@ -167,8 +167,13 @@ def test_a_head_for_one_goal_goes_on_as_one_for_many(trained, tmp_path):
 
 
 def test_walks_that_begin_again_end_on_the_mean_of_their_ends(trained, tmp_path):
-    """As three runs by hand: walks, walks by another seed from there on, and the mean of both."""
+    """As three runs by hand: walks, walks by another seed from there on, and the mean of both.
+
+    The chains are written without repeats, may err, and are kept where nothing is right.
+    """
     phases = [f"--config.train.{name}num_steps=0" for name in PHASES if name != "walks."]
+    rules = {"strategy": "greedy_no_repeats", "keep_share": "0.5"}
+    phases += [f"--config.train.walks.{name}={value}" for name, value in rules.items()]
 
     def walk(name, start, *flags):
         done = _train(tmp_path / name, f"--config.train.begin_with={start}", *phases, *flags)
