@@ -2,8 +2,8 @@
 
 T(4N) / 4 T(N) of Gumbel with one lane per child. A larger tree is deeper, so each simulation
 descends and climbs more levels: that is what a search over small networks spends its time on. A
-search over a language model hardly notices, but rounds of halving are narrower in a larger search,
-and a call of fewer rows costs more a row. Both are measured.
+search over a language model hardly notices that, but rounds of halving are narrower in a larger
+search, and a call of fewer rows costs more a row. Both are measured.
 """
 
 import dataclasses
