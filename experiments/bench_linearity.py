@@ -18,6 +18,7 @@ from bench_small import NUM_ACTIONS, WIDTH, init_networks, make_strategy, search
 from bench_timing import Compiled, Patience, compile_call, time_pair
 
 from rlm_jax.evaluation.build import Policy
+from rlm_jax.reasoning.language import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,7 @@ def measure_small(sizes: LinearitySizes, patience: Patience) -> Iterator[dict[st
     params = init_networks(jax.random.key(0))
     for batch in sizes.batches:
         states = jax.random.normal(jax.random.key(1), (batch, WIDTH))
-
-        def compile_search(num_simulations: int, states: jax.Array = states) -> Compiled:
-            strategy = make_strategy("gumbel", num_simulations, NUM_ACTIONS)
-            search = functools.partial(search_for_depth, strategy, num_simulations)
-            return compile_call(search, params, states)
-
+        compile_search = functools.partial(_compile_small, params, states)
         for number in sizes.simulations:
             case, programs = _compare(compile_search, number, batch, NUM_ACTIONS, patience)
             depths = [float(program.call()) for program in programs]
@@ -67,22 +63,32 @@ def measure_language(
     """Over a language model."""
     lm = make_language_model(policy, sizes.step_tokens)
     for batch in sizes.language_batches:
-
-        def compile_search(num_simulations: int, batch: int = batch) -> Compiled:
-            size = Sizes(
-                batch=batch,
-                num_simulations=num_simulations,
-                num_children=sizes.num_children,
-                step_tokens=sizes.step_tokens,
-                context_tokens=sizes.context_tokens,
-                max_depth=16,
-            )
-            search = functools.partial(search_language, policy.cfg, size, sizes.num_children)
-            return compile_call(search, lm, make_prompts(policy, size))
-
+        size = Sizes(
+            batch=batch,
+            num_children=sizes.num_children,
+            step_tokens=sizes.step_tokens,
+            context_tokens=sizes.context_tokens,
+            max_depth=16,
+        )
+        prompts = make_prompts(policy, size)
+        compile_search = functools.partial(_compile_language, policy, lm, size, prompts)
         for number in sizes.language_simulations:
             case, _ = _compare(compile_search, number, batch, sizes.num_children, patience)
             yield {"case": "linearity_gumbel_language", **case, "model": policy.version}
+
+
+def _compile_small(params: Any, states: jax.Array, num_simulations: int) -> Compiled:
+    strategy = make_strategy("gumbel", num_simulations, NUM_ACTIONS)
+    search = functools.partial(search_for_depth, strategy, num_simulations)
+    return compile_call(search, params, states)
+
+
+def _compile_language(
+    policy: Policy, lm: LanguageModel, size: Sizes, prompts: jax.Array, num_simulations: int
+) -> Compiled:
+    size = dataclasses.replace(size, num_simulations=num_simulations)
+    search = functools.partial(search_language, policy.cfg, size, size.num_children)
+    return compile_call(search, lm, prompts)
 
 
 def _compare(

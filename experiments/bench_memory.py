@@ -111,7 +111,7 @@ def run_memory(
     if "large" in parts:
         # First: a process that starts when this one is small finds more memory free.
         yield measure_large(config["model"], sizes)
-    if not set(parts) - {"large"}:
+    if set(parts) <= {"large"}:
         return
     policy = load(config, sizes.model)
     if "nodes" in parts:

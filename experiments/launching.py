@@ -236,9 +236,8 @@ def _keep_memory() -> None:
     is not the first has an arena of its own, which maps what is larger than 64 MB in any case: one
     arena for all.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    mallopt = _find_in_libc("mallopt")
+    if mallopt is None:
         return
     for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
         mallopt(option, 2**31 - 1)
@@ -250,10 +249,17 @@ def return_memory() -> None:
 
     What one leaves free does not always fit the next, since arrays are aligned: both stay mapped.
     """
+    malloc_trim = _find_in_libc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _find_in_libc(name: str) -> Callable[..., Any] | None:
+    """A function of the C library, None where it has none of this name."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
-        return
+        return None
 
 
 def _processor() -> str:

@@ -219,13 +219,14 @@ def _read_walking(
     train = config["train"]
     walks = {**train["walks"], "num_steps": num_steps}
     sampling = {"temperature": walks["temperature"], "method": "sample"}
-    name = walks["strategy"]
-    if name not in _WALKING:
-        raise ValueError(f"train.walks.strategy={name!r}: accepted are {', '.join(_WALKING)}")
-    chain = {**config[name], "max_depth": walks["max_depth"]}
+    strategy = walks["strategy"]
+    if strategy not in _WALKING:
+        raise ValueError(f"train.walks.strategy={strategy!r}: accepted are {', '.join(_WALKING)}")
+    chain = {**config[strategy], "max_depth": walks["max_depth"]}
     chain["sampling"] = {**chain["sampling"], **sampling}
     # Nobody asks what the states of these chains are worth.
-    one_chain = {"config": {**config, name: chain, "evaluator": "none"}, "name": name}
+    chains = {**config, strategy: chain, "evaluator": "none"}
+    one_chain = {"config": chains, "name": strategy}
     plan = make_named("train.walks", build.plan_strategy, one_chain)
     _check_split("train.walks.rows", walks["rows"], mesh)
     changes = {name: walks[name] for name in ("shard_examples", "return_weight", "keep_share")}
@@ -236,8 +237,8 @@ def _read_walking(
     own = {name: walks[name] for name in ("num_chains", "num_shards")}
     own |= {"mix": mix, "max_tokens": learning.layout.max_tokens}
     own_walks = make_named("train.walks", WalkSettings, own)
-    phase = f"walking_{number}" if number else "walking"
-    return Walking(phase, plan, walks["rows"], own_walks, learning)
+    name = f"walking_{number}" if number else "walking"
+    return Walking(name, plan, walks["rows"], own_walks, learning)
 
 
 def _read_search(config: Mapping[str, Any], mesh: Mesh | None) -> Search:
