@@ -223,6 +223,14 @@ def _state_value_phase() -> dict:
         "optimizer": _muon(
             learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=50, decay_share=0.5
         ),
+        # Behind it: the same network as one that is asked, of each state about so many goals.
+        "asked": {
+            "num_steps": 3_000,
+            "num_goals": 16,
+            "optimizer": _muon(
+                learning_rate=5e-3, adam_learning_rate=1e-3, warmup_steps=50, decay_share=0.5
+            ),
+        },
     }
 
 
@@ -348,6 +356,8 @@ def _shrink(config: ConfigDict) -> None:
         {"num_layers": 1, "model_dim": 32, "num_heads": 2, "ffn_dim": 48, "num_numbers": 1024}
     )
     train.state_value.optimizer.warmup_steps = 2
+    train.state_value.asked.update({"num_steps": 2, "num_goals": 4})
+    train.state_value.asked.optimizer.warmup_steps = 1
     train.network.update({"num_layers": 2, "model_dim": 32, "num_heads": 2, "ffn_dim": 48})
     train.data.update({"sizes": ((3, 0.5), (4, 0.5)), "shard_examples": 64})
     train.layout.num_rows = 8

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from training_settings import Search, Settings, Supervised, Walking, make_named
+from training_settings import Search, Settings, StateValued, Supervised, Walking, make_named
 from walks import open_walks, sample_chains
 
 from rlm_jax.core.sharding import TENSOR_PARALLEL, Rules
 from rlm_jax.data.countdown import draw_problems, is_held_out_question, make_shards, passes_held_out
-from rlm_jax.data.countdown_states import make_states
+from rlm_jax.data.countdown_states import make_asked, make_states
 from rlm_jax.data.examples import TokenExample, TokenTable
 from rlm_jax.data.generated import NUM_SHARDS, GeneratedSource, make_ahead, mix_shards
 from rlm_jax.data.iterators import make_batches
@@ -29,8 +29,14 @@ from rlm_jax.evaluation.prompts import encode_problem, pad_prompts
 from rlm_jax.learning.expert_iteration import read_examples
 from rlm_jax.learning.networks import Adapted, Networks, assemble, init_adapted, token_loss
 from rlm_jax.learning.search_step import init_search_state, make_collect, make_search_step
-from rlm_jax.learning.state_values import count_goals, state_value_loss
+from rlm_jax.learning.state_values import (
+    asked_value_loss,
+    count_asked,
+    count_goals,
+    state_value_loss,
+)
 from rlm_jax.learning.update import (
+    OptimizerConfig,
     TrainState,
     init_state,
     make_optimizer,
@@ -41,7 +47,12 @@ from rlm_jax.models.config import ModelConfig
 from rlm_jax.models.heads import init_value_head
 from rlm_jax.models.lora import LoraConfig, lora_axes
 from rlm_jax.models.params import Params, param_axes
-from rlm_jax.models.state_value import StateValue, init_state_value, widen_numbers
+from rlm_jax.models.state_value import (
+    StateValue,
+    begin_asking,
+    init_state_value,
+    widen_numbers,
+)
 from rlm_jax.reasoning.sharding import count_shards, place_batch, place_params
 from rlm_jax.tasks.base import Problem
 from rlm_jax.tasks.countdown import MAX_NUMBER, TARGETS, make_problem
@@ -166,34 +177,69 @@ def place_networks(run: Run, networks: Networks, rules: Rules) -> Networks:
     return place_params(run.mesh, networks, rules, policy=axes)
 
 
-def make_state_value(run: Run) -> Phase:
-    """A value network of its own, on states whose every goal the exact solver has looked at."""
-    settings = run.settings.state_value
-    assert settings is not None
+def list_judging(settings: Settings) -> list[Callable[[Run], Phase]]:
+    """The phases in which a value network of its own learns, each from where the last one ended."""
+    judging = settings.state_value
+    if judging is None:
+        return []
+    first = functools.partial(_make_state_value, judging)
+    if judging.asked is None:
+        return [first]
+    return [first, functools.partial(_make_asked_value, judging, judging.asked)]
+
+
+def _make_state_value(settings: StateValued, run: Run) -> Phase:
+    """On states whose every goal the exact solver has looked at.
+
+    A network that a run begins with goes on learning by the readout that it has.
+    """
     if run.state_value is None:
         network = init_state_value(jax.random.key(run.train["seed"]), settings.network)
     else:
-        network = widen_numbers(run.state_value, settings.network.num_numbers)
-        # A copy: what is learned is donated to the first update.
-        network = jax.tree.map(jnp.copy, network)
-    optimizer = make_optimizer(settings.optimizer, network)
+        network = run.state_value
+    return _learn_states(run, "state_value", network, settings, settings.optimizer, first=0)
+
+
+def _make_asked_value(settings: StateValued, asked: OptimizerConfig, run: Run) -> Phase:
+    """The network of the phase above, as one that is asked about some goals of each state."""
+    assert run.state_value is not None
+    network = begin_asking(run.state_value)
+    # Other states than those of the phase above.
+    first = settings.optimizer.num_steps
+    return _learn_states(run, "asked", network, settings, asked, first)
+
+
+def _learn_states(
+    run: Run,
+    name: str,
+    network: StateValue,
+    settings: StateValued,
+    learning: OptimizerConfig,
+    first: int,
+) -> Phase:
+    """A phase of updates by batches of states, those of the numbers from `first` on."""
+    # A copy: what is learned is donated to the first update.
+    network = jax.tree.map(jnp.copy, widen_numbers(network, settings.network.num_numbers))
+    optimizer = make_optimizer(learning, network)
     state = _spread(run, init_state(network, optimizer))
-    update = _compile_update(
-        run, state, loss=state_value_loss, optimizer=optimizer, totals_fn=count_goals
-    )
+    if network.cfg.readout == "factors":
+        make_batch = functools.partial(make_states, settings.mix)
+        losses: dict[str, Any] = {"loss": state_value_loss, "totals_fn": count_goals}
+    else:
+        make_batch = functools.partial(make_asked, settings.mix, settings.num_asked)
+        losses = {"loss": asked_value_loss, "totals_fn": count_asked}
+    update = _compile_update(run, state, optimizer=optimizer, **losses)
 
     def steps(state: Any, position: Any) -> Steps:
-        number = 0 if position is None else position
-        make_batch = functools.partial(make_states, settings.mix)
+        number = first if position is None else position
         with make_ahead(make_batch, number) as batches:
             for batch in batches:
                 state, metrics = update(state, _split(run, batch))
                 number += 1
                 yield state, metrics, int((batch.items >= 0).sum()), functools.partial(int, number)
 
-    num_steps = settings.optimizer.num_steps
     return Phase(
-        "state_value", num_steps, state, steps, lambda state: state.params, evaluates=False
+        name, learning.num_steps, state, steps, lambda state: state.params, evaluates=False
     )
 
 

@@ -103,8 +103,8 @@ def main() -> None:
     _require_disjoint(run)
     networks = _draw_networks(run) if start is None else phases.take_networks(run, start)
     with catch_stop() as is_stopped:
-        if run.settings.state_value is not None:
-            found = _run_phase(run, phases.make_state_value(run), is_stopped)
+        for make_phase in phases.list_judging(run.settings):
+            found = _run_phase(run, make_phase(run), is_stopped)
             run = run._replace(state_value=found)
         networks = _train_policy(run, networks, is_stopped)
     _export(run, networks)
@@ -175,7 +175,8 @@ def _check_state_value(
         # More numbers may have rows of their own than before; all else is as it was.
         for name, has in dataclasses.asdict(begun.cfg).items():
             wants, may_grow = getattr(asked.network, name), name == "num_numbers"
-            if wants < has or (wants > has and not may_grow):
+            # Asked or not is what it learns, and no setting of its shape.
+            if name != "readout" and (wants < has or (wants > has and not may_grow)):
                 accepted = f"at least {has}" if may_grow else has
                 raise ValueError(
                     f"train.state_value.network.{name}={wants}: accepted is {accepted}, as the "

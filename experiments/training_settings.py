@@ -32,11 +32,16 @@ _NOT_USED = ("model", "dtype", "quantize")
 
 
 class StateValued(NamedTuple):
-    """Settings of the phase in which a state value network learns."""
+    """Settings of the phases in which a state value network learns.
+
+    asked: of the one in which it is asked about `num_asked` goals of each state; None without.
+    """
 
     network: StateValueConfig
     mix: StateMix
     optimizer: OptimizerConfig
+    num_asked: int
+    asked: OptimizerConfig | None
 
 
 class Supervised(NamedTuple):
@@ -145,9 +150,15 @@ def list_used(config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
 
 def list_phases(settings: Settings) -> list[str]:
     """The names of a run's phases, in turn."""
-    names = [name for name in ("state_value", "supervised") if getattr(settings, name) is not None]
-    names += [walking.name for walking in settings.walking]
-    return names if settings.search is None else [*names, "search"]
+    judging = settings.state_value
+    phases = {
+        "state_value": judging is not None,
+        "asked": judging is not None and judging.asked is not None,
+        "supervised": settings.supervised is not None,
+        **{walking.name: True for walking in settings.walking},
+        "search": settings.search is not None,
+    }
+    return [name for name, is_there in phases.items() if is_there]
 
 
 def _check_records(train: Mapping[str, Any]) -> None:
@@ -165,16 +176,27 @@ def _check_records(train: Mapping[str, Any]) -> None:
 
 def _read_state_value(train: Mapping[str, Any], mesh: Mesh | None) -> StateValued:
     where, own = "train.state_value", train["state_value"]
-    steps = {"num_steps": own["num_steps"]}
     mix = {**own["data"], "seed": train["seed"]}
     mix["sizes"] = _read_sizes(f"{where}.data", own["data"])
     _check_split(f"{where}.data.num_states", mix["num_states"], mesh)
+    num_asked = own["asked"]["num_goals"]
+    if not 2 <= num_asked <= NUM_GOALS:
+        raise ValueError(f"{where}.asked.num_goals={num_asked}: accepted are 2 to {NUM_GOALS}")
     goals = {"num_goals": NUM_GOALS}
     return StateValued(
         network=make_named(f"{where}.network", StateValueConfig, goals, own["network"]),
         mix=make_named(f"{where}.data", StateMix, mix),
-        optimizer=make_named(f"{where}.optimizer", OptimizerConfig, steps, own["optimizer"]),
+        optimizer=_read_optimizer(where, own),
+        num_asked=num_asked,
+        asked=_read_optimizer(f"{where}.asked", own["asked"])
+        if own["asked"]["num_steps"]
+        else None,
     )
+
+
+def _read_optimizer(where: str, settings: Mapping[str, Any]) -> OptimizerConfig:
+    steps = {"num_steps": settings["num_steps"]}
+    return make_named(f"{where}.optimizer", OptimizerConfig, steps, settings["optimizer"])
 
 
 def _read_supervised(
@@ -187,9 +209,7 @@ def _read_supervised(
     loss = make_named("train.loss", LossConfig, train["loss"])
     if loss.kl_coef:
         raise ValueError("train.loss.kl_coef: accepted in train.search.loss alone")
-    steps = {"num_steps": train["num_steps"]}
-    optimizer = make_named(f"{where}.optimizer", OptimizerConfig, steps, train["optimizer"])
-    return Supervised(layout, loss, optimizer)
+    return Supervised(layout, loss, _read_optimizer(where, train))
 
 
 def _read_all_walking(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlm_jax.core.types import Int8, Int32
+from rlm_jax.core.types import Float32, Int8, Int32
 from rlm_jax.data.countdown import PUZZLE_24_NUMBER, check_shares, check_sizes
 from rlm_jax.tasks.countdown import MAX_NUMBER, NUM_GOALS
 from rlm_jax.tasks.countdown_demos import draw_moves
@@ -31,6 +31,19 @@ class StateBatch(NamedTuple):
 
     items: Int32[Any, "R M"]
     goals: Int8[Any, "R G"]
+
+
+class AskedBatch(NamedTuple):
+    """R states of at most M numbers, each asked about K goals.
+
+    items: as in `StateBatch`. labels: 1 where the goal can be reached, else 0. weights: of how many
+    of the state's goals with that label each one that was drawn tells; 0 where there is none.
+    """
+
+    items: Int32[Any, "R M"]
+    goals: Int32[Any, "R K"]
+    labels: Float32[Any, "R K"]
+    weights: Float32[Any, "R K"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +96,31 @@ def make_states(mix: StateMix, number: int) -> StateBatch:
     goals = [label_goals(part, NUM_GOALS) for part in parts]
     order = rng.permutation(mix.num_states)
     return StateBatch(np.concatenate(items)[order].astype(np.int32), np.concatenate(goals)[order])
+
+
+def make_asked(mix: StateMix, num_asked: int, number: int) -> AskedBatch:
+    """The batch of this number, asked about so many goals of each state, drawn without replacement.
+
+    Half of them are goals that the state reaches: those are few, and tell more.
+    """
+    batch = make_states(mix, number)
+    order = np.random.default_rng([mix.seed, 7, number]).random(batch.goals.shape)
+    half = num_asked // 2
+    parts = [draw_asked(batch.goals, order, 1, half)]
+    parts.append(draw_asked(batch.goals, order, -1, num_asked - half))
+    goals, labels, weights = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+    return AskedBatch(batch.items, goals, labels, weights)
+
+
+def draw_asked(
+    goals: np.ndarray, order: np.ndarray, label: int, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Goals [R, count] of `label` that come first by `order`, their labels and weights."""
+    drawn = np.argsort(np.where(goals == label, order, 2.0), axis=1)[:, :count]
+    there = (goals == label).sum(axis=1, keepdims=True)
+    weights = there / np.clip(there, 1, count) * (np.arange(count) < there)
+    labels = np.full(drawn.shape, label > 0, np.float32)
+    return drawn.astype(np.int32), labels, weights.astype(np.float32)
 
 
 def list_problems(batch: StateBatch) -> list[tuple[int, ...]]:

@@ -83,13 +83,21 @@ def make_dense_attend(
     return attend
 
 
-def make_set_attend(cfg: ModelConfig, present: Bool[Array, "R T"]) -> Attend:
-    """Attention over a set: every token sees all that are present, those behind it too."""
+def make_set_attend(
+    cfg: ModelConfig, present: Bool[Array, "R T"], asks: Bool[Array, "T"]
+) -> Attend:
+    """Attention over a set: every token sees all that are present, those behind it too.
+
+    Args:
+      asks: tokens that no other token sees, so that each of them finds what it would find alone.
+    """
+    itself = jnp.eye(asks.shape[0], dtype=bool)
+    seen = present[:, None] & (~asks | itself)
 
     def attend(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
         del layer
         scores = attention_scores(q, k, cfg)
-        scores = jnp.where(present[:, None, None, None], scores, MASKED_SCORE)
+        scores = jnp.where(seen[:, None, None], scores, MASKED_SCORE)
         return attention_mix(jax.nn.softmax(scores, axis=-1), v), state
 
     return attend

@@ -149,19 +149,20 @@ def value_logits(
     """The last layer's outputs at every token, for losses on logits (`learning/values.py`)."""
     x = hidden.astype(jnp.float32)
     for i, layer in enumerate(head.layers):
-        x = _apply_dense(layer, jax.nn.relu(x) if i else x)
+        x = apply_dense(layer, jax.nn.relu(x) if i else x)
     return x
 
 
 @jax.named_scope("goal_logits")
 def goal_logits(goals: GoalFactors, hidden: Float[Array, "*rows D"]) -> Float32[Array, "*rows G"]:
     """The logit of success for each goal at every token."""
-    state = _apply_dense(goals.state, hidden.astype(jnp.float32))
-    goal = _apply_dense(goals.goal, number_waves(jnp.arange(goals.num_goals)))
+    state = apply_dense(goals.state, hidden.astype(jnp.float32))
+    goal = apply_dense(goals.goal, number_waves(jnp.arange(goals.num_goals)))
     return linear(state, goal) / math.sqrt(state.shape[-1])
 
 
-def _apply_dense(layer: Dense, x: Float32[Array, "*rows in_"]) -> Float32[Array, "*rows out"]:
+def apply_dense(layer: Dense, x: Float32[Array, "*rows in_"]) -> Float32[Array, "*rows out"]:
+    """One layer, in float32."""
     return linear(x, layer.weight.astype(jnp.float32)) + layer.bias.astype(jnp.float32)
 
 

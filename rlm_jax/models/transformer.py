@@ -54,6 +54,19 @@ def forward(
     x = look_up(params.embed, tokens, params.final_norm.dtype)
     if cfg.embed_scale != 1.0:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
+    return forward_embedded(params, x, positions, cfg=cfg, attend=attend, state=state)
+
+
+def forward_embedded(
+    params: Params,
+    x: Float[Array, "R T D"],
+    positions: Int32[Array, "R T"],
+    *,
+    cfg: ModelConfig,
+    attend: Attend,
+    state: Any = None,
+) -> tuple[Float[Array, "R T D"], Any]:
+    """`forward` of tokens that are embedded already, as one may be that has no row in the table."""
     tables = rope_tables(cfg, positions)
     for index, layer in enumerate(params.layers):
         rope = tables[cfg.layer_has_local_rope(index)]

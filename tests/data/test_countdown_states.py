@@ -8,7 +8,9 @@ import pytest
 from rlm_jax.data.countdown_states import (
     StateBatch,
     StateMix,
+    draw_asked,
     list_problems,
+    make_asked,
     make_states,
 )
 from rlm_jax.data.generated import make_ahead
@@ -132,3 +134,34 @@ def _number_states(number):
 def test_mixes_that_are_none(fields, message):
     with pytest.raises(ValueError, match=message):
         StateMix(seed=0, **fields)
+
+
+def test_goals_that_are_asked_about_stand_for_all():
+    batch, asked = make_states(MIX, 2), make_asked(MIX, 7, 2)
+    np.testing.assert_array_equal(asked.items, batch.items)
+    assert asked.goals.shape == asked.labels.shape == asked.weights.shape == (400, 7)
+    rows = zip(batch.goals, asked.goals, asked.labels, asked.weights, strict=True)
+    for signs, goals, labels, weights in rows:
+        drawn = goals[weights > 0]
+        assert len(set(drawn.tolist())) == len(drawn)
+        np.testing.assert_array_equal(signs[drawn], np.where(labels[weights > 0] > 0, 1, -1))
+        for label, sign, most in ((1, 1, 3), (0, -1, 4)):
+            there = (signs == sign).sum()
+            assert (weights[labels == label] > 0).sum() == min(there, most)
+            assert weights[labels == label].sum() == pytest.approx(there)
+    again, other = make_asked(MIX, 7, 2), make_asked(MIX, 7, 3)
+    np.testing.assert_array_equal(again.goals, asked.goals)
+    assert (other.goals != asked.goals).any()
+
+
+def test_every_goal_is_asked_about_as_often_as_others():
+    """Of those with one label, in one state: no goal is drawn more often."""
+    states = np.tile([[2, 5, 9]], (3000, 1))
+    goals = label_goals(states[:1], NUM_GOALS)
+    order = np.random.default_rng(0).random((len(states), NUM_GOALS))
+    drawn, _, weights = draw_asked(np.repeat(goals, len(states), axis=0), order, 1, 4)
+    there = np.flatnonzero(goals[0] > 0)
+    counts = np.bincount(drawn[weights > 0], minlength=NUM_GOALS)
+    assert counts[there].sum() == counts.sum() == 4 * len(states)
+    expected = 4 * len(states) / len(there)
+    assert np.abs(counts[there] - expected).max() < 5 * expected**0.5

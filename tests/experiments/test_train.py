@@ -83,6 +83,10 @@ def test_a_run_learns_by_demonstration_and_by_search(trained):
     judged = read_metrics(trained / "state_value" / "metrics.jsonl")
     assert [p["step"] for p in judged] == [2, 4]
     assert all(p["goal_loss"] > 0 and 0 < p["goal_accuracy"] <= 1 for p in judged)
+    asked = read_metrics(trained / "asked" / "metrics.jsonl")
+    assert [p["step"] for p in asked] == [2]
+    assert all(p["goal_loss"] > 0 and 0 < p["goal_accuracy"] <= 1 for p in asked)
+    assert load_state_value(trained / "policy").cfg.readout == "asked"
     points = read_metrics(trained / "supervised" / "metrics.jsonl")
     assert [p["step"] for p in points if "loss" in p] == [2, 4, 6]
     assert all(p["goal_loss"] > 0 for p in points if "loss" in p)
@@ -389,6 +393,10 @@ def test_evaluation_gives_intervals_and_is_not_done_twice(trained, tmp_path):
                 ("loss.value_loss=huber", "value_loss 'huber'"),
                 ("state_value.num_steps=0", "accepted with train.state_value.num_steps above 0"),
                 ("state_value.data.num_states=0", "train.state_value.data.num_states=0"),
+                (
+                    "state_value.asked.num_goals=1",
+                    "train.state_value.asked.num_goals=1: accepted are 2 to 101",
+                ),
                 (
                     "state_value.data.sizes=((7, 1.0),)",
                     "train.state_value.data: sizes=((7, 1.0),): accepted are 2 to 5 numbers",
