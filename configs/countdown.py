@@ -204,7 +204,7 @@ def _training() -> dict:
 
 def _state_value_phase() -> dict:
     return {
-        "num_steps": 12_000,
+        "num_steps": 8_000,
         "network": {
             "num_layers": 4,
             "model_dim": 128,
@@ -225,7 +225,7 @@ def _state_value_phase() -> dict:
         ),
         # Behind it: the same network as one that is asked, of each state about so many goals.
         "asked": {
-            "num_steps": 3_000,
+            "num_steps": 5_000,
             "num_goals": 16,
             "optimizer": _muon(
                 learning_rate=5e-3, adam_learning_rate=1e-3, warmup_steps=50, decay_share=0.5

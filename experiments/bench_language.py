@@ -63,7 +63,8 @@ SAMPLING = SamplingConfig("sample", temperature=0.8, top_k=32)
 class Sizes:
     """What is searched: B prompts of context_tokens each, num_simulations visits of K sampled steps
     of step_tokens tokens. Paths have room for max_depth steps, which no search should reach: where
-    ours stops to grow, mctx decodes the last node's steps once more."""
+    ours stops to grow, mctx decodes the last node's steps once more. visits_per_round: of a child,
+    in ours."""
 
     batch: int
     num_simulations: int = 32
@@ -71,6 +72,7 @@ class Sizes:
     step_tokens: int = 16
     context_tokens: int = 192
     max_depth: int = 8
+    visits_per_round: int = 1
 
     @property
     def path_tokens(self) -> int:
@@ -173,6 +175,7 @@ def search_ours(
         num_children=size.num_children,
         num_lanes=num_lanes,
         max_depth=size.max_depth,
+        visits_per_round=size.visits_per_round,
         judge="visit",
     )
     lengths = jnp.full(size.batch, size.context_tokens, jnp.int32)

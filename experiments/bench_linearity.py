@@ -3,11 +3,13 @@
 T(4N) / 4 T(N) of Gumbel with one lane per child. A larger tree is deeper, so each simulation
 descends and climbs more levels: that is what a search over small networks spends its time on. A
 search over a language model hardly notices that, but rounds of halving are narrower in a larger
-search, and a call of fewer rows costs more a row. Both are measured.
+search, and a call of fewer rows costs more a row; filled rounds (`visits_per_round`) are as wide in
+any search. All of that is measured.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,9 +25,10 @@ from rlm_jax.reasoning.language import LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class LinearitySizes:
-    """simulations: the N. batches, language_batches: structures. num_children, step_tokens: of the
-    language model's searches, whose N language_simulations are."""
+    """forms: of Gumbel. simulations: the N. batches, language_batches: structures. num_children,
+    step_tokens: of the language model's searches, whose N language_simulations are."""
 
+    forms: Sequence[str] = ("gumbel", "gumbel_filled")
     simulations: Sequence[int] = (8, 32, 128)
     batches: Sequence[int] = (1, 16)
     language_simulations: Sequence[int] = (8, 32, 128)
@@ -48,13 +51,13 @@ def measure_small(sizes: LinearitySizes, patience: Patience) -> Iterator[dict[st
     params = init_networks(jax.random.key(0))
     for batch in sizes.batches:
         states = jax.random.normal(jax.random.key(1), (batch, WIDTH))
-        compile_search = functools.partial(_compile_small, params, states)
-        for number in sizes.simulations:
+        for form, number in itertools.product(sizes.forms, sizes.simulations):
+            compile_search = functools.partial(_compile_small, form, params, states)
             case, programs = _compare(compile_search, number, batch, NUM_ACTIONS, patience)
             depths = [float(program.call()) for program in programs]
             per_level = case["ratio"] * depths[1] / depths[0]
             about = {"ratio_per_level": per_level, "mean_depths": depths}
-            yield {"case": "linearity_gumbel", **case, **about}
+            yield {"case": f"linearity_{form}", **case, **about}
 
 
 def measure_language(
@@ -71,22 +74,28 @@ def measure_language(
             max_depth=16,
         )
         prompts = make_prompts(policy, size)
-        compile_search = functools.partial(_compile_language, policy, lm, size, prompts)
-        for number in sizes.language_simulations:
+        for form, number in itertools.product(sizes.forms, sizes.language_simulations):
+            compile_search = functools.partial(_compile_language, form, policy, lm, size, prompts)
             case, _ = _compare(compile_search, number, batch, sizes.num_children, patience)
-            yield {"case": "linearity_gumbel_language", **case, "model": policy.version}
+            yield {"case": f"linearity_{form}_language", **case, "model": policy.version}
 
 
-def _compile_small(params: Any, states: jax.Array, num_simulations: int) -> Compiled:
-    strategy = make_strategy("gumbel", num_simulations, NUM_ACTIONS)
+def _compile_small(form: str, params: Any, states: jax.Array, num_simulations: int) -> Compiled:
+    strategy = make_strategy(form, num_simulations, NUM_ACTIONS)
     search = functools.partial(search_for_depth, strategy, num_simulations)
     return compile_call(search, params, states)
 
 
 def _compile_language(
-    policy: Policy, lm: LanguageModel, size: Sizes, prompts: jax.Array, num_simulations: int
+    form: str,
+    policy: Policy,
+    lm: LanguageModel,
+    size: Sizes,
+    prompts: jax.Array,
+    num_simulations: int,
 ) -> Compiled:
-    size = dataclasses.replace(size, num_simulations=num_simulations)
+    passes = size.num_children if form == "gumbel_filled" else 1
+    size = dataclasses.replace(size, num_simulations=num_simulations, visits_per_round=passes)
     search = functools.partial(search_language, policy.cfg, size, size.num_children)
     return compile_call(search, lm, prompts)
 

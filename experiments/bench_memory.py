@@ -7,7 +7,8 @@ Parts, each beside what it should be at most:
     large        peak memory of a process that searches thousands of nodes with the config's model
     capacity     seconds per expansion as the capacity N grows, expansions being equal
     bookkeeping  seconds of a search whose expander does nothing, over those of the real one
-    linearity    T(4N) / 4 T(N) of Gumbel, over small networks and a language model
+    linearity    T(4N) / 4 T(N) of Gumbel, as it is and with filled rounds, over small networks and
+                 over a language model
 
 The program is its own other side in part "large": peak memory can be asked of a process alone.
 """

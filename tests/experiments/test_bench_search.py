@@ -228,8 +228,14 @@ def test_linearity_is_of_four_times_the_simulations(program, policy):
         simulations=(8,), batches=(1,), language_simulations=(4,), language_batches=(2,),
         num_children=4, step_tokens=4, context_tokens=8,
     )  # fmt: skip
-    small, language = bench.run_linearity(policy, sizes, patience)
-    for line in (small, language):
+    cases = {line["case"]: line for line in bench.run_linearity(policy, sizes, patience)}
+    small, filled, language, _ = cases.values()
+    assert [*cases] == [
+        "linearity_gumbel", "linearity_gumbel_filled",
+        "linearity_gumbel_language", "linearity_gumbel_filled_language",
+    ]  # fmt: skip
+    assert filled["mean_depths"][0] > 1
+    for line in cases.values():
         assert line.keys() >= FIELDS
         assert line["ratio"] == line["ours"] / line["other"]
     assert (small["simulations"], small["batch"]) == (32, 1)
